@@ -1,0 +1,32 @@
+"""Model families as configurations of one transformer; weights from Hugging Face, GGUF or a seed.
+
+What may change here: how a model is described, computed layer by layer, and read from files, with its
+tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours.
+"""
+
+from models.config import ModelConfig, RopeScaling
+from models.transformer import (
+    LayerParams,
+    Params,
+    attention_output,
+    embed,
+    forward,
+    logits,
+    mlp,
+    qkv,
+    random_params,
+)
+
+__all__ = [
+    "LayerParams",
+    "ModelConfig",
+    "Params",
+    "RopeScaling",
+    "attention_output",
+    "embed",
+    "forward",
+    "logits",
+    "mlp",
+    "qkv",
+    "random_params",
+]

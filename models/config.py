@@ -1,0 +1,124 @@
+"""What describes a model: sizes, rotary scaling, and which optional parts its layers have."""
+
+from dataclasses import dataclass
+
+DTYPES = ("float32", "bfloat16")
+ROPE_KINDS = ("linear", "llama3", "yarn", "factors")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the positions a model was first trained on.
+
+    Attributes:
+        kind: "linear" (every frequency divided by `factor`), "llama3" (Llama 3.1: low frequencies divided,
+            high ones kept, smooth between), "yarn" (arXiv 2309.00071, as in Hugging Face transformers), or
+            "factors" (each frequency divided by its own number, as GGUF files store it).
+        factor: the stretch, for linear, llama3 and yarn.
+        original_positions: positions of the first training, for llama3 and yarn.
+        low_freq_factor: llama3; wavelengths above original_positions / low_freq_factor are divided in full.
+        high_freq_factor: llama3; wavelengths below original_positions / high_freq_factor are kept.
+        beta_fast: yarn; frequencies that turn more often than this within original_positions are kept.
+        beta_slow: yarn; frequencies that turn less often than this are divided in full.
+        attention_factor: yarn; multiplies cosine and sine. None: 0.1 ln(factor) + 1.
+        truncate: yarn; round the ends of the ramp to whole channels.
+        factors: D/2 divisors, for kind "factors".
+
+    Raises:
+        ValueError: if the kind is unknown or a field it needs is missing.
+    """
+
+    kind: str
+    factor: float = 1.0
+    original_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    factors: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(
+                f"rope scaling {self.kind!r} is not supported; use one of {', '.join(ROPE_KINDS)}"
+            )
+        if self.kind in ("llama3", "yarn") and not self.original_positions:
+            raise ValueError(
+                f"rope scaling {self.kind!r} needs original_positions, got {self.original_positions}"
+            )
+        if self.factor <= 0:
+            raise ValueError(f"rope scaling factor must be positive, got {self.factor}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model of the Llama line. Static and hashable: pass it to `jax.jit` as a static argument.
+
+    Sliding-window attention is not implemented. A model that has it is loaded with `max_positions` limited to
+    its window, up to which both attentions are the same.
+
+    Attributes:
+        name: for messages and reports only.
+        vocab_size: V.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: K, key and value heads; divides N.
+        head_dim: D, even.
+        width: M, of the residual stream.
+        hidden_width: F, of the gated MLP.
+        max_positions: positions the model is good for.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: None for plain rotary embedding.
+        norm_eps: added to the mean square in every RMS norm.
+        qkv_bias: the q, k and v projections have biases (Qwen2).
+        qk_norm: RMS norm over each head's query and key before the rotary embedding (Qwen3).
+        tie_embeddings: the output head is the transposed embedding.
+        dtype: of weights, activations and KV cache, "float32" or "bfloat16".
+
+    Raises:
+        ValueError: if a size is not positive, heads do not divide, or the dtype is unknown.
+    """
+
+    name: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    width: int
+    hidden_width: int
+    max_positions: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "width", "hidden_width")
+        for field in (*sizes, "max_positions", "rope_theta"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        scaling = self.rope_scaling
+        if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"rope scaling has {len(scaling.factors)} factors, head_dim {self.head_dim} needs "
+                f"{self.head_dim // 2}"
+            )
+
+    @property
+    def group(self) -> int:
+        """G, the query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads

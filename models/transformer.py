@@ -1,0 +1,180 @@
+"""The one transformer behind every model family: pure functions over parameter pytrees.
+
+The pieces (`embed`, `qkv`, `attention_output`, `mlp`, `logits`) leave attention itself to the caller, so that
+a decode loop can put any attention between them. `forward` joins them with plain dense attention; it is what
+each family is compared with Hugging Face transformers by.
+
+Matrices are stored (in, out) and used as `x @ w`. Layers are separate arrays under an unrolled Python loop:
+slicing a stacked array would copy each layer's weights on a CPU. Norms and rotary angles are computed in
+float32, the residual stream has the configuration's dtype.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from models.config import ModelConfig
+from models.rope import apply_rope
+
+
+@flax.struct.dataclass
+class LayerParams:
+    """Weights of one layer; biases and q/k norms are None where the family has none."""
+
+    attn_norm: Float[Array, " M"]
+    wq: Float[Array, "M N*D"]
+    wk: Float[Array, "M K*D"]
+    wv: Float[Array, "M K*D"]
+    wo: Float[Array, "N*D M"]
+    mlp_norm: Float[Array, " M"]
+    w_gate: Float[Array, "M F"]
+    w_up: Float[Array, "M F"]
+    w_down: Float[Array, "F M"]
+    bq: Float[Array, " N*D"] | None = None
+    bk: Float[Array, " K*D"] | None = None
+    bv: Float[Array, " K*D"] | None = None
+    q_norm: Float[Array, " D"] | None = None
+    k_norm: Float[Array, " D"] | None = None
+
+
+@flax.struct.dataclass
+class Params:
+    """Weights of a model; `head` is None when the embedding is also the output head."""
+
+    embed: Float[Array, "V M"]
+    layers: tuple[LayerParams, ...]
+    final_norm: Float[Array, " M"]
+    head: Float[Array, "M V"] | None = None
+
+
+def rms_norm(x: Float[Array, "... C"], weight: Float[Array, " C"], eps: float) -> Float[Array, "... C"]:
+    """Root-mean-square norm (arXiv 1910.07467) over the last axis, in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+@jax.named_scope("embed")
+def embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+    """Looks token ids up."""
+    return params.embed[tokens]
+
+
+@jax.named_scope("qkv")
+def qkv(
+    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    """Queries, keys, values: norm, projections, optional biases and q/k norms, rotary embedding."""
+    h = rms_norm(x, layer.attn_norm, config.norm_eps)
+    q, k, v = h @ layer.wq, h @ layer.wk, h @ layer.wv
+    if layer.bq is not None:
+        q, k, v = q + layer.bq, k + layer.bk, v + layer.bv
+    q, k, v = (a.reshape(*x.shape[:2], -1, config.head_dim) for a in (q, k, v))
+    if layer.q_norm is not None:
+        q = rms_norm(q, layer.q_norm, config.norm_eps)
+        k = rms_norm(k, layer.k_norm, config.norm_eps)
+    return apply_rope(q, positions, config), apply_rope(k, positions, config), v
+
+
+@jax.named_scope("attention_output")
+def attention_output(
+    layer: LayerParams, x: Float[Array, "B T M"], o: Float[Array, "B T N D"]
+) -> Float[Array, "B T M"]:
+    """Adds the projected attention output to the residual stream."""
+    return x + o.astype(x.dtype).reshape(*x.shape[:2], -1) @ layer.wo
+
+
+@jax.named_scope("mlp")
+def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    """Adds the gated MLP (SwiGLU, arXiv 2002.05202) to the residual stream."""
+    h = rms_norm(x, layer.mlp_norm, config.norm_eps)
+    return x + (jax.nn.silu(h @ layer.w_gate) * (h @ layer.w_up)) @ layer.w_down
+
+
+@jax.named_scope("logits")
+def logits(params: Params, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
+    """Float32 logits of the next token after each position."""
+    h = rms_norm(x, params.final_norm, config.norm_eps)
+    if params.head is None:
+        return jnp.einsum("btm,vm->btv", h, params.embed, preferred_element_type=jnp.float32)
+    return jnp.einsum("btm,mv->btv", h, params.head, preferred_element_type=jnp.float32)
+
+
+def causal_attention(
+    q: Float[Array, "B T N D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]
+) -> Float[Array, "B T N D"]:
+    """Dense causal grouped-query attention with a float32 softmax."""
+    B, T, N, D = q.shape
+    grouped = q.reshape(B, T, k.shape[2], -1, D)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
+    visible = jnp.tril(jnp.ones((T, T), bool))
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, N, D)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Float32 logits after every token, by dense causal attention over the whole sequence."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = embed(params, tokens)
+    for layer in params.layers:
+        q, k, v = qkv(layer, config, x, positions)
+        x = attention_output(layer, x, causal_attention(q, k, v))
+        x = mlp(layer, config, x)
+    return logits(params, config, x)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key: Key[Array, ""], shape: tuple[int, ...], scale: float, dtype: str) -> Array:
+    """Compiled, so that scaling takes no second copy of a large matrix."""
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
+
+
+def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
+    """Seeded random weights, scaled so that activations and attention scores stay of order one.
+
+    The projections that write to the residual stream are smaller by the square root of their number (GPT-2),
+    so that tokens remain distinguishable after many layers.
+    """
+    M, F, D = config.width, config.hidden_width, config.head_dim
+    q_width, kv_width = config.num_heads * D, config.num_kv_heads * D
+    depth_scale = (2 * config.num_layers) ** -0.5
+    keys = iter(jax.random.split(key, 10 * config.num_layers + 2))
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> Array:
+        return _normal(next(keys), (rows, columns), scale * rows**-0.5, config.dtype)
+
+    def bias(size: int) -> Array | None:
+        return _normal(next(keys), (size,), 0.5, config.dtype) if config.qkv_bias else None
+
+    def norm(size: int, present: bool = True) -> Array | None:
+        return jnp.ones(size, config.dtype) if present else None
+
+    def layer() -> LayerParams:
+        return LayerParams(
+            attn_norm=norm(M),
+            wq=matrix(M, q_width),
+            wk=matrix(M, kv_width),
+            wv=matrix(M, kv_width),
+            wo=matrix(q_width, M, depth_scale),
+            mlp_norm=norm(M),
+            w_gate=matrix(M, F),
+            w_up=matrix(M, F),
+            w_down=matrix(F, M, depth_scale),
+            bq=bias(q_width),
+            bk=bias(kv_width),
+            bv=bias(kv_width),
+            q_norm=norm(D, config.qk_norm),
+            k_norm=norm(D, config.qk_norm),
+        )
+
+    embed_scale = M**-0.5 if config.tie_embeddings else 1.0
+    return Params(
+        embed=_normal(next(keys), (config.vocab_size, M), embed_scale, config.dtype),
+        layers=tuple(layer() for _ in range(config.num_layers)),
+        final_norm=norm(M),
+        head=None if config.tie_embeddings else matrix(M, config.vocab_size),
+    )
