@@ -1,0 +1,35 @@
+"""The operations of a decode step on pages of keys and values.
+
+Each folder is one operation: `api.py` holds the public function, which checks its arguments and
+dispatches; `reference.py` its definition in plain `jnp`, which is also the CPU path. A kernel for an
+accelerator lies beside them under the name of its backend and is right when it equals the reference.
+Callers see only the functions below; nothing here knows of models or decode loops.
+
+Axes: B batch, T tokens, W window slots, N query heads, K KV heads, G = N/K, D head_dim, P pages of the
+cache, C selected pages (static capacity), S page_size, Z vectors per page of the statistics.
+
+The cache of one layer is one array, `pages[B, K, P, 2, S, D]`: keys (index 0) and values (1) of a page lie
+together, so one copy brings both. Layers are separate arrays: a kernel aliases the whole of its operand
+and updates it in place, which a slice of a stacked cache would not allow.
+"""
+
+from pallas_kernels.attention import dense_attention, merge, retro_attention
+from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels.layout import KEYS, VALUES, pages_for
+from pallas_kernels.selection import SCORES, select_pages
+from pallas_kernels.statistics import STATISTICS
+from pallas_kernels.update import update_pages
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "KEYS",
+    "SCORES",
+    "STATISTICS",
+    "VALUES",
+    "dense_attention",
+    "merge",
+    "pages_for",
+    "retro_attention",
+    "select_pages",
+    "update_pages",
+]

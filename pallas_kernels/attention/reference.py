@@ -1,0 +1,133 @@
+"""Attention over pages in plain `jnp`: the definition, and the path on the CPU.
+
+Everything is made of two functions: `attend`, softmax attention that also returns its log-sum-exp, and
+`merge`, which joins attention over two disjoint sets of keys. Softmax is in float32.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.layout import KEYS, VALUES
+
+_BLOCK_TOKENS = 1024  # of dense attention: a block of keys and values stays in a core's cache
+
+
+def attend(
+    q: Float[Array, "B K R D"],
+    k: Float[Array, "B K T D"],
+    v: Float[Array, "B K T D"],
+    mask: Bool[Array, " B #K R T"],
+) -> tuple[Float[Array, "B K R D"], Float[Array, "B K R"]]:
+    """Softmax attention of R rows over the keys that `mask` allows, and its log-sum-exp.
+
+    A row without any allowed key gives o = 0 and lse = -inf. Keys that no row may see may hold anything.
+    """
+    scale = q.shape[-1] ** -0.5
+    scores = jnp.einsum("bkrd,bktd->bkrt", q * scale, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    v = jnp.where(jnp.any(mask, axis=2)[..., None], v, 0)  # 0 * NaN is NaN
+    o = jnp.einsum("bkrt,bktd->bkrd", weights, v.astype(jnp.float32))
+    return o / jnp.where(total == 0.0, 1.0, total), (highest + jnp.log(total))[..., 0]
+
+
+def merge(
+    o_a: Float[Array, "*rows D"],
+    lse_a: Float[Array, "*rows"],
+    o_b: Float[Array, "*rows D"],
+    lse_b: Float[Array, "*rows"],
+) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
+    """Attention over the union of two disjoint sets of keys, from attention over each.
+
+    Either side may be empty (lse = -inf); if both are, o = 0 and lse = -inf.
+    """
+    lse = jnp.logaddexp(lse_a, lse_b)
+    reference = jnp.where(jnp.isfinite(lse), lse, 0.0)
+    share_a, share_b = (jnp.exp(part - reference)[..., None] for part in (lse_a, lse_b))
+    return share_a * o_a + share_b * o_b, lse
+
+
+def fold_rows(q: Float[Array, "B W N D"], num_kv_heads: int) -> Float[Array, "B K R D"]:
+    """Query heads by KV head, with slots and the heads of a group folded into R = W * G rows."""
+    B, W, N, D = q.shape
+    q = q.reshape(B, W, num_kv_heads, N // num_kv_heads, D)
+    return q.transpose(0, 2, 1, 3, 4).reshape(B, num_kv_heads, -1, D)
+
+
+def unfold_rows(rows: Float[Array, "B K R *D"], slots: int) -> Float[Array, "B W N *D"]:
+    """The inverse of `fold_rows`."""
+    B, K, R, *D = rows.shape
+    rows = jnp.moveaxis(rows.reshape(B, K, slots, R // slots, *D), 2, 1)
+    return rows.reshape(B, slots, -1, *D)
+
+
+def rows_of_slots(mask: Bool[Array, "B K W T"], group: int) -> Bool[Array, "B K R T"]:
+    """A mask by slot as a mask by folded row."""
+    return jnp.repeat(mask, group, axis=2)
+
+
+def retro_attention(
+    q: Float[Array, "B W N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    page_ids: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    last_loaded: Int[Array, "B K P"],
+    positions: Int[Array, "B W"],
+    cached_o: Float[Array, "B older N D"],
+    cached_lse: Float[Array, "B older N"],
+) -> tuple[Float[Array, "B W N D"], Float[Array, "B W N"], Int[Array, "B K P"]]:
+    """See `pallas_kernels.attention.api.retro_attention`."""
+    B, W, N, _ = q.shape
+    K, P, _, S, D = pages.shape[1:]
+    ids = jnp.clip(page_ids, 0, P - 1)
+    loaded = jnp.take_along_axis(pages, ids[..., None, None, None], axis=2)
+    k = loaded[:, :, :, KEYS].reshape(B, K, -1, D)
+    v = loaded[:, :, :, VALUES].reshape(B, K, -1, D)
+
+    selected = jnp.arange(ids.shape[-1]) < counts[..., None]
+    slot = positions[:, None, :, None]  # [B, 1, W, 1]
+    visible = selected[:, :, None] & (jnp.take_along_axis(last_loaded, ids, axis=2)[:, :, None] < slot)
+    causal = ids[:, :, None, :, None] * S + jnp.arange(S) <= slot[..., None]
+    mask = (visible[..., None] & causal).reshape(B, K, W, -1)
+
+    o, lse = attend(fold_rows(q, K), k, v, rows_of_slots(mask, N // K))
+    o, lse = unfold_rows(o, W), unfold_rows(lse, W)
+    older = merge(o[:, :-1], lse[:, :-1], cached_o, cached_lse)
+    o, lse = (jnp.concatenate([past, new[:, -1:]], axis=1) for past, new in zip(older, (o, lse), strict=True))
+
+    loads = jnp.any((ids[..., None] == jnp.arange(P)) & selected[..., None], axis=2)
+    return o, lse, jnp.where(loads, positions[:, -1, None, None], last_loaded)
+
+
+def dense_attention(
+    q: Float[Array, "B T N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    positions: Int[Array, "B T"],
+) -> Float[Array, "B T N D"]:
+    """See `pallas_kernels.attention.api.dense_attention`.
+
+    Runs block by block up to the last position in use, so that the cost follows the context and not the
+    capacity of the cache.
+    """
+    B, T, N, _ = q.shape
+    K, P, _, S, D = pages.shape[1:]
+    block = min(max(_BLOCK_TOKENS // S, 1), P)
+    rows = fold_rows(q, K)
+    limit = positions[:, None, :, None]
+
+    def add_block(index, carry):
+        first = jnp.minimum(index * block, P - block)  # the last block may reach back into the one before
+        loaded = lax.dynamic_slice_in_dim(pages, first, block, axis=2)
+        k = loaded[:, :, :, KEYS].reshape(B, K, -1, D)
+        v = loaded[:, :, :, VALUES].reshape(B, K, -1, D)
+        key = first * S + jnp.arange(block * S)
+        mask = (key >= index * block * S) & (key <= limit)
+        return merge(*carry, *attend(rows, k, v, rows_of_slots(mask, N // K)))
+
+    empty = jnp.zeros(rows.shape, jnp.float32), jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32)
+    o, _ = lax.fori_loop(0, jnp.max(positions) // (block * S) + 1, add_block, empty)
+    return unfold_rows(o, T)

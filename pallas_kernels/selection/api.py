@@ -1,0 +1,69 @@
+"""Public function of page selection."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.selection import reference
+from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
+
+
+def select_pages(
+    q: Float[Array, "B N D"],
+    statistics: Float[Array, "B K P Z D"],
+    positions: Int[Array, " B"],
+    budgets: Int[Array, " B"],
+    *,
+    page_size: int,
+    capacity: int,
+    score: str = "bounds",
+    group_reduce: str = "mean",
+    sink_pages: int = 1,
+    implementation: str | None = None,
+) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
+    """The set of pages that the newest query loads, one per KV head.
+
+    The page of the newest position and the first `sink_pages` pages are always among them, then the best
+    scores, ties to the lower page; never a page beyond the newest position.
+
+    Args:
+      q: the newest query of every head, rotary embedding applied.
+      statistics: page statistics of one layer, of the kind that `score` reads; those of pages beyond
+        the newest position may hold anything.
+      positions: the newest position.
+      budgets: pages that may be loaded; at least the forced ones, or 0 to load nothing.
+      page_size: S, tokens per page.
+      capacity: C, the static size of the result; budgets above it are not served.
+      score: name in `SCORES`.
+      group_reduce: how the scores of a group's query heads become one: "mean" or "max".
+      sink_pages: pages at the beginning of the sequence that are always selected.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      page_ids: the selected pages in the first `counts` places, in no particular order.
+      counts: min(budget, pages up to the newest position).
+
+    Raises:
+      ValueError: unknown score or group_reduce, or a capacity that does not lie in 1..P.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
+    if group_reduce not in GROUP_REDUCE:
+        raise ValueError(f"group_reduce {group_reduce!r} is unknown; use one of {', '.join(GROUP_REDUCE)}")
+    if not 1 <= capacity <= statistics.shape[2]:
+        raise ValueError(
+            f"capacity {capacity} is not within 1..{statistics.shape[2]}, the pages of the cache"
+        )
+    return dispatch(
+        "select_pages",
+        implementation,
+        {"xla": reference.select_pages},
+        q,
+        statistics,
+        positions,
+        budgets,
+        page_size=page_size,
+        capacity=capacity,
+        score=score,
+        group_reduce=group_reduce,
+        sink_pages=sink_pages,
+    )

@@ -1,0 +1,60 @@
+"""Public function of the page update."""
+
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.statistics import STATISTICS
+from pallas_kernels.update import reference
+
+
+def update_pages(
+    pages: Float[Array, "B K P 2 S D"],
+    statistics: Float[Array, "B K P Z D"] | None,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    *,
+    kind: str = "min_max",
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B K P 2 S D"], Float[Array, "B K P Z D"] | None]:
+    """Write keys and values of T consecutive positions, over what was there.
+
+    The statistics of every touched page are computed anew from the page, over its tokens up to the last one
+    written: a key that is overwritten can shrink them.
+
+    Args:
+      pages: keys and values of one layer; donate it to update in place.
+      statistics: page statistics of that layer, or None in a layer that has none.
+      k: keys, rotary embedding applied.
+      v: values.
+      start: position of the first of the T tokens; may be negative where the first ones are not written.
+      write: which of them to write. A sequence without any is left as it is. The last one written must
+        be the last token of the sequence.
+      kind: name in `STATISTICS`.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      The new pages and statistics.
+
+    Raises:
+      ValueError: unknown kind, or statistics of another number of vectors.
+    """
+    if kind not in STATISTICS:
+        raise ValueError(f"statistics {kind!r} are unknown; use one of {', '.join(STATISTICS)}")
+    if statistics is not None and statistics.shape[3] != STATISTICS[kind].vectors:
+        raise ValueError(
+            f"{statistics.shape[3]} vectors per page were given; {kind!r} has {STATISTICS[kind].vectors}"
+        )
+    return dispatch(
+        "update_pages",
+        implementation,
+        {"xla": reference.update_pages},
+        pages,
+        statistics,
+        k,
+        v,
+        start,
+        write,
+        kind=kind,
+    )

@@ -1,0 +1,133 @@
+"""How to decode: the method and its budget, as one static, hashable value."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from models.config import ModelConfig
+from pallas_kernels import IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
+from retro_jax.methods import METHODS, Method
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What a decode step computes. Static: pass it to `jax.jit` as a static argument.
+
+    Raises:
+      ValueError: a field is out of its range, or two fields contradict each other.
+    """
+
+    method: str = "retro"
+    """What attention past the dense layers does: "full" (every page), "quest" (the pages that score best
+    for the newest query) or "retro" (Quest, and every loaded page also revises the last queries)."""
+    window: int | None = None
+    """Queries that one step serves, the newest included. None: the method's own, 4 for "retro" and 1
+    for the others, which take no other."""
+    budget: float = 0.15
+    """Share of the current context that a step may load per layer and KV head ..."""
+    budget_floor: int = 256
+    """... but at least this many tokens."""
+    budget_tokens: int | None = None
+    """A fixed number of tokens instead of the share and its floor."""
+    page_size: int = 16
+    """Consecutive tokens that are selected and loaded together."""
+    dense_layers: int = 2
+    """First layers that always use full attention."""
+    sink_pages: int = 1
+    """Pages at the beginning of the sequence that are always loaded, within the budget. Neither the paper
+    nor Quest forces any (0)."""
+    group_reduce: str = "mean"
+    """How the scores of the query heads that share a KV head become one: "mean" or "max"."""
+    statistics: str = "min_max"
+    """What is kept per page: "min_max" (Quest's bounds) or "mean_key"."""
+    score: str = "bounds"
+    """How a page is scored: "bounds" (needs "min_max" statistics) or "mean_key" (needs "mean_key")."""
+    overwrite: bool = True
+    """Write the corrected keys and values of past queries over the stale ones. Without it RetroAttention
+    generates what Quest generates."""
+    prefill_chunk: int = 256
+    """Prompt tokens that are processed at once."""
+    implementation: str | None = None
+    """Kernels: None picks the best that this device has, "xla" the reference."""
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; use one of {', '.join(METHODS)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window {self.window} is below 1; a window of 1 serves the newest query only")
+        if self.window not in (None, 1) and not METHODS[self.method].revises:
+            raise ValueError(
+                f"method {self.method!r} serves only the newest query, window {self.window} was asked for; "
+                "use method 'retro' or window None"
+            )
+        for name, low in (("page_size", 1), ("dense_layers", 0), ("sink_pages", 0), ("prefill_chunk", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} {getattr(self, name)} is below {low}")
+        self._check_parts()
+        self._check_budget()
+
+    def _check_parts(self):
+        if self.statistics not in STATISTICS:
+            raise ValueError(
+                f"statistics {self.statistics!r} are unknown; use one of {', '.join(STATISTICS)}"
+            )
+        if self.score not in SCORES:
+            raise ValueError(f"score {self.score!r} is unknown; use one of {', '.join(SCORES)}")
+        needed = SCORES[self.score].statistics
+        if needed != self.statistics:
+            raise ValueError(
+                f"score {self.score!r} reads {needed!r} statistics, the cache would keep "
+                f"{self.statistics!r}; set statistics={needed!r}"
+            )
+        if self.group_reduce not in ("mean", "max"):
+            raise ValueError(f"group_reduce {self.group_reduce!r} is unknown; use 'mean' or 'max'")
+        if self.implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"implementation {self.implementation!r} is unknown; use None or one of "
+                f"{', '.join(IMPLEMENTATIONS)}"
+            )
+
+    def _check_budget(self):
+        if not 0.0 < self.budget <= 1.0:
+            raise ValueError(f"budget {self.budget} is not a share in (0, 1]; use budget_tokens for tokens")
+        name = "budget_floor" if self.budget_tokens is None else "budget_tokens"
+        tokens, forced = getattr(self, name), 1 + self.sink_pages
+        if pages_for(tokens, self.page_size) < forced:
+            raise ValueError(
+                f"{name} {tokens} is below the {forced} pages of {self.page_size} tokens that are always "
+                f"loaded (the newest and sink_pages={self.sink_pages}); it must exceed "
+                f"{(forced - 1) * self.page_size}"
+            )
+
+    @property
+    def attention(self) -> Method:
+        """The method itself."""
+        return METHODS[self.method]
+
+    @property
+    def slots(self) -> int:
+        """W, the queries that one step serves."""
+        return self.attention.default_window if self.window is None else self.window
+
+    def num_dense_layers(self, model: ModelConfig) -> int:
+        """Layers with full attention: all of them for a dense method."""
+        return model.num_layers if self.attention.dense else min(self.dense_layers, model.num_layers)
+
+    def num_pages(self, capacity: int) -> int:
+        """P, the pages of a cache for `capacity` tokens."""
+        return pages_for(capacity, self.page_size)
+
+    def budget_pages(self, context: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Pages that a step may load when the sequence has `context` tokens, the newest included."""
+        if self.budget_tokens is not None:
+            return jnp.full_like(context, pages_for(self.budget_tokens, self.page_size))
+        share = jnp.round(self.budget * context.astype(jnp.float32)).astype(jnp.int32)
+        return -(-jnp.maximum(share, self.budget_floor) // self.page_size)
+
+    def max_selected_pages(self, num_pages: int) -> int:
+        """C, the static number of places for selected pages in a cache of `num_pages` pages."""
+        tokens = self.budget_tokens
+        if tokens is None:  # one more token than the share, whichever way float32 rounds it
+            tokens = max(int(self.budget * num_pages * self.page_size) + 1, self.budget_floor)
+        return min(pages_for(tokens, self.page_size), num_pages)

@@ -1,0 +1,247 @@
+"""Text in, text out: prefill, then jitted scans of decode steps, for a batch of prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from models import Model, Tokenizer
+from retro_jax.config import DecodeConfig
+from retro_jax.decode import decode
+from retro_jax.inputs import NonFiniteLogits, check_capacity, prompt_ids
+from retro_jax.metrics import Metrics
+from retro_jax.prefill import extend
+from retro_jax.sampling import Sampling, sample, sequence_keys
+from retro_jax.state import DecodeState, init_state
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage ("prefill" or "decode"), the tokens done and their total."""
+
+_extend = jax.jit(extend, static_argnames=("model", "config"), donate_argnames="state")
+_decode = jax.jit(decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result of `generate`.
+
+    Attributes:
+      texts: the generated texts, without the stop token; empty where the model has no tokenizer.
+      tokens: the generated token ids, the stop token included.
+      finished: whether each sequence ended by a stop token.
+      metrics: of the decode steps; None if the prefill alone gave every token.
+      state: to go on from with `previous`; a call that does consumes it.
+      pending: each sequence's last token, which is not in the cache yet.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    finished: list[bool]
+    metrics: Metrics | None
+    state: DecodeState
+    pending: np.ndarray
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    config: DecodeConfig,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    capacity: int | None = None,
+    stream: Callable[[int, str], None] | None = None,
+    progress: Progress | None = None,
+    previous: Generation | None = None,
+    steps_per_call: int = 16,
+) -> Generation:
+    """Generate a continuation of every prompt.
+
+    Args:
+      model: from `load_model`.
+      prompts: texts or token ids, of any lengths.
+      config: how to decode.
+      max_new_tokens: per sequence.
+      sampling: how tokens are chosen; None: greedy.
+      stop_tokens: tokens that end a sequence; None: the tokenizer's end-of-text and end-of-turn tokens.
+      capacity: tokens per sequence that the cache holds, for later turns too; None: just enough.
+      stream: called with the index of a sequence and the text it has grown by.
+      progress: called as tokens are done.
+      previous: the result of an earlier call with the same model and config, whose sequences these prompts
+        continue as their next turn. Its state is consumed.
+      steps_per_call: decode steps of one compiled call; `stream` is called after each.
+
+    Raises:
+      ValueError: a prompt is empty or out of the vocabulary, prompt and new tokens do not fit the capacity
+        or the model's positions, or `previous` does not fit the prompts.
+      TypeError: token ids are not whole numbers.
+      NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Generation up to there.
+    """
+    sampling = sampling or Sampling()
+    if max_new_tokens < 1 or steps_per_call < 1:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} and steps_per_call {steps_per_call} must be at least 1"
+        )
+    ids = _turn_ids(model, prompts, previous)
+    used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)
+    needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
+    if previous is None:
+        state = init_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
+    else:
+        check_capacity(model.config, needed, previous.state.capacity)
+        state = previous.state
+    stops = _stop_tokens(model, stop_tokens)
+
+    state, logits = run_prefill(model, config, state, ids, progress)
+    keys = sequence_keys(sampling, len(ids))
+    first = np.asarray(sample(logits, sampling, keys, state.length))
+    output = _Output(model.tokenizer, len(ids), set(stops), stream)
+    if not np.isfinite(np.asarray(logits)).all():
+        raise NonFiniteLogits("the logits after the prompt are not finite", output.result([], state, first))
+    output.append(first[:, None], np.ones((len(ids), 1), bool))
+
+    pending, calls = jnp.asarray(first), []
+    stops = jnp.asarray(stops, jnp.int32)
+    remaining = jnp.where(jnp.isin(pending, stops), 0, max_new_tokens - 1)
+    done = 1
+    while bool((remaining > 0).any()):
+        state, out = _decode(
+            model.params,
+            model.config,
+            config,
+            state,
+            pending,
+            steps_per_call,
+            sampling,
+            keys,
+            stops,
+            remaining,
+        )
+        pending, remaining = out.pending, out.remaining
+        emitted, finite = np.asarray(out.emitted), np.asarray(out.finite)
+        calls.append(out.metrics)
+        if not finite.all():
+            sequence, step = np.argwhere(~finite)[0]
+            raise NonFiniteLogits(
+                f"the logits of sequence {sequence} are not finite at new token {done + step}",
+                output.result(calls, state, np.asarray(pending)),
+            )
+        output.append(np.asarray(out.tokens), emitted)
+        done += steps_per_call
+        if progress:
+            progress("decode", min(done, max_new_tokens), max_new_tokens)
+    output.flush()
+    return output.result(calls, state, np.asarray(pending))
+
+
+def _turn_ids(
+    model: Model, prompts: Sequence[str | Sequence[int]], previous: Generation | None
+) -> list[np.ndarray]:
+    """Token ids to append per sequence; a later turn begins with the token that is still pending."""
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list; put a single prompt in brackets")
+    if not len(prompts):
+        raise ValueError("prompts are empty; give at least one")
+    ids = [prompt_ids(model, prompt, index, previous is None) for index, prompt in enumerate(prompts)]
+    if previous is None:
+        return ids
+    if len(ids) != len(previous.pending):
+        raise ValueError(
+            f"{len(ids)} prompts cannot continue {len(previous.pending)} sequences; give one for each"
+        )
+    if previous.state.length.is_deleted():
+        raise ValueError("previous was continued before, which consumed its state; continue the later result")
+    return [np.concatenate([[token], row]) for token, row in zip(previous.pending, ids, strict=True)]
+
+
+def _stop_tokens(model: Model, stop_tokens: Sequence[int] | None) -> list[int]:
+    """The given stop tokens, or the tokenizer's."""
+    if stop_tokens is None:
+        return list(model.tokenizer.stop_ids) if model.tokenizer else []
+    for token in stop_tokens:
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(
+                f"stop token {token} lies outside the vocabulary (0..{model.config.vocab_size - 1})"
+            )
+    return list(stop_tokens)
+
+
+def run_prefill(
+    model: Model,
+    config: DecodeConfig,
+    state: DecodeState,
+    ids: Sequence[np.ndarray],
+    progress: Progress | None = None,
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """Append the ids by one compiled call per chunk; returns the state and the logits after them."""
+    lengths = np.array([len(row) for row in ids])
+    total, chunk = int(lengths.max()), config.prefill_chunk
+    padded = np.zeros((len(ids), -(-total // chunk) * chunk), np.int32)
+    for row, values in zip(padded, ids, strict=True):
+        row[: len(values)] = values
+    logits: Float[Array, "B V"] = jnp.zeros((len(ids), model.config.vocab_size))
+    for begin in range(0, total, chunk):
+        counts: Int[np.ndarray, " B"] = np.clip(lengths - begin, 0, chunk).astype(np.int32)
+        tokens = padded[:, begin : begin + chunk]
+        state, fresh = _extend(model.params, model.config, config, state, tokens, counts)
+        logits = jnp.where((counts > 0)[:, None], fresh, logits)
+        if progress:
+            progress("prefill", min(begin + chunk, total), total)
+    return state, logits
+
+
+class _Output:
+    """Collects tokens per sequence and turns them into text as they come."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        batch: int,
+        stops: set[int],
+        stream: Callable[[int, str], None] | None,
+    ):
+        self.tokenizer, self.stops, self.stream = tokenizer, stops, stream
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.streamed = [""] * batch
+
+    def append(self, tokens: Int[np.ndarray, "B steps"], emitted: np.ndarray) -> None:
+        """Add the emitted tokens of one call."""
+        for row, chosen, mask in zip(self.tokens, tokens, emitted, strict=True):
+            row.extend(int(token) for token in chosen[mask])
+        for index in range(len(self.tokens)):
+            # An unfinished character decodes to U+FFFD; hold it back until it is whole.
+            self._stream(index, self.text(index).rstrip("\ufffd"))
+
+    def flush(self) -> None:
+        """Stream what was held back."""
+        for index in range(len(self.tokens)):
+            self._stream(index, self.text(index))
+
+    def _stream(self, index: int, text: str) -> None:
+        if self.stream and len(text) > len(self.streamed[index]):
+            self.stream(index, text[len(self.streamed[index]) :])
+            self.streamed[index] = text
+
+    def finished(self, index: int) -> bool:
+        return bool(self.tokens[index]) and self.tokens[index][-1] in self.stops
+
+    def text(self, index: int) -> str:
+        if self.tokenizer is None:
+            return ""
+        tokens = self.tokens[index]
+        return self.tokenizer.decode(tokens[:-1] if self.finished(index) else tokens)
+
+    def result(self, calls: list, state: DecodeState, pending: np.ndarray) -> Generation:
+        batch = range(len(self.tokens))
+        return Generation(
+            texts=[self.text(index) for index in batch],
+            tokens=self.tokens,
+            finished=[self.finished(index) for index in batch],
+            metrics=Metrics.gather(calls) if calls else None,
+            state=state,
+            pending=pending,
+        )

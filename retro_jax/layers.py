@@ -1,0 +1,162 @@
+"""One layer of a decode step: dense for the newest token, or retrospective for the whole window."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from models import transformer
+from models.config import ModelConfig
+from models.transformer import LayerParams
+from pallas_kernels import dense_attention, retro_attention, update_pages
+from retro_jax.config import DecodeConfig
+from retro_jax.state import DecodeState, LayerState, OutputCache
+
+
+@flax.struct.dataclass
+class Slots:
+    """The window of one step.
+
+    Attributes:
+      start: position of the oldest slot; negative where the sequence is shorter than the window.
+      valid: slots that hold a decoded token of an active sequence.
+      budgets: pages that each sequence may load in a sparse layer; 0 if it is not active.
+    """
+
+    start: Int[Array, " B"]
+    valid: Bool[Array, "B W"]
+    budgets: Int[Array, " B"]
+
+    @property
+    def positions(self) -> Int[Array, "B W"]:
+        """Each slot's position, -1 where it is not valid."""
+        return jnp.where(self.valid, self.start[:, None] + jnp.arange(self.valid.shape[1]), -1)
+
+    @property
+    def newest(self) -> Bool[Array, "B W"]:
+        """`valid` for the newest slot only."""
+        return self.valid & (jnp.arange(self.valid.shape[1]) == self.valid.shape[1] - 1)
+
+
+def window_slots(config: DecodeConfig, state: DecodeState, active: Bool[Array, " B"]) -> Slots:
+    """The window of the step that decodes the token at position `state.length`."""
+    W = config.slots
+    age = jnp.arange(W - 1, -1, -1)
+    return Slots(
+        start=state.length - (W - 1),
+        valid=(age <= state.decoded[:, None]) & active[:, None],
+        budgets=jnp.where(active, config.budget_pages(state.length + 1), 0),
+    )
+
+
+def dense_layer(
+    layer: LayerParams,
+    model: ModelConfig,
+    config: DecodeConfig,
+    cache: LayerState,
+    x: Float[Array, "B T M"],
+    start: Int[Array, " B"],
+    valid: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T M"], LayerState]:
+    """A layer with full attention for T consecutive tokens from position `start` on.
+
+    Writes keys and values of the valid ones. In a sparse layer, which prefill runs densely, page statistics
+    follow.
+    """
+    positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
+    q, k, v = transformer.qkv(layer, model, x, positions)
+    pages, statistics = update_pages(
+        cache.pages,
+        cache.statistics,
+        k,
+        v,
+        start,
+        valid,
+        kind=config.statistics,
+        implementation=config.implementation,
+    )
+    o = dense_attention(q, pages, positions, implementation=config.implementation)
+    x = transformer.attention_output(layer, x, o)
+    return transformer.mlp(layer, model, x), cache.replace(pages=pages, statistics=statistics)
+
+
+@jax.named_scope("retro_layer")
+def retro_layer(
+    layer: LayerParams,
+    model: ModelConfig,
+    config: DecodeConfig,
+    cache: LayerState,
+    x: Float[Array, "B W M"],
+    slots: Slots,
+    write: Bool[Array, "B W"],
+) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, "B W"]]:
+    """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
+
+    Args:
+      layer: weights.
+      model: sizes.
+      config: method and budget.
+      cache: this layer's state.
+      x: hidden states of all slots as the layer below now sees them.
+      slots: positions, validity and budgets.
+      write: slots whose keys and values are written, over stale ones where there are any.
+
+    Returns:
+      The corrected hidden states, the new state, and how many pages each slot newly attended to (mean over
+      KV heads).
+    """
+    positions = slots.positions
+    q, k, v = transformer.qkv(layer, model, x, positions)
+
+    # Overwrite the stale keys and values of past queries; append the newest.
+    pages, statistics = update_pages(
+        cache.pages,
+        cache.statistics,
+        k,
+        v,
+        slots.start,
+        write,
+        kind=config.statistics,
+        implementation=config.implementation,
+    )
+    cache = cache.replace(pages=pages, statistics=statistics)
+
+    # Select pages for the newest query; one load of them serves the window.
+    page_ids, counts = config.attention.select(config, cache, q[:, -1], positions[:, -1], slots.budgets)
+    attended = newly_attended(page_ids, counts, cache.last_loaded, positions, config.page_size)
+    o, lse, last_loaded = retro_attention(
+        q,
+        pages,
+        page_ids,
+        counts,
+        cache.last_loaded,
+        positions,
+        cache.outputs.o,
+        cache.outputs.lse,
+        implementation=config.implementation,
+    )
+
+    # Push the newest onto the output cache, drop the oldest; a sequence that is not active keeps its own.
+    active = slots.valid[:, -1]
+    outputs = OutputCache(
+        o=jnp.where(active[:, None, None, None], o[:, 1:], cache.outputs.o),
+        lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
+    )
+    x = transformer.attention_output(layer, x, o)
+    x = transformer.mlp(layer, model, x)
+    return x, cache.replace(last_loaded=last_loaded, outputs=outputs), attended
+
+
+def newly_attended(
+    page_ids: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    last_loaded: Int[Array, "B K P"],
+    positions: Int[Array, "B W"],
+    page_size: int,
+) -> Float[Array, "B W"]:
+    """How many of the selected pages each slot had not attended to before, the mean over KV heads."""
+    slot = positions[:, None, :, None]  # [B, 1, W, 1]
+    selected = (jnp.arange(page_ids.shape[-1]) < counts[..., None])[:, :, None]
+    visible = jnp.take_along_axis(last_loaded, page_ids, axis=2)[:, :, None] < slot
+    begun = page_ids[:, :, None] * page_size <= slot
+    return jnp.mean(jnp.sum(selected & visible & begun, axis=-1), axis=1, dtype=jnp.float32)

@@ -1,0 +1,5 @@
+"""Full attention: every page, in every layer."""
+
+from retro_jax.methods.base import Method
+
+FULL = Method(name="full", select=None)

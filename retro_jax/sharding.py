@@ -1,0 +1,86 @@
+"""Several devices: the batch over the mesh axis `data`, KV heads over the axis `model`.
+
+Arguments placed by these functions make `jax.jit` compile the pure functions for the whole mesh. A KV head,
+its pages, its page selection and its query heads stay on one device; the only communication is the sum of
+the output projections, as in any tensor-parallel transformer.
+"""
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.config import ModelConfig
+from models.transformer import Params
+from retro_jax.state import DecodeState
+
+_COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
+_ROWS = {"wo", "w_down"}
+_CHANNELS = {"bq", "bk", "bv"}
+_STATE = {
+    "pages": P("data", "model"),
+    "statistics": P("data", "model"),
+    "last_loaded": P("data", "model"),
+    "o": P("data", None, "model"),
+    "lse": P("data", None, "model"),
+}
+
+
+def _name(path: tuple) -> str:
+    return path[-1].name
+
+
+def _params_spec(path: tuple) -> P:
+    name = _name(path)
+    if name in _COLUMNS:
+        return P(None, "model")
+    if name in _ROWS:
+        return P("model", None)
+    return P("model") if name in _CHANNELS else P()
+
+
+def check_mesh(model: ModelConfig, mesh: Mesh, batch: int) -> None:
+    """Raises ValueError if the mesh lacks an axis, or does not divide the batch, heads or widths."""
+    for axis in ("data", "model"):
+        if axis not in mesh.shape:
+            raise ValueError(f"the mesh has axes {tuple(mesh.shape)}; it needs 'data' and 'model'")
+    sizes = {
+        "batch": (batch, "data"),
+        "num_kv_heads": (model.num_kv_heads, "model"),
+        "hidden_width": (model.hidden_width, "model"),
+    }
+    for name, (size, axis) in sizes.items():
+        if size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name} {size} does not divide over {mesh.shape[axis]} devices of mesh axis {axis!r}; "
+                "use another mesh"
+            )
+
+
+def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
+    """Weights placed on the mesh: heads and hidden channels over `model`, the rest on every device.
+
+    Raises:
+      ValueError: see `check_mesh`.
+    """
+    check_mesh(model, mesh, mesh.shape.get("data", 1))
+    if params.head is not None and model.vocab_size % mesh.shape["model"]:
+        raise ValueError(
+            f"vocab_size {model.vocab_size} does not divide over {mesh.shape['model']} devices of mesh axis "
+            "'model'; use another mesh"
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, _params_spec(path))), params
+    )
+
+
+def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeState:
+    """A decode state placed on the mesh: sequences over `data`, KV heads over `model`.
+
+    Raises:
+      ValueError: see `check_mesh`.
+    """
+    check_mesh(model, mesh, state.length.shape[0])
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, _STATE.get(_name(path), P("data")))),
+        state,
+    )

@@ -1,0 +1,131 @@
+"""Everything that decoding carries from step to step, as one pytree."""
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models.config import ModelConfig
+from pallas_kernels import STATISTICS
+from retro_jax.config import DecodeConfig
+
+
+@flax.struct.dataclass
+class OutputCache:
+    """Attention outputs of the last W-1 decoded tokens in one sparse layer, oldest first.
+
+    Attributes:
+      o: outputs over all pages that the query has attended to so far, float32.
+      lse: their log-sum-exp.
+    """
+
+    o: Float[Array, "B older N D"]
+    lse: Float[Array, "B older N"]
+
+
+@flax.struct.dataclass
+class LayerState:
+    """The cache of one layer; only `pages` in a dense layer.
+
+    Attributes:
+      pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning.
+      statistics: per page, of the kind that the configuration names.
+      last_loaded: the position whose step loaded the page last, -1 if none did.
+      outputs: the output cache.
+    """
+
+    pages: Float[Array, "B K P 2 S D"]
+    statistics: Float[Array, "B K P Z D"] | None = None
+    last_loaded: Int[Array, "B K P"] | None = None
+    outputs: OutputCache | None = None
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """What the latest decode step did, per sequence; zeros for a sequence that was not active.
+
+    Attributes:
+      pages_attended: pages that the query of age a (0 is the newest) newly attended to, the mean over
+        sparse layers and KV heads.
+      pages_loaded: pages loaded, likewise.
+      kv_bytes: bytes of keys, values and page statistics read, summed over all layers and KV heads.
+    """
+
+    pages_attended: Float[Array, "B W"]
+    pages_loaded: Float[Array, " B"]
+    kv_bytes: Float[Array, " B"]
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """The state of a batch of sequences.
+
+    Attributes:
+      length: tokens in the cache; also the position of the next token.
+      decoded: tokens decoded since the last prompt, at most W-1: how many older slots of the window are
+        valid. Prompt tokens had full attention and never enter the window.
+      hidden: hidden states of the last W-1 tokens as the dense layers left them, oldest first.
+      layers: the cache, one entry per layer.
+      metrics: what the latest step did.
+    """
+
+    length: Int[Array, " B"]
+    decoded: Int[Array, " B"]
+    hidden: Float[Array, "B older M"]
+    layers: tuple[LayerState, ...]
+    metrics: StepMetrics
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per sequence that the pages hold."""
+        pages, _, page_size = self.layers[0].pages.shape[2:5]
+        return pages * page_size
+
+
+def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> DecodeState:
+    """An empty state.
+
+    Args:
+      model: the model that will decode.
+      config: how.
+      batch: B, sequences.
+      capacity: tokens per sequence that the cache must hold; rounded up to whole pages.
+
+    Raises:
+      ValueError: the batch is empty, or the capacity is not within 1..`model.max_positions`.
+    """
+    if batch < 1:
+        raise ValueError(f"batch {batch} is below 1")
+    if not 1 <= capacity <= model.max_positions:
+        raise ValueError(
+            f"capacity {capacity} is not within 1..{model.max_positions}, the positions of {model.name}; "
+            "shorten the prompt or generate fewer tokens"
+        )
+    B, K, N, D = batch, model.num_kv_heads, model.num_heads, model.head_dim
+    W, P = config.slots, config.num_pages(capacity)
+
+    def layer(dense: bool) -> LayerState:
+        pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
+        if dense:
+            return LayerState(pages)
+        return LayerState(
+            pages=pages,
+            statistics=jnp.zeros((B, K, P, STATISTICS[config.statistics].vectors, D), model.dtype),
+            last_loaded=jnp.full((B, K, P), -1, jnp.int32),
+            outputs=OutputCache(
+                o=jnp.zeros((B, W - 1, N, D), jnp.float32),
+                lse=jnp.full((B, W - 1, N), -jnp.inf, jnp.float32),
+            ),
+        )
+
+    dense = config.num_dense_layers(model)
+    return DecodeState(
+        length=jnp.zeros(B, jnp.int32),
+        decoded=jnp.zeros(B, jnp.int32),
+        hidden=jnp.zeros((B, W - 1, model.width), model.dtype),
+        layers=tuple(layer(index < dense) for index in range(model.num_layers)),
+        metrics=StepMetrics(
+            pages_attended=jnp.zeros((B, W), jnp.float32),
+            pages_loaded=jnp.zeros(B, jnp.float32),
+            kv_bytes=jnp.zeros(B, jnp.float32),
+        ),
+    )

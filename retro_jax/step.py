@@ -1,0 +1,93 @@
+"""One decode step: the newest token in, logits of the next one out, past tokens revised on the way."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from models import transformer
+from models.config import ModelConfig
+from models.transformer import Params
+from pallas_kernels import STATISTICS
+from retro_jax.config import DecodeConfig
+from retro_jax.layers import dense_layer, retro_layer, window_slots
+from retro_jax.state import DecodeState, StepMetrics
+
+
+def decode_step(
+    params: Params,
+    model: ModelConfig,
+    config: DecodeConfig,
+    state: DecodeState,
+    tokens: Int[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """Decode one token per sequence.
+
+    The dense layers run for the newest token only; every layer above takes the hidden states of the whole
+    window, so that a corrected attention output below overwrites the keys and values above it.
+
+    Args:
+      params: weights.
+      model: the model's configuration; static.
+      config: how to decode; static.
+      state: donate it, so that the cache is updated in place.
+      tokens: the newest token ids, at position `state.length`. The cache must have room for them
+        (`state.length < state.capacity`), which cannot be checked here: length is a run-time value.
+      active: sequences to decode; the others keep their state. None: all.
+
+    Returns:
+      The new state and float32 logits of the token after the newest; without meaning for a sequence that
+      is not active.
+    """
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    slots = window_slots(config, state, active)
+    dense = config.num_dense_layers(model)
+
+    x = transformer.embed(params, tokens[:, None])
+    layers = []
+    for layer, cache in zip(params.layers[:dense], state.layers[:dense], strict=True):
+        x, cache = dense_layer(layer, model, config, cache, x, state.length, active[:, None])
+        layers.append(cache)
+
+    x = jnp.concatenate([state.hidden, x], axis=1)
+    hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
+    attended = [jnp.zeros(slots.valid.shape)]
+    for index, (layer, cache) in enumerate(zip(params.layers[dense:], state.layers[dense:], strict=True)):
+        # In the first sparse layer only the newest token's keys and values are new.
+        write = slots.valid if config.overwrite and index > 0 else slots.newest
+        x, cache, pages = retro_layer(layer, model, config, cache, x, slots, write)
+        layers.append(cache)
+        attended.append(pages)
+
+    state = DecodeState(
+        length=state.length + active,
+        decoded=jnp.minimum(state.decoded + active, config.slots - 1),
+        hidden=hidden,
+        layers=tuple(layers),
+        metrics=_metrics(model, config, state, active, attended),
+    )
+    return state, transformer.logits(params, model, x[:, -1:])[:, 0]
+
+
+def _metrics(
+    model: ModelConfig,
+    config: DecodeConfig,
+    state: DecodeState,
+    active: Bool[Array, " B"],
+    attended: list[Float[Array, "B W"]],
+) -> StepMetrics:
+    """What this step attended to, loaded and read; see `StepMetrics`."""
+    dense = config.num_dense_layers(model)
+    sparse = model.num_layers - dense
+    by_age = jnp.flip(sum(attended), axis=1) / max(sparse, 1)
+    loaded = by_age[:, 0]  # the newest attends to every page that is loaded
+
+    context = jnp.where(active, state.length + 1, 0)
+    scored = -(-context // config.page_size)
+    vector = model.head_dim * jnp.dtype(model.dtype).itemsize * model.num_kv_heads
+    vectors = dense * 2 * context + sparse * (
+        2 * config.page_size * loaded + STATISTICS[config.statistics].vectors * scored
+    )
+    return StepMetrics(
+        pages_attended=by_age, pages_loaded=loaded, kv_bytes=vectors.astype(jnp.float32) * vector
+    )
