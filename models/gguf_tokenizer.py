@@ -101,8 +101,8 @@ def _token(metadata: Mapping[str, Any], key: str, tokens: list[str]) -> str | No
 def _byte_level_bpe(tokens: list[str], merges: list[str], pre: str, source: str) -> Backend:
     if pre not in PRE_TOKENIZERS:
         raise ValueError(
-            f"{source} needs the pre-tokenizer {pre!r}, supported are {', '.join(PRE_TOKENIZERS)}; use the model's "
-            "Hugging Face folder, which has tokenizer.json"
+            f"{source} needs the pre-tokenizer {pre!r}, supported are "
+            f"{', '.join(PRE_TOKENIZERS)}; use the model's Hugging Face folder, which has tokenizer.json"
         )
     backend = Backend(
         models.BPE(

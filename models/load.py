@@ -1,11 +1,13 @@
 """One door for every model source."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
 
 from models.gguf import load_gguf
+from models.huggingface import download, load_folder
 from models.model import Model
 from models.presets import SIZES, WHEELS
 from models.transformer import random_params
@@ -43,6 +45,10 @@ def load_model(
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return load_gguf(path, dtype, progress)
+    if path.is_dir():
+        return load_folder(path, dtype, progress)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return load_folder(download(name, revision), dtype, progress, name)
     raise ValueError(_unknown(name))
 
 
