@@ -25,17 +25,17 @@ class LayerParams:
     """Weights of one layer; biases and q/k norms are None where the family has none."""
 
     attn_norm: Float[Array, " M"]
-    wq: Float[Array, "M N*D"]
-    wk: Float[Array, "M K*D"]
-    wv: Float[Array, "M K*D"]
-    wo: Float[Array, "N*D M"]
+    wq: Float[Array, "M ND"]
+    wk: Float[Array, "M KD"]
+    wv: Float[Array, "M KD"]
+    wo: Float[Array, "ND M"]
     mlp_norm: Float[Array, " M"]
     w_gate: Float[Array, "M F"]
     w_up: Float[Array, "M F"]
     w_down: Float[Array, "F M"]
-    bq: Float[Array, " N*D"] | None = None
-    bk: Float[Array, " K*D"] | None = None
-    bv: Float[Array, " K*D"] | None = None
+    bq: Float[Array, " ND"] | None = None
+    bk: Float[Array, " KD"] | None = None
+    bv: Float[Array, " KD"] | None = None
     q_norm: Float[Array, " D"] | None = None
     k_norm: Float[Array, " D"] | None = None
 
