@@ -1,14 +1,16 @@
 """From named tensors of a checkpoint to `Params`: all names and shapes are checked, then each is read."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from models.config import ModelConfig
-from models.transformer import Params, random_params
+from models.transformer import LayerParams, Params, random_params
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); stage is "download" (bytes) or "load" (tensors)."""
@@ -42,13 +44,11 @@ def load_params(
     Raises:
         ValueError: naming every missing, unexpected and misshapen tensor at once.
     """
-    template = jax.eval_shape(lambda: random_params(config, jax.random.key(0)))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    names = [_checkpoint_name(table, path) for path in paths]
+    targets = jax.eval_shape(lambda: _by_path(random_params(config, jax.random.key(0))))
+    names = {path: _checkpoint_name(table, path) for path in targets}
     wanted = {
-        name: leaf.shape if path == "embed" else leaf.shape[::-1]
-        for name, path, (_, leaf) in zip(names, paths, leaves, strict=True)
+        names[path]: target.shape if path == "embed" else target.shape[::-1]
+        for path, target in targets.items()
     }
     problems = [*problems, *_mismatches(wanted, shapes, lost)]
     if problems:
@@ -56,13 +56,27 @@ def load_params(
             f"{source} does not match the configuration of {config.name}, {len(problems)} problems:\n  "
             + "\n  ".join(problems)
         )
-    arrays = []
-    for done, (name, path) in enumerate(zip(names, paths, strict=True), start=1):
+    arrays = {}
+    for path, name in names.items():
         stored = jnp.array(read(name))
-        arrays.append((stored if path == "embed" else stored.T).astype(config.dtype))
+        arrays[path] = (stored if path == "embed" else stored.T).astype(config.dtype)
         if progress:
-            progress("load", done, len(names))
-    return structure.unflatten(arrays)
+            progress("load", len(arrays), len(names))
+    fields = [field.name for field in dataclasses.fields(LayerParams)]
+    return Params(
+        embed=arrays["embed"],
+        layers=tuple(
+            LayerParams(**{field: arrays.get(f"layers.{layer}.{field}") for field in fields})
+            for layer in range(config.num_layers)
+        ),
+        final_norm=arrays["final_norm"],
+        head=arrays.get("head"),
+    )
+
+
+def _by_path(params: Params) -> dict[str, Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _checkpoint_name(table: Mapping[str, str], path: str) -> str:

@@ -1,0 +1,1 @@
+"""Mirrors the packages: tests of `X` are in `tests.X`."""

@@ -1,0 +1,1 @@
+"""Parity with Hugging Face transformers, loading, tokenizers, and what bad input gives."""

@@ -1,0 +1,323 @@
+"""Makes the tiny models under golden/ and Hugging Face transformers' float32 logits for them.
+
+Run from the repository root as `python -m tests.models.make_golden`. These were made with torch 2.13,
+transformers 5.23, gguf 0.19 and sentencepiece 0.2.3.
+"""
+
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import sentencepiece
+import tokenizers
+import torch
+from tokenizers import decoders, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tests.models.reference_bpe import encode_with_special
+
+GOLDEN = Path(__file__).parent / "golden"
+TEXT = (GOLDEN / "middlemarch.txt").read_text()
+SAMPLES = [
+    "Hello world, it's 2024! They've 1234567 tokens; I'll go.",
+    "  two  spaces   three\n\n\nnewlines\r\n\ttabs \t mixed   ",
+    "naïve café Ünïcödé Привет мир 你好世界 こんにちは ½ ² Ⅷ ٣٤",
+    "emoji 😀👍🏽 and math ∑∫√ € £ “quotes” — dash…",
+    "def f(x):\n    return x**2  # comment\n",
+    "<|im_start|>user\nWhat's 12 + 345?<|im_end|>\n<|im_start|>assistant\n",
+    "e\u0301 is not é; DON'T SHOUT'S",
+    "",
+    " ",
+]
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Why is 7 > 6?"},
+    {"role": "assistant", "content": "It is."},
+    {"role": "user", "content": 'Say "so" & <stop>.'},
+]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "    {% if message.role not in ['system', 'user', 'assistant'] %}\n"
+    "        {{ raise_exception('unknown role ' + message.role) }}\n    {% endif %}\n"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content | trim + '<|im_end|>\n' }}\n"
+    "{% endfor %}\n{{ {'n': messages | length, 'text': messages[-1].content} | tojson }}\n"
+    "{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}"
+)
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+UNTIED = {"tie_word_embeddings": False}
+TIED = {"tie_word_embeddings": True}
+
+
+def families() -> dict:
+    """Configuration by folder; names say what each is there for."""
+    return {
+        "llama2": LlamaConfig(**SIZES | UNTIED | {"num_key_value_heads": 4}),
+        "llama3.1-sharded": LlamaConfig(
+            **SIZES | UNTIED | {"vocab_size": 384, "rope_parameters": LLAMA3_ROPE, "head_dim": 16}
+        ),
+        "llama-tied-linear": LlamaConfig(
+            **SIZES | TIED, rope_parameters={"rope_type": "linear", "rope_theta": 100_000.0, "factor": 2.0}
+        ),
+        "mistral": MistralConfig(**SIZES | UNTIED, head_dim=8, sliding_window=None),
+        "qwen2": Qwen2Config(**SIZES | TIED),
+        "qwen2.5-yarn": Qwen2Config(**SIZES | UNTIED, rope_parameters=YARN_ROPE),
+        "qwen3": Qwen3Config(**SIZES | UNTIED, head_dim=16),
+    }
+
+
+def random_model(config, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """A model whose norms and biases are random, too, so that leaving one out shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(0, weight.shape[1] ** -0.5)
+            else:
+                weight.normal_(float(name.endswith("norm.weight")), 0.3)
+            weight.copy_(weight.to(dtype).float())
+    return model
+
+
+def logits_of(model, vocab_size: int) -> dict[str, np.ndarray]:
+    tokens = torch.randint(vocab_size, (1, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return {"tokens": tokens.numpy().astype(np.int32), "logits": model(tokens).logits.numpy()}
+
+
+def make_family(name: str, config) -> None:
+    folder = GOLDEN / name
+    shutil.rmtree(folder, ignore_errors=True)
+    dtype = {"llama3.1-sharded": torch.bfloat16, "mistral": torch.float16}.get(name, torch.float32)
+    model = random_model(config, dtype=dtype)
+    model.to(dtype).save_pretrained(folder, max_shard_size="40KB" if "sharded" in name else "1GB")
+    if name == "llama-tied-linear":
+        write_old_style(folder / "config.json")
+    if name == "llama3.1-sharded":
+        make_tokenizer(folder)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    np.savez_compressed(folder / "golden.npz", **logits_of(reloaded.eval(), config.vocab_size))
+
+
+def write_old_style(path: Path) -> None:
+    """Rewrites the rotary keys as transformers 4 wrote them."""
+    raw = json.loads(path.read_text())
+    rope = raw.pop("rope_parameters")
+    raw["torch_dtype"] = raw.pop("dtype")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    raw["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
+    path.write_text(json.dumps(raw, indent=2))
+
+
+def train_bpe(splitter) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    return backend
+
+
+def make_tokenizer(folder: Path) -> None:
+    backend = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(bos_token_id=0, eos_token_id=[2, 5]).save_pretrained(folder)
+    reloaded = AutoTokenizer.from_pretrained(folder)
+    write_samples(
+        folder / "tokens.json",
+        [reloaded(text)["input_ids"] for text in SAMPLES],
+        chat=reloaded.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True),
+    )
+
+
+def write_samples(path: Path, ids: list[list[int]], **more) -> None:
+    record = {"texts": SAMPLES, "ids": ids, "messages": MESSAGES, **more}
+    path.write_text(json.dumps(record, ensure_ascii=False, indent=1))
+
+
+def llama_cpp_rope_factors(rope: dict, head_dim: int) -> np.ndarray:
+    """The divisors llama.cpp's converter stores for Llama 3.1's rotary scaling."""
+    factors, original = [], rope["original_max_position_embeddings"]
+    for channel in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (channel / head_dim)
+        if wavelength < original / rope["high_freq_factor"]:
+            factors.append(1.0)
+        elif wavelength > original / rope["low_freq_factor"]:
+            factors.append(rope["factor"])
+        else:
+            span = rope["high_freq_factor"] - rope["low_freq_factor"]
+            smooth = (original / wavelength - rope["low_freq_factor"]) / span
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's converter: rotary halves to interleaved pairs."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def make_gguf(name: str, config, architecture: str, write_tokenizer) -> None:
+    """Writes a GGUF of a random model, and the logits of the same model with the dequantised weights."""
+    path = GOLDEN / f"{name}.gguf"
+    model = random_model(config)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(name)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    write_tokenizer(writer)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+    kinds = [
+        gguf.GGMLQuantizationType[kind] for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16")
+    ]
+    with torch.no_grad():
+        for count, (weight_name, weight) in enumerate(model.named_parameters()):
+            if config.tie_word_embeddings and weight_name == "lm_head.weight":
+                continue
+            kind = kinds[count % len(kinds)] if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+            values = weight.numpy()
+            permuted = architecture == "llama" and ("q_proj" in weight_name or "k_proj" in weight_name)
+            heads = config.num_attention_heads if "q_proj" in weight_name else config.num_key_value_heads
+            stored = permute(values, heads) if permuted else values
+            data = gguf.quants.quantize(np.ascontiguousarray(stored), kind)
+            writer.add_tensor(names.get_name(weight_name, (".weight", ".bias")), data, raw_dtype=kind)
+            rounded = gguf.quants.dequantize(data, kind).reshape(stored.shape)
+            if permuted:
+                rounded = (
+                    rounded.reshape(heads, -1, 2, rounded.shape[1]).swapaxes(1, 2).reshape(rounded.shape)
+                )
+            weight.copy_(torch.from_numpy(np.ascontiguousarray(rounded)))
+    if config.rope_parameters["rope_type"] == "llama3":
+        head_dim = config.hidden_size // config.num_attention_heads
+        writer.add_tensor("rope_freqs.weight", llama_cpp_rope_factors(config.rope_parameters, head_dim))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    np.savez_compressed(GOLDEN / f"{name}.npz", **logits_of(model, config.vocab_size))
+
+
+def write_sentencepiece(writer: gguf.GGUFWriter) -> None:
+    """A SentencePiece BPE tokenizer, whose samples are encoded by sentencepiece itself."""
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=trained,
+        vocab_size=384,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    pieces = range(processor.get_piece_size())
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([processor.id_to_piece(i) for i in pieces])
+    writer.add_token_scores([processor.get_score(i) for i in pieces])
+    kinds = gguf.TokenType
+    writer.add_token_types(
+        [
+            kinds.UNKNOWN if processor.is_unknown(i)
+            else kinds.CONTROL if processor.is_control(i)
+            else kinds.BYTE if processor.is_byte(i)
+            else kinds.NORMAL
+            for i in pieces
+        ]
+    )  # fmt: skip
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    write_samples(
+        GOLDEN / "gguf-llama.tokens.json",
+        [[1, *processor.encode(text)] for text in SAMPLES],
+        decoded=[processor.decode(processor.encode(text)) for text in SAMPLES],
+    )
+
+
+def write_byte_level(writer: gguf.GGUFWriter) -> None:
+    """A byte-level BPE tokenizer; samples for every pre-tokenizer from the same tables."""
+    backend = train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    saved = json.loads(backend.to_str())["model"]
+    vocab, merges = saved["vocab"], [" ".join(merge) for merge in saved["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(sorted(vocab, key=vocab.get))
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(vocab) - 3))
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
+        # Qwen's tokenizer composes characters first; the samples have one that is not.
+        texts = [text.replace("e\u0301", "é") if pre == "qwen2" else text for text in SAMPLES]
+        write_samples(
+            GOLDEN / f"gguf-{pre}.tokens.json",
+            [encode_with_special(text, SPECIAL, vocab, merges, pre) for text in texts],
+        )
+
+
+def main() -> None:
+    for name, config in families().items():
+        make_family(name, config)
+    llama = LlamaConfig(**SIZES | UNTIED | {"vocab_size": 384, "rope_parameters": LLAMA3_ROPE})
+    make_gguf("gguf-llama", llama, "llama", write_sentencepiece)
+    make_gguf("gguf-qwen2", Qwen2Config(**SIZES | TIED | {"vocab_size": 384}), "qwen2", write_byte_level)
+
+
+if __name__ == "__main__":
+    main()

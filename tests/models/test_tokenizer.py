@@ -1,0 +1,109 @@
+import gguf
+import pytest
+
+import models
+from models.gguf_tokenizer import tokenizer_from_metadata
+from tests.models import golden
+
+SHARDED = golden.FOLDER / "llama3.1-sharded"
+
+
+@pytest.fixture(scope="module")
+def from_folder() -> models.Tokenizer:
+    return models.load_model(str(SHARDED)).tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_level_metadata() -> dict:
+    return {
+        key: field.contents()
+        for key, field in gguf.GGUFReader(golden.FOLDER / "gguf-qwen2.gguf").fields.items()
+    }
+
+
+def test_smollm2_ids(smollm2):
+    samples = golden.token_samples(golden.FOLDER / "smollm2.tokens.json")
+    tokenizer = smollm2.tokenizer
+    assert [tokenizer.encode(text) for text in samples["texts"]] == samples["ids"]
+    assert tokenizer.chat(samples["messages"]) == samples["chat"]
+    expected = golden.smollm2().tokens
+    ids = tokenizer.encode(golden.EXCERPT.read_text())
+    assert ids[: len(expected)] == expected.tolist()
+    assert tokenizer.decode(ids) == golden.EXCERPT.read_text()
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.stop_ids) == (49152, 1, (0, 2))
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_every_pre_tokenizer(byte_level_metadata, pre):
+    tokenizer = tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.pre": pre}, "a file")
+    samples = golden.token_samples(golden.FOLDER / f"gguf-{pre}.tokens.json")
+    assert [tokenizer.encode(text) for text in samples["texts"]] == samples["ids"]
+    assert tokenizer.stop_ids == (0, 2)
+
+
+def test_sentencepiece_with_byte_fallback():
+    tokenizer = models.load_model(str(golden.FOLDER / "gguf-llama.gguf")).tokenizer
+    samples = golden.token_samples(golden.FOLDER / "gguf-llama.tokens.json")
+    ids = [tokenizer.encode(text) for text in samples["texts"]]
+    assert ids == samples["ids"]
+    assert [tokenizer.decode(each) for each in ids] == samples["decoded"]
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (1, (2,))
+
+
+def test_hugging_face_folder(from_folder):
+    samples = golden.token_samples(SHARDED / "tokens.json")
+    assert [from_folder.encode(text) for text in samples["texts"]] == samples["ids"]
+    assert from_folder.chat(samples["messages"]) == samples["chat"]
+    # generation_config.json names 2 and 5, the tokenizer has <|endoftext|> as 0.
+    assert from_folder.stop_ids == (0, 2, 5)
+
+
+def test_begin_of_text_is_never_doubled(from_folder):
+    assert from_folder.encode("so")[0] == from_folder.bos_id
+    assert from_folder.encode("<|endoftext|>so") == from_folder.encode("so")
+    assert from_folder.encode("so", add_bos=False) == from_folder.encode("so")[1:]
+
+
+def test_special_tokens_are_parsed_and_not_decoded(from_folder):
+    ids = from_folder.encode("<|im_start|>so<|im_end|>", add_bos=False)
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert from_folder.decode(ids) == "so"
+
+
+def test_chat_without_a_template_is_an_error(from_folder):
+    bare = models.Tokenizer(from_folder.backend)
+    with pytest.raises(ValueError, match="no chat template"):
+        bare.chat([{"role": "user", "content": "Hello"}])
+
+
+def test_chat_template_may_refuse(from_folder):
+    with pytest.raises(ValueError, match="unknown role pirate"):
+        from_folder.chat([{"role": "pirate", "content": "Ahoy"}])
+
+
+def test_chat_template_is_sandboxed(from_folder):
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(ValueError, match="chat template"):
+        models.Tokenizer(from_folder.backend, chat_template=escape).chat([])
+
+
+def test_unknown_pre_tokenizer_is_an_error(byte_level_metadata):
+    with pytest.raises(ValueError, match=r"'viking'.*smollm.*tokenizer\.json"):
+        tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.pre": "viking"}, "a file")
+
+
+def test_unknown_tokenizer_model_is_an_error(byte_level_metadata):
+    with pytest.raises(ValueError, match=r"type 'bert'; gpt2 and llama"):
+        tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.model": "bert"}, "a file")
+
+
+def test_incomplete_tokenizer_is_an_error(byte_level_metadata):
+    del byte_level_metadata["tokenizer.ggml.merges"]
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.merges.* is missing"):
+        tokenizer_from_metadata(byte_level_metadata, "a file")
+
+
+def test_a_file_without_a_tokenizer_has_none(byte_level_metadata):
+    bare = {key: value for key, value in byte_level_metadata.items() if not key.startswith("tokenizer.")}
+    assert tokenizer_from_metadata(bare, "a file") is None
+    assert models.load_model(str(golden.FOLDER / "qwen3")).tokenizer is None
