@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all the set-up; nothing is installed outside this checkout.
+# The folders below can be set in the environment to share caches between checkouts.
+export UV_CACHE_DIR ?= $(CURDIR)/.cache/uv
+export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.cache/uv-python
+export RETRO_JAX_CACHE ?= $(CURDIR)/.cache/retro-jax
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export UV_PROJECT_ENVIRONMENT := $(CURDIR)/.venv
+export MPLBACKEND := Agg
+
+BOOTSTRAP := .uv-bootstrap
+UV := $(shell command -v uv || echo $(BOOTSTRAP)/bin/uv)
+BIN := .venv/bin
+READY := .venv/.ready
+TEXT := experiments/texts/portrait_of_a_lady.txt
+DEMO_OUT ?= runs/demo
+FLAGS ?=
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)
+	$(BIN)/retro-jax generate smollm2-135m --prompt-file $(TEXT) --prompt-chars 1500 \
+	  --max-new-tokens 128 --method retro --budget-tokens 128
+	$(BIN)/retro-jax compare smollm2-135m --text $(TEXT) --tokens 1536 --prompt-tokens 512 \
+	  --budget-tokens 128 --windows 1 4 --bin-tokens 256 --out $(DEMO_OUT)
+
+test: lint
+	$(BIN)/python -m pytest $(FLAGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .uv-bootstrap .cache .pytest_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml uv.lock .python-version $(UV)
+	"$(UV)" sync --frozen
+	@touch $@
+
+# From another folder, so that a .python-version that pyenv lacks does not stop `python3`: any version will do.
+$(BOOTSTRAP)/bin/uv:
+	cd / && python3 -m venv "$(CURDIR)/$(BOOTSTRAP)"
+	$(BOOTSTRAP)/bin/python -m pip install --quiet uv
