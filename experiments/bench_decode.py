@@ -1,0 +1,291 @@
+"""Speed of decoding: full attention, Quest and RetroAttention, and transformers beside them, in one run.
+
+The contestants take turns, a few steps each, in an order that rotates, so that whatever else the machine does
+meets all of them. Times are wall time of single steps, the token on the host; ratios are medians over rounds.
+"""
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Int
+
+from experiments.flags import Command, ConfigFlags, Hidden, NoPrefix
+from experiments.progress import Progress
+from experiments.provenance import cpus, provenance
+from experiments.results import finite, write_json
+from experiments.tables import markdown
+from experiments.transformers_export import export
+from retro_jax import DecodeConfig, Model, decode_step, extend, init_state
+
+REFERENCE = Path(__file__).with_name("transformers_reference.py")
+WARM_UP_STEPS = 3
+
+
+class Contestant(Protocol):
+    """Something that decodes greedily from a prefilled context."""
+
+    name: str
+
+    def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
+        """Decodes so many steps; returns each one's milliseconds and tokens (one per sequence)."""
+        ...
+
+
+@partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
+def _extend(params, model, config, state, tokens, lengths):
+    state, logits = extend(params, model, config, state, tokens, lengths)
+    return state, jnp.argmax(logits, -1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
+def _step(params, model, config, state, tokens):
+    state, logits = decode_step(params, model, config, state, tokens)
+    return state, jnp.argmax(logits, -1).astype(jnp.int32)
+
+
+class Ours:
+    """One method of this library.
+
+    Args:
+        name: for the table.
+        model: the model.
+        config: how to decode.
+        ids: the context to prefill.
+        capacity: tokens that the cache holds.
+        progress: told about the prefill.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        config: DecodeConfig,
+        ids: Int[np.ndarray, "B T"],
+        capacity: int,
+        progress: Callable[[str, int, int], None],
+    ):
+        self.name, self._model, self._config = name, model, config
+        batch, context = ids.shape
+        state = init_state(model.config, config, batch, capacity)
+        for begin in range(0, context, config.prefill_chunk):
+            chunk = ids[:, begin : begin + config.prefill_chunk]
+            lengths = np.full(batch, chunk.shape[1], np.int32)
+            state, tokens = _extend(model.params, model.config, config, state, chunk, lengths)
+            progress(f"{name}: prefill", begin + chunk.shape[1], context)
+        self._state, self._tokens = state, jax.block_until_ready(tokens)
+
+    def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
+        """As `Contestant`."""
+        milliseconds, tokens = [], []
+        for _ in range(count):
+            start = time.perf_counter()
+            self._state, self._tokens = _step(
+                self._model.params, self._model.config, self._config, self._state, self._tokens
+            )
+            values = np.asarray(self._tokens)
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+            tokens.append(values.tolist())
+        return milliseconds, tokens
+
+
+class Transformers:
+    """Hugging Face transformers on the same weights, in a process of its own.
+
+    Args:
+        python: an interpreter that has torch and transformers.
+        model: exported to a temporary folder.
+        ids: the context to prefill.
+
+    Raises:
+        ValueError: the interpreter does not start, or the model cannot be exported.
+    """
+
+    name = "transformers"
+
+    def __init__(self, python: Path, model: Model, ids: Int[np.ndarray, "B T"]):
+        self._folder = tempfile.TemporaryDirectory(prefix="retro-jax-export-")
+        folder = Path(self._folder.name)
+        export(model, folder)
+        np.save(folder / "ids.npy", ids)
+        arguments = [folder, folder / "ids.npy", cpus(), model.config.dtype]
+        command = [python, REFERENCE, *arguments]
+        self._log = folder / "stderr.txt"
+        try:
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    [str(part) for part in command],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+        except OSError as error:
+            raise ValueError(f"--reference {python} does not run: {error}; name an interpreter") from None
+        self.version = self._answer()["version"]
+
+    def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
+        """As `Contestant`."""
+        self._process.stdin.write(json.dumps({"steps": count}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        return answer["milliseconds"], answer["tokens"]
+
+    def close(self) -> None:
+        """Ends the process and removes the exported weights."""
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            last = self._log.read_text().strip().splitlines()[-1:]
+            raise ValueError(f"the interpreter of --reference failed: {' '.join(last)}")
+        return json.loads(line)
+
+
+@dataclass(frozen=True)
+class BenchConfigFlags(ConfigFlags):
+    """What all contestants share; the hidden fields are what they differ in."""
+
+    method: Hidden[str] = "retro"
+    window: Hidden[int | None] = None
+
+
+@dataclass(kw_only=True)
+class Benchmark:
+    """Which benchmark; the first word after `bench`."""
+
+    what: tyro.conf.Positional[Literal["decode"]]
+    """What to measure."""
+
+
+@dataclass(kw_only=True)
+class Bench(Command, Benchmark):
+    """Measure the speed of decoding: full attention, Quest and RetroAttention, taking turns in one run.
+
+    Greedy, from a context of random tokens. Times are medians of single steps, ratios medians over rounds.
+    """
+
+    context: int = 4096
+    """Tokens in the cache when decoding begins."""
+    batch: int = 1
+    """Sequences that are decoded together."""
+    windows: tuple[int, ...] = (4,)
+    """Window sizes of RetroAttention."""
+    steps: int = 16
+    """Decode steps of one turn."""
+    rounds: int = 6
+    """Turns of each contestant."""
+    reference: Path | None = None
+    """A Python interpreter with torch and transformers, which then decodes the same weights in turn."""
+    seed: int = 0
+    """Of the random context."""
+    out: Path | None = None
+    """JSON file for the results; it must not exist."""
+    config: Annotated[BenchConfigFlags, NoPrefix] = field(default_factory=BenchConfigFlags)
+
+    def run(self) -> None:
+        """Runs all contestants and prints the table."""
+        if min(self.context, self.batch, self.steps, self.rounds) < 1:
+            raise ValueError("--context, --batch, --steps and --rounds must be 1 or more")
+        if self.out is not None and self.out.exists():
+            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
+        configs = {"full": self.config.config(method="full"), "quest": self.config.config(method="quest")}
+        configs |= {f"retro w={w}": self.config.config(method="retro", window=w) for w in self.windows}
+        model = self.load()
+        rng = np.random.default_rng(self.seed)
+        ids = rng.integers(model.config.vocab_size, size=(self.batch, self.context), dtype=np.int32)
+        capacity = self.context + WARM_UP_STEPS + self.rounds * self.steps
+        with Progress() as progress:
+            contestants: list[Contestant] = [
+                Ours(name, model, config, ids, capacity, progress) for name, config in configs.items()
+            ]
+            reference = Transformers(self.reference, model, ids) if self.reference else None
+            if reference:
+                contestants.append(reference)
+            milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
+        if reference:
+            reference.close()
+        values = {
+            "model": self.model,
+            "dtype": model.config.dtype,
+            "context": self.context,
+            "batch": self.batch,
+            "configs": {name: asdict(config) for name, config in configs.items()},
+            "contestants": results(milliseconds),
+            "reference": reference and reference.version,
+            "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
+            "milliseconds": milliseconds,
+            "provenance": provenance(),
+        }
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.out, values)
+        print(json.dumps(finite(values)) if self.json else speed_table(values["contestants"], self.batch))
+
+
+def take_turns(
+    contestants: Sequence[Contestant], rounds: int, steps: int, progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, list[list[float]]], dict[str, list[list[int]]]]:
+    """Warms all contestants up, then lets each take `steps` steps per round; another begins each round.
+
+    Returns:
+        milliseconds per contestant, round and step; tokens per contestant and step, warm-up included.
+    """
+    milliseconds = {contestant.name: [] for contestant in contestants}
+    tokens = {contestant.name: contestant.steps(WARM_UP_STEPS)[1] for contestant in contestants}
+    for number in range(rounds):
+        first = number % len(contestants)
+        for contestant in [*contestants[first:], *contestants[:first]]:
+            times, chosen = contestant.steps(steps)
+            milliseconds[contestant.name].append(times)
+            tokens[contestant.name] += chosen
+        progress("rounds", number + 1, rounds)
+    return milliseconds, tokens
+
+
+def results(milliseconds: dict[str, list[list[float]]]) -> dict[str, dict]:
+    """Returns each contestant's median step, its spread, and its time over every other's."""
+    medians = {name: np.median(np.array(turns), axis=1) for name, turns in milliseconds.items()}
+    return {
+        name: {
+            "ms_per_step": float(np.median(turns)),
+            "ms_10_90": [float(value) for value in np.percentile(turns, (10, 90))],
+            "time_over": {other: float(np.median(medians[name] / medians[other])) for other in milliseconds},
+        }
+        for name, turns in milliseconds.items()
+    }
+
+
+def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
+    """Returns for how many steps from the first on two contestants chose the same tokens."""
+    equal = [a == b for a, b in zip(ours, theirs, strict=True)]
+    return equal.index(False) if False in equal else len(equal)
+
+
+def speed_table(contestants: dict[str, dict], batch: int) -> str:
+    """Returns the results as a Markdown table, with every contestant's time over each other's."""
+    others = list(contestants)
+    header = ["", "ms/step", "10%-90%", "tokens/s", *(f"time / {name}" for name in others)]
+    body = [
+        [
+            name,
+            f"{row['ms_per_step']:.1f}",
+            "{:.1f}-{:.1f}".format(*row["ms_10_90"]),
+            f"{batch * 1e3 / row['ms_per_step']:.1f}",
+            *(f"{row['time_over'][other]:.2f}" for other in others),
+        ]
+        for name, row in contestants.items()
+    ]
+    return markdown(header, body)

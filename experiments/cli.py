@@ -1,0 +1,281 @@
+"""The command line `retro-jax`."""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from experiments import chat
+from experiments.bench_decode import Bench
+from experiments.compare import Texts, compare, configurations, identity, summary
+from experiments.estimates import estimate
+from experiments.flags import (
+    Command,
+    CommonConfigArguments,
+    CommonConfigFlags,
+    ConfigArguments,
+    ConfigFlags,
+    Flag,
+    SamplingArguments,
+    SamplingFlags,
+    TextCommand,
+)
+from experiments.plots import comparison_figure
+from experiments.progress import Progress, Rates
+from experiments.provenance import provenance
+from experiments.results import ResultsFolder, finite, write_bytes, write_json
+from experiments.tables import comparison_report, score_table
+from experiments.text import file_tokens, read_text, read_tokens
+from retro_jax import Generation, Model, generate, score
+
+
+@dataclass(kw_only=True)
+class Generate(Command):
+    """Continue prompts, or chat, with full attention, Quest or RetroAttention.
+
+    The text goes to stdout as it is generated (several prompts: when all are finished), a summary to stderr.
+    """
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; give the flag again for more, which are generated as one batch."""
+    prompt_file: tuple[Path, ...] = ()
+    """UTF-8 text files to continue, as further prompts."""
+    token_ids: Path | None = None
+    """A .npy file of integers as further prompts, shape (tokens,) or (prompts, tokens)."""
+    prompt_chars: int | None = None
+    """Use only so many characters of each prompt file."""
+    chat: Flag[bool] = False
+    """Treat each prompt as a user's message, by the model's chat template; without any prompt, talk."""
+    max_new_tokens: int = 256
+    """Tokens to generate for each prompt, or in each reply."""
+    capacity: int | None = None
+    """Tokens that the cache holds; None: what is needed, or up to 4096 to talk."""
+    sampling: SamplingArguments = field(default_factory=SamplingFlags)
+    config: ConfigArguments = field(default_factory=ConfigFlags)
+
+    def run(self) -> None:
+        """Generates, once or turn by turn."""
+        config, sampling = self.config.config(), self.sampling.sampling()
+        prompts = [*self.prompt, *(read_text(path, chars=self.prompt_chars) for path in self.prompt_file)]
+        if self.token_ids:
+            prompts += list(file_tokens(self.token_ids, None))
+        if not prompts and not self.chat:
+            raise ValueError(
+                "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy "
+                "or --chat"
+            )
+        model = self.load()
+        if self.chat and model.tokenizer is None:
+            raise ValueError(f"{model.config.name} has no tokenizer, so it cannot chat; use another model")
+        if not prompts:
+            self._talk(model)
+            return
+        if self.chat:
+            prompts = [chat.first_turn(model.tokenizer, prompt) for prompt in prompts]
+        streamed = len(prompts) == 1 and model.tokenizer is not None and not self.json
+        result, rates = self._generate(model, prompts, capacity=self.capacity, streamed=streamed)
+        if self.json:
+            values = {
+                "model": self.model,
+                "config": asdict(config),
+                "sampling": asdict(sampling),
+                "texts": result.texts,
+                "tokens": result.tokens,
+                "finished": result.finished,
+                "metrics": result.metrics.summary() if result.metrics else None,
+                "seconds": rates.seconds,
+                "steps_per_second": rates.per_second("decode"),
+                "provenance": provenance(),
+            }
+            print_json(values)
+        elif not streamed:
+            for number, (text, tokens) in enumerate(zip(result.texts, result.tokens, strict=True), 1):
+                print(f"--- {number} ---\n{text if model.tokenizer else ' '.join(map(str, tokens))}")
+
+    def _generate(
+        self,
+        model: Model,
+        prompts: list,
+        capacity: int | None,
+        streamed: bool,
+        previous: Generation | None = None,
+    ) -> tuple[Generation, Rates]:
+        hidden = ("decode",) if streamed and sys.stdout.isatty() else ()
+        with Progress(hidden=hidden) as show:
+            rates = Rates(show)
+            result = generate(
+                model,
+                prompts,
+                self.config.config(),
+                self.max_new_tokens,
+                sampling=self.sampling.sampling(),
+                capacity=capacity,
+                stream=(lambda index, piece: print(piece, end="", flush=True)) if streamed else None,
+                progress=rates,
+                previous=previous,
+            )
+        if streamed:
+            print(flush=True)
+        print(_summary(result, rates), file=sys.stderr)
+        return result, rates
+
+    def _talk(self, model: Model) -> None:
+        """Reads messages from stdin until it ends, all turns on one cache."""
+        if self.json:
+            raise ValueError("--json cannot be used to talk; pass --prompt with --chat")
+        capacity = self.capacity or min(4096, model.config.max_positions)
+        result = None
+        print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
+        while message := _read_message():
+            prompt = (
+                chat.first_turn(model.tokenizer, message)
+                if result is None
+                else chat.next_turn(model.tokenizer, message, int(result.pending[0]))
+            )
+            result, _ = self._generate(model, [prompt], capacity, streamed=True, previous=result)
+
+
+@dataclass(kw_only=True)
+class Score(TextCommand):
+    """Measure how likely a model finds a text when one method decodes along it.
+
+    Prints mean negative log-likelihood (nats per token), perplexity, and both by position.
+    """
+
+    config: ConfigArguments = field(default_factory=ConfigFlags)
+
+    def run(self) -> None:
+        """Scores the texts as one batch."""
+        config = self.config.config()
+        model = self.load()
+        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
+        texts = Texts(names, ids, self.prompt_tokens)
+        with Progress() as show:
+            rates = Rates(show)
+            result = score(model, texts.ids, config, prompt_tokens=texts.prompt_tokens, progress=rates)
+        mean = estimate(result.nll)
+        if self.json:
+            values = {
+                "model": self.model,
+                "config": asdict(config),
+                "tokens": ids.shape[1],
+                "prompt_tokens": texts.prompt_tokens,
+                "nll": asdict(mean),
+                "perplexity": float(np.exp(mean.mean)),
+                "texts": {name: float(row.mean()) for name, row in zip(names, result.nll, strict=True)},
+                "metrics": result.metrics.summary() if result.metrics else None,
+                "seconds": rates.seconds,
+                "provenance": provenance(),
+            }
+            print_json(values)
+        else:
+            print(score_table(result.nll, texts.prompt_tokens, names, self.bin_tokens))
+
+
+@dataclass(kw_only=True)
+class Compare(TextCommand):
+    """Run full attention, Quest and RetroAttention over the same text, and show what the sparse ones lose.
+
+    Writes a table, JSON and a picture, and each run's value for every token. Each run is saved when it is
+    finished: the same command continues where it was stopped, and more windows or sink pages add rows.
+    """
+
+    windows: tuple[int, ...] = (4,)
+    """Window sizes of RetroAttention; 1 is Quest, which always runs."""
+    sink_pages: tuple[int, ...] = (1,)
+    """Numbers of first pages that are always loaded; every window runs with each."""
+    no_overwrite: Flag[bool] = False
+    """Also run the widest window without overwriting keys and values, which must give Quest's numbers."""
+    out: Path | None = None
+    """Folder for the results; None: one under runs/ that is named after the model and the settings."""
+    config: CommonConfigArguments = field(default_factory=CommonConfigFlags)
+
+    def run(self) -> None:
+        """Runs what the folder does not have yet, then writes and prints the comparison."""
+        configs = configurations(self.config, self.windows, self.sink_pages, self.no_overwrite)
+        model = self.load()
+        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
+        texts = Texts(names, ids, self.prompt_tokens)
+        what = identity(self.model, model, texts, configs[0])
+        folder = ResultsFolder(self.out or _default_folder(what), what)
+        runs = compare(model, texts, configs, folder, Progress)
+        report = comparison_report(what, runs, self.bin_tokens)
+        values = summary(what, runs, self.bin_tokens)
+        write_json(folder.path / "results.json", values)
+        write_bytes(folder.path / "table.md", report.encode())
+        write_bytes(folder.path / "comparison.png", comparison_figure(what, runs))
+        if self.json:
+            print_json(values)
+        else:
+            print(report)
+            print(f"Table, JSON, picture and raw values: {folder.path}\n{folder.path / 'comparison.png'}")
+
+
+Commands = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
+
+DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.
+
+Start with: retro-jax generate smollm2-135m --prompt "Once upon a time"
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command; errors in what was asked for are one line on stderr and exit status 2."""
+    command = tyro.cli(Commands, prog="retro-jax", description=DESCRIPTION, args=arguments)
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print("\nretro-jax: stopped", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError) as error:
+        if command.traceback:
+            raise
+        print(f"retro-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def print_json(values: dict) -> None:
+    """Prints one JSON object."""
+    print(json.dumps(finite(values)))
+
+
+def _read_message() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _default_folder(what: dict) -> Path:
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+    name = Path(what["model"]).name.replace(":", "-")
+    return Path("runs") / f"compare-{name}-{digest}"
+
+
+def _summary(result: Generation, rates: Rates) -> str:
+    """One line on how fast it was and what it loaded."""
+    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s"]
+    rate = rates.per_second("decode")
+    if rate:
+        parts.append(f"{rate * len(result.tokens):.1f} tokens/s after the first steps")
+    if result.metrics is not None:
+        metrics = result.metrics.summary()
+        exposure = metrics["exposure"][-1]
+        parts.append(f"{metrics['kv_bytes'] / 1e6:.2f} MB of KV cache read per token")
+        if exposure is not None:
+            parts.append(f"{metrics['pages_loaded']:.1f} pages per step and KV head, exposure {exposure:.2f}")
+    return "[" + "; ".join(parts) + "]"
+
+
+if __name__ == "__main__":
+    main()

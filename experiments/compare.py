@@ -1,0 +1,190 @@
+"""Full attention, Quest and RetroAttention over the same texts, teacher-forced through the decode path."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+from jaxtyping import Int
+
+from experiments.estimates import Estimate, estimate, position_bins, ratio
+from experiments.provenance import provenance
+from experiments.results import ResultsFolder, Run, run_name
+from experiments.text import digest
+from retro_jax import DecodeConfig, Model, score
+
+VARIED = ("method", "window", "sink_pages", "overwrite")
+"""The fields in which the runs of one comparison differ."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a comparison: their names and token ids, all of one length."""
+
+    names: list[str]
+    ids: Int[np.ndarray, "B T"]
+    prompt_tokens: int
+
+    def __post_init__(self):
+        tokens = self.ids.shape[1]
+        if not 1 <= self.prompt_tokens < tokens:
+            raise ValueError(
+                f"--prompt-tokens is {self.prompt_tokens}; it must be in 1..{tokens - 1} for {tokens} tokens"
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one run shows over some of the texts, against full attention and Quest on the same tokens.
+
+    Attributes:
+        run: the run.
+        nll: negative log-likelihood per token.
+        excess: the same less full attention's.
+        ratio: excess over the excess of Quest with the same sink pages; None if that is not there.
+        by_position: excess in each bin of positions.
+        quest_difference: the largest difference of one token's value from that Quest's, None as above.
+    """
+
+    run: Run
+    nll: Estimate
+    excess: Estimate
+    ratio: Estimate | None
+    by_position: list[Estimate]
+    quest_difference: float | None
+
+
+def configurations(
+    common: DecodeConfig, windows: Sequence[int], sink_pages: Sequence[int], no_overwrite: bool
+) -> list[DecodeConfig]:
+    """Returns the configurations to run: full, then Quest and RetroAttention for each number of sink pages.
+
+    Args:
+        common: the fields that all share; its method, window, sink pages and overwriting are replaced.
+        windows: window sizes; 1 is Quest, which always runs.
+        sink_pages: numbers of first pages that are always loaded.
+        no_overwrite: whether the widest window also runs without overwriting keys and values.
+
+    Raises:
+        ValueError: a window or a number of sink pages is not possible, or no list may be empty.
+    """
+    if not windows or not sink_pages:
+        raise ValueError("--windows and --sink-pages need at least one number each")
+    wider = sorted(set(windows) - {1})
+    configs = [_full(common)]
+    for sinks in dict.fromkeys(sink_pages):
+        quest = replace(common, method="quest", window=None, sink_pages=sinks, overwrite=True)
+        configs.append(quest)
+        configs += [replace(quest, method="retro", window=window) for window in wider]
+        if no_overwrite:
+            configs.append(replace(quest, method="retro", window=max(wider, default=4), overwrite=False))
+    return configs
+
+
+def identity(model_name: str, model: Model, texts: Texts, common: DecodeConfig) -> dict:
+    """Returns what all runs of one comparison share, as JSON values."""
+    return {
+        "model": model_name,
+        "dtype": model.config.dtype,
+        "texts": texts.names,
+        "tokens": texts.ids.shape[1],
+        "prompt_tokens": texts.prompt_tokens,
+        "token_ids": digest(texts.ids),
+        "config": {key: value for key, value in asdict(common).items() if key not in VARIED},
+    }
+
+
+def compare(
+    model: Model,
+    texts: Texts,
+    configs: Sequence[DecodeConfig],
+    folder: ResultsFolder,
+    progress: Callable[[str], AbstractContextManager[Callable]],
+) -> list[Run]:
+    """Runs every configuration that the folder does not have yet, and returns all runs in it.
+
+    Args:
+        model: the model.
+        texts: scored together as one batch, so that the weights are read once for all of them.
+        configs: what to run.
+        folder: each run is written into it as soon as it is finished.
+        progress: given a run's title, makes what shows its progress.
+    """
+    for number, config in enumerate(configs, 1):
+        if folder.has(run_name(config)):
+            continue
+        with progress(f"{number}/{len(configs)} {run_name(config)}: ") as show:
+            start = time.perf_counter()
+            result = score(model, texts.ids, config, prompt_tokens=texts.prompt_tokens, progress=show)
+            folder.save(config, result, time.perf_counter() - start, provenance())
+    return folder.runs()
+
+
+def rows(
+    runs: Sequence[Run], bins: Sequence[tuple[int, int]], prompt_tokens: int, text: int | None = None
+) -> list[Row]:
+    """Returns one row per run, over one of the texts or (None) over all of them together."""
+    chosen = slice(None) if text is None else slice(text, text + 1)
+    nll = {run.name: run.nll[chosen] for run in runs}
+    result = []
+    for run in runs:
+        excess = nll[run.name] - nll["full"]
+        quest = run_name(replace(_full(run.config), method="quest", sink_pages=run.config.sink_pages))
+        compared = run.config.method != "full" and quest in nll
+        result.append(
+            Row(
+                run=run,
+                nll=estimate(nll[run.name]),
+                excess=estimate(excess),
+                ratio=ratio(excess, nll[quest] - nll["full"]) if compared else None,
+                by_position=[
+                    estimate(excess[:, start - prompt_tokens : end - prompt_tokens]) for start, end in bins
+                ],
+                quest_difference=float(np.abs(nll[run.name] - nll[quest]).max()) if compared else None,
+            )
+        )
+    return result
+
+
+def summary(identity: dict, runs: Sequence[Run], bin_tokens: int) -> dict:
+    """Returns everything that a comparison shows, as JSON values, over all texts and over each."""
+    bins = position_bins(identity["prompt_tokens"], identity["tokens"], bin_tokens)
+    prompt = identity["prompt_tokens"]
+    return {
+        **identity,
+        "position_bins": [list(edges) for edges in bins],
+        "runs": [
+            {
+                "name": run.name,
+                "config": asdict(run.config),
+                "exposure": run.exposure.tolist(),
+                "kv_bytes_per_step": run.kv_bytes,
+                "seconds": run.seconds,
+                "provenance": run.provenance,
+            }
+            for run in runs
+        ],
+        "pooled": [_row_values(row) for row in rows(runs, bins, prompt)],
+        "per_text": {
+            name: [_row_values(row) for row in rows(runs, bins, prompt, text)]
+            for text, name in enumerate(identity["texts"])
+        },
+    }
+
+
+def _row_values(row: Row) -> dict:
+    return (
+        {"run": row.run.name}
+        | {
+            field.name: asdict(value) if isinstance(value := getattr(row, field.name), Estimate) else value
+            for field in fields(Row)
+            if field.name not in ("run", "by_position")
+        }
+        | {"by_position": [asdict(part) for part in row.by_position]}
+    )
+
+
+def _full(config: DecodeConfig) -> DecodeConfig:
+    # Full attention has no sink pages to choose; 0 is within any budget.
+    return replace(config, method="full", window=None, sink_pages=0, overwrite=True)

@@ -1,0 +1,105 @@
+"""Flags that several commands share."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.progress import Progress
+from retro_jax import DecodeConfig, Model, Sampling, load_model
+
+Flag = tyro.conf.FlagCreatePairsOff
+Hidden = tyro.conf.Suppress
+
+
+@dataclass(frozen=True)
+class ConfigFlags(DecodeConfig):
+    """How to decode: every field of `DecodeConfig`, checked by `config` and not while flags are read."""
+
+    def __post_init__(self):
+        pass
+
+    def config(self, **changes) -> DecodeConfig:
+        """Returns the configuration, with some fields replaced.
+
+        Raises:
+          ValueError: a field is out of its range, or two fields contradict each other.
+        """
+        return DecodeConfig(**_values(self, DecodeConfig) | changes)
+
+
+@dataclass(frozen=True)
+class CommonConfigFlags(ConfigFlags):
+    """What all runs of a comparison share; the hidden fields are what they differ in."""
+
+    method: Hidden[str] = "retro"
+    window: Hidden[int | None] = None
+    sink_pages: Hidden[int] = 0
+    overwrite: Hidden[bool] = True
+
+
+@dataclass(frozen=True)
+class SamplingFlags(Sampling):
+    """How tokens are chosen, checked by `sampling` and not while flags are read."""
+
+    def __post_init__(self):
+        pass
+
+    def sampling(self) -> Sampling:
+        """Returns the value.
+
+        Raises:
+          ValueError: a field is out of its range.
+        """
+        return Sampling(**_values(self, Sampling))
+
+
+NoPrefix = tyro.conf.arg(name="")
+ConfigArguments = Annotated[ConfigFlags, NoPrefix]
+CommonConfigArguments = Annotated[CommonConfigFlags, NoPrefix]
+SamplingArguments = Annotated[SamplingFlags, NoPrefix]
+
+
+@dataclass(kw_only=True)
+class Command:
+    """A command on one model."""
+
+    model: tyro.conf.Positional[str]
+    """A preset ("smollm2-135m"), a Hugging Face hub id ("org/name") or folder, a .gguf file, or "random:NAME"
+    for seeded random weights of a named size."""
+    dtype: str | None = None
+    """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    json: Flag[bool] = False
+    """Print one JSON object on stdout, and nothing else there."""
+    traceback: Flag[bool] = False
+    """Show where an error was raised, not only what it says."""
+
+    def load(self) -> Model:
+        """Reads the model, after downloading it where it is not cached."""
+        with Progress() as progress:
+            return load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
+
+
+@dataclass(kw_only=True)
+class TextCommand(Command):
+    """A command on given text."""
+
+    text: tuple[Path, ...] = ()
+    """UTF-8 text files; several are scored as one batch."""
+    token_ids: Path | None = None
+    """Instead of text: a .npy file of integers, shape (tokens,) or (texts, tokens)."""
+    tokens: int | None = 4096
+    """Length of each text, the prompt included; None: all tokens of the shortest."""
+    prompt_tokens: int = 1024
+    """Tokens at the beginning that are read at once with full attention and not scored."""
+    skip_chars: int = 0
+    """Characters left out at the start of each text file, such as a title page."""
+    bin_tokens: int = 1024
+    """Width of the ranges of positions in the tables."""
+
+
+def _values(flags, kind: type) -> dict:
+    return {field.name: getattr(flags, field.name) for field in fields(kind)}

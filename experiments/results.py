@@ -1,0 +1,169 @@
+"""A folder of finished runs: raw arrays per run, written at once and never overwritten."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from retro_jax import DecodeConfig, Score
+
+IDENTITY = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method's finished pass over the texts.
+
+    Attributes:
+        name: the file's stem, unique in its folder.
+        config: what decoded.
+        nll: negative log-likelihood of every scored token, natural logarithm.
+        exposure: pages a query has attended to after 0, 1, ... later steps, over those of its own step.
+        kv_bytes: bytes of keys, values and page statistics that a step loaded for a text, on average.
+        seconds: wall time of the pass, compilation included.
+        provenance: where it was computed.
+    """
+
+    name: str
+    config: DecodeConfig
+    nll: Float[np.ndarray, "B T"]
+    exposure: Float[np.ndarray, " W"]
+    kv_bytes: float
+    seconds: float
+    provenance: dict
+
+
+def run_name(config: DecodeConfig) -> str:
+    """Returns the name of a run by its method, window, sink pages and overwriting."""
+    if config.method == "full":
+        return "full"
+    window = "" if config.window is None else f"-w{config.window}"
+    return f"{config.method}{window}-sinks{config.sink_pages}{'' if config.overwrite else '-no_overwrite'}"
+
+
+class ResultsFolder:
+    """A folder of runs of one comparison: the same model, texts and common settings.
+
+    Args:
+        path: made when the first run is saved.
+        identity: what all runs of the folder share, as JSON values.
+
+    Raises:
+        ValueError: the folder belongs to another comparison, or holds something else.
+    """
+
+    def __init__(self, path: Path, identity: dict):
+        self.path = path
+        identity = json.loads(json.dumps(identity))
+        file = path / IDENTITY
+        if file.exists():
+            _check_same(path, json.loads(file.read_text()), identity)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} exists and is not a comparison's folder; choose another --out")
+        self.identity = identity
+
+    def has(self, name: str) -> bool:
+        """Tells whether the run is finished."""
+        return self._file(name).exists()
+
+    def save(self, config: DecodeConfig, result: Score, seconds: float, provenance: dict) -> None:
+        """Writes one finished run."""
+        name = run_name(config)
+        metrics = result.metrics
+        about = {
+            "config": asdict(config),
+            "seconds": seconds,
+            "provenance": provenance,
+            "metrics": metrics.summary(),
+        }
+        file = self._file(name)
+        if file.exists():
+            raise FileExistsError(f"{file} is finished already; nothing is overwritten")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / IDENTITY, self.identity)
+        partial = file.with_suffix(f".partial{os.getpid()}")
+        with partial.open("wb") as stream:
+            np.savez_compressed(
+                stream,
+                nll=result.nll,
+                pages_attended=metrics.pages_attended,
+                pages_loaded=metrics.pages_loaded,
+                kv_bytes=metrics.kv_bytes,
+                about=json.dumps(about),
+            )
+        partial.replace(file)
+
+    def load(self, name: str) -> Run:
+        """Reads one finished run."""
+        with np.load(self._file(name), allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["about"]))
+            return Run(
+                name=name,
+                config=DecodeConfig(**about["config"]),
+                nll=arrays["nll"],
+                exposure=np.array(about["metrics"]["exposure"], float),
+                kv_bytes=about["metrics"]["kv_bytes"],
+                seconds=about["seconds"],
+                provenance=about["provenance"],
+            )
+
+    def runs(self) -> list[Run]:
+        """Reads every finished run: full attention first, then by sink pages, window and overwriting."""
+        found = [self.load(file.stem) for file in (self.path / "runs").glob("*.npz")]
+        return sorted(
+            found,
+            key=lambda run: (
+                run.config.method != "full",
+                run.config.sink_pages,
+                not run.config.overwrite,
+                run.config.window or 1,
+            ),
+        )
+
+    def _file(self, name: str) -> Path:
+        return self.path / "runs" / f"{name}.npz"
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes JSON in one step; numbers that are not finite become null."""
+    write_bytes(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Writes a file in one step, so that no reader ever sees half of it."""
+    partial = path.with_suffix(f".partial{os.getpid()}")
+    partial.write_bytes(contents)
+    partial.replace(path)
+
+
+def finite(value):
+    """Returns the same JSON value with None for every number that is not finite."""
+    match value:
+        case dict():
+            return {key: finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value
+
+
+def _check_same(path: Path, found: dict, wanted: dict) -> None:
+    found, wanted = _flat(found), _flat(wanted)
+    different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    if different:
+        changes = "; ".join(f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in different[:4])
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+        raise ValueError(f"{path} holds another comparison ({changes}{more}); choose another --out")
+
+
+def _flat(value: dict, prefix: str = "") -> dict:
+    items = {}
+    for key, item in value.items():
+        items |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return items

@@ -1,0 +1,115 @@
+"""Comparisons and scores as Markdown tables that can also be read as they are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.compare import Row, rows
+from experiments.estimates import BLOCK, Estimate, estimate, position_bins
+from experiments.results import Run
+
+NAMES = {"full": "full", "quest": "Quest", "retro": "Retro"}
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table with aligned columns; all but the first are right-aligned."""
+    widths = [max(3, *(len(line[column]) for line in [header, *body])) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *padded[1:]]) + " |"
+
+    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
+    return "\n".join([line(header), rule, *map(line, body)])
+
+
+def number(value: Estimate, digits: int = 4) -> str:
+    """Returns mean ± standard error; the mean alone where the error is 0 or not known."""
+    if not value.error > 0:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ± {value.error:.{digits}f}"
+
+
+def label(run: Run) -> str:
+    """Returns a run's method in words, without its sink pages."""
+    return NAMES.get(run.config.method, run.config.method) + (
+        "" if run.config.overwrite else " (no overwriting)"
+    )
+
+
+def comparison_table(comparison: Sequence[Row], bins: Sequence[tuple[int, int]]) -> str:
+    """Returns the table of one comparison: a row per run, full attention's log-likelihood first."""
+    header = [
+        "method", "w", "sink pages", "NLL", "excess NLL", *(f"{start}-{end - 1}" for start, end in bins),
+        "of Quest's", "exposure", "KV MB/step",
+    ]  # fmt: skip
+    body = []
+    for row in comparison:
+        full = row.run.config.method == "full"
+        body.append([
+            label(row.run),
+            "" if full else str(row.run.config.slots),
+            "" if full else str(row.run.config.sink_pages),
+            f"{row.nll.mean:.4f}",
+            "" if full else number(row.excess),
+            *("" if full else number(part) for part in row.by_position),
+            "" if row.ratio is None else number(row.ratio, 3),
+            "" if full else f"{row.run.exposure[-1]:.2f}",
+            f"{row.run.kv_bytes / 1e6:.2f}",
+        ])  # fmt: skip
+    return markdown(header, body)
+
+
+def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> str:
+    """Returns the whole report of a comparison as Markdown: all texts together, then each text."""
+    prompt, tokens, names = identity["prompt_tokens"], identity["tokens"], identity["texts"]
+    bins = position_bins(prompt, tokens, bin_tokens)
+    settings = ", ".join(f"{key} {value}" for key, value in identity["config"].items() if value is not None)
+    parts = [
+        f"# {identity['model']} ({identity['dtype']}), {', '.join(names)}",
+        f"{tokens} tokens of each text: a prompt of {prompt}, then teacher-forced decoding. "
+        f"Settings: {settings}.",
+        "Excess is negative log-likelihood (nats per token) over full attention on the same tokens, for the "
+        "whole text and for ranges of positions; ± is one standard error, from the means of blocks of "
+        f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same sink pages. "
+        "*Exposure* is the pages that a query has attended to in the end over those of its own step. "
+        "*KV MB/step* is what one step loads of keys, values and page statistics for one text.",
+        comparison_table(rows(runs, bins, prompt), bins),
+    ]
+    for row in rows(runs, bins, prompt):
+        if not row.run.config.overwrite and row.quest_difference is not None:
+            parts.append(
+                f"Without overwriting (w = {row.run.config.slots}, {row.run.config.sink_pages} sink pages) "
+                f"no token's value differs from Quest's by more than {row.quest_difference:.1e}."
+            )
+    if len(names) > 1:
+        for text, name in enumerate(names):
+            parts += [f"## {name}", comparison_table(rows(runs, bins, prompt, text), bins)]
+    return "\n\n".join(parts) + "\n"
+
+
+def score_table(
+    nll: Float[np.ndarray, "B T"], prompt_tokens: int, names: Sequence[str], bin_tokens: int
+) -> str:
+    """Returns the table of one method's negative log-likelihood and perplexity by position.
+
+    Args:
+      nll: of each scored token.
+      prompt_tokens: the position of the first.
+      names: of the texts.
+      bin_tokens: width of a range of positions.
+    """
+    bins = position_bins(prompt_tokens, prompt_tokens + nll.shape[1], bin_tokens)
+    texts = list(zip(names, nll[:, None], strict=True))
+    if len(texts) > 1:
+        texts.append(("all", nll))
+    header = ["text", "NLL", "perplexity", *(f"{start}-{end - 1}" for start, end in bins)]
+    body = []
+    for name, values in texts:
+        parts = [values[:, start - prompt_tokens : end - prompt_tokens] for start, end in bins]
+        mean = estimate(values)
+        body.append(
+            [name, number(mean), f"{np.exp(mean.mean):.3f}", *(f"{part.mean():.4f}" for part in parts)]
+        )
+    return markdown(header, body)

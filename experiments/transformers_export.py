@@ -1,0 +1,62 @@
+"""Our weights as a Hugging Face folder, for running transformers on exactly the same numbers."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from models import Model, ModelConfig
+from models.huggingface import TABLE
+
+
+def export(model: Model, folder: Path) -> None:
+    """Writes config.json and model.safetensors into a folder that exists.
+
+    Raises:
+        ValueError: the model scales its rotary embedding, which is not exported.
+    """
+    (folder / "config.json").write_text(json.dumps(_config(model.config)))
+    places = [("", model.params, 0)]
+    places += [("layers.{i}.", layer, index) for index, layer in enumerate(model.params.layers)]
+    tensors = {}
+    for prefix, holder, index in places:
+        for field in fields(holder):
+            name, weight = prefix + field.name, getattr(holder, field.name)
+            if name in TABLE and weight is not None:
+                # Matrices are (in, out) here and (out, in) there, except the embedding.
+                array = np.asarray(weight if name == "embed" else weight.T)
+                tensors[TABLE[name].format(i=index)] = np.ascontiguousarray(array)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _config(config: ModelConfig) -> dict:
+    if config.rope_scaling is not None:
+        raise ValueError(
+            f"{config.name} scales its rotary embedding ({config.rope_scaling.kind}), which the export for "
+            "--reference does not cover; use a model without it, or leave --reference out"
+        )
+    if config.qk_norm:
+        family, name = "qwen3", "Qwen3ForCausalLM"
+    elif config.qkv_bias:
+        family, name = "qwen2", "Qwen2ForCausalLM"
+    else:
+        family, name = "llama", "LlamaForCausalLM"
+    return {
+        "model_type": family,
+        "architectures": [name],
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden_width,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "hidden_act": "silu",
+    }

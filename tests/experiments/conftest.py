@@ -1,0 +1,56 @@
+import json
+
+import numpy as np
+import pytest
+
+from experiments.cli import main
+
+
+@pytest.fixture
+def ids_file(tmp_path):
+    """Two random texts of 96 tokens for random:tiny (512 ids)."""
+    path = tmp_path / "ids.npy"
+    np.save(path, np.random.default_rng(0).integers(512, size=(2, 96)))
+    return path
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command line in this process; returns (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        status = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def json_command(command):
+    """Runs a command with --json; returns the object that is all of its stdout."""
+
+    def run(*arguments):
+        status, out, err = command(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture
+def failure(command):
+    """Runs a command that must be refused; returns its one line."""
+
+    def run(*arguments):
+        status, out, err = command(*arguments)
+        assert (status, out) == (2, "")
+        assert err.startswith("retro-jax: error: ")
+        assert err.count("\n") == 1, f"more than one line: {err}"
+        return err
+
+    return run

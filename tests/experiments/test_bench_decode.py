@@ -1,0 +1,111 @@
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.bench_decode import agreement, results, speed_table, take_turns
+from experiments.transformers_export import export
+from models import Model, ModelConfig, RopeScaling, random_params
+
+SHORT = ("--context", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32)
+
+
+class Clock:
+    """A contestant whose every step takes the same time."""
+
+    def __init__(self, name, milliseconds, turns):
+        self.name, self.milliseconds, self.turns = name, milliseconds, turns
+
+    def steps(self, count):
+        self.turns.append(self.name)
+        return [self.milliseconds] * count, [[0]] * count
+
+
+def test_contestants_take_turns_in_changing_order():
+    turns = []
+    contestants = [Clock(name, 1.0, turns) for name in "abc"]
+    milliseconds, tokens = take_turns(contestants, rounds=3, steps=2, progress=lambda *_: None)
+    assert "".join(turns) == "abc" + "abc" + "bca" + "cab"  # warm-up first
+    assert milliseconds["b"] == [[1.0, 1.0]] * 3
+    assert len(tokens["b"]) == 3 + 3 * 2
+
+
+def test_ratios_are_medians_over_rounds():
+    found = results({"a": [[2.0, 2.0, 90.0], [4.0, 4.0, 4.0]], "b": [[1.0, 1.0, 1.0], [4.0, 4.0, 80.0]]})
+    assert found["a"]["ms_per_step"] == 4.0
+    assert found["a"]["time_over"] == {"a": 1.0, "b": 1.5}  # rounds: 2/1 and 4/4
+    assert found["b"]["time_over"]["a"] == 0.75
+
+
+def test_agreement():
+    assert agreement([[1], [2], [3]], [[1], [2], [4]]) == 2
+    assert agreement([[1], [2]], [[1], [2]]) == 2
+
+
+def test_speed_table():
+    lines = speed_table(results({"full": [[10.0]], "retro": [[25.0]]}), batch=2).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "1.00", "0.40"]
+    assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "2.50", "1.00"]
+
+
+def test_bench_decode(json_command, failure, tmp_path):
+    out = tmp_path / "more" / "bench.json"
+    values = json_command("bench", "decode", "random:tiny", *SHORT, "--windows", 2, "--out", out)
+    assert list(values["contestants"]) == ["full", "quest", "retro w=2"]
+    assert [len(turns) for turns in values["milliseconds"].values()] == [2, 2, 2]
+    assert all(row["ms_per_step"] > 0 for row in values["contestants"].values())
+    assert values["reference"] is None
+    line = failure("bench", "decode", "random:tiny", *SHORT, "--out", out)
+    assert "is not overwritten; choose another --out" in line
+
+
+def test_bench_refuses(failure, tmp_path):
+    assert "must be 1 or more" in failure("bench", "decode", "random:tiny", "--steps", 0)
+    arguments = ("bench", "decode", "random:tiny", *SHORT, "--reference")
+    assert "name an interpreter" in failure(*arguments, tmp_path / "python")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script")
+def test_reference_that_fails_says_why(failure, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no torch' >&2\nexit 1\n")
+    python.chmod(0o755)
+    line = failure("bench", "decode", "random:tiny", *SHORT, "--reference", python)
+    assert "--reference failed: ModuleNotFoundError: no torch" in line
+
+
+def small(**features):
+    config = ModelConfig("small", 64, 2, 4, 2, 8, 32, 48, max_positions=128, **features)
+    return Model(config, random_params(config, jax.random.key(0)), None)
+
+
+def test_export_refuses_what_it_does_not_cover(tmp_path):
+    with pytest.raises(ValueError, match=r"scales its rotary embedding \(linear\)"):
+        export(small(rope_scaling=RopeScaling("linear", factor=2.0)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True, "tie_embeddings": True}]
+)
+def test_an_exported_model_is_read_back(tmp_path, features):
+    from models import load_model
+
+    model = small(**features)
+    export(model, tmp_path)
+    read = load_model(str(tmp_path))
+    assert read.config.qkv_bias == model.config.qkv_bias
+    for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(read.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_transformers_decode_the_same_tokens(json_command):
+    python = os.environ.get("RETRO_JAX_REFERENCE_PYTHON")
+    if not python or not Path(python).exists():
+        pytest.skip("RETRO_JAX_REFERENCE_PYTHON names no interpreter with torch and transformers")
+    values = json_command("bench", "decode", "random:tiny", *SHORT, "--reference", python)
+    assert values["reference"].startswith("transformers ")
+    assert values["reference_agrees_for_steps"] == 7

@@ -1,0 +1,113 @@
+import json
+
+import numpy as np
+import pytest
+
+import experiments.compare
+
+SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budget-tokens", 32, "--page-size", 8, "--windows", 1, 2)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The configurations that were really run."""
+    configs = []
+    real = experiments.compare.score
+
+    def score(model, ids, config, **rest):
+        configs.append((config.method, config.window, config.sink_pages))
+        return real(model, ids, config, **rest)
+
+    monkeypatch.setattr(experiments.compare, "score", score)
+    return configs
+
+
+def run(json_command, ids_file, out, *more):
+    return json_command("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", out, *more)
+
+
+def test_compare(json_command, ids_file, tmp_path):
+    out = tmp_path / "out"
+    values = run(json_command, ids_file, out, "--no-overwrite")
+    pooled = {row["run"]: row for row in values["pooled"]}
+    assert list(pooled) == ["full", "quest-sinks1", "retro-w2-sinks1", "retro-w2-sinks1-no_overwrite"]
+    assert abs(pooled["quest-sinks1"]["excess"]["mean"]) > 1e-4
+    assert pooled["retro-w2-sinks1"]["quest_difference"] > 1e-4
+    assert pooled["retro-w2-sinks1-no_overwrite"]["quest_difference"] < 1e-4  # float32 over other shapes
+    per_text = [{row["run"]: row for row in values["per_text"][name]} for name in ("ids[0]", "ids[1]")]
+    for name, row in pooled.items():
+        assert row["nll"]["mean"] == pytest.approx(np.mean([text[name]["nll"]["mean"] for text in per_text]))
+
+    exposures = {run["name"]: run["exposure"] for run in values["runs"]}
+    assert exposures["quest-sinks1"] == [1.0]
+    assert 1.0 < exposures["retro-w2-sinks1"][1] < 2.0
+    assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Retro (no overwriting)" in (out / "table.md").read_text()
+    with np.load(out / "runs" / "full.npz") as arrays:
+        assert arrays["nll"].shape == (2, 72)
+        assert arrays["nll"].mean() == pytest.approx(pooled["full"]["nll"]["mean"])
+
+
+def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scored):
+    out = tmp_path / "out"
+    first = run(json_command, ids_file, out)
+    assert scored == [("full", None, 0), ("quest", None, 1), ("retro", 2, 1)]
+    scored.clear()
+    (out / "runs" / "retro-w2-sinks1.npz").unlink()
+    second = run(json_command, ids_file, out)
+    assert scored == [("retro", 2, 1)]
+    assert second["pooled"] == first["pooled"]
+
+
+def test_more_sink_pages_add_runs(json_command, ids_file, tmp_path, scored):
+    out = tmp_path / "out"
+    first = run(json_command, ids_file, out)
+    scored.clear()
+    second = run(json_command, ids_file, out, "--sink-pages", 0)
+    assert scored == [("quest", None, 0), ("retro", 2, 0)]
+    assert len(second["pooled"]) == 5
+    assert all(row in second["pooled"] for row in first["pooled"])
+
+
+def test_an_interrupted_run_leaves_the_finished_ones(
+    json_command, command, ids_file, tmp_path, monkeypatch, scored
+):
+    out = tmp_path / "out"
+    real = experiments.compare.score
+
+    def stops_at_retro(model, ids, config, **rest):
+        if config.method == "retro":
+            raise KeyboardInterrupt
+        return real(model, ids, config, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments.compare, "score", stops_at_retro)
+        arguments = ("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", out)
+        assert command(*arguments)[0] == 130
+    assert sorted(file.name for file in (out / "runs").iterdir()) == ["full.npz", "quest-sinks1.npz"]
+    scored.clear()
+    run(json_command, ids_file, out)
+    assert scored == [("retro", 2, 1)]
+
+
+def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, tmp_path):
+    out = tmp_path / "out"
+    run(json_command, ids_file, out)
+    before = (out / "results.json").read_text()
+    arguments = ("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", out)
+    line = failure(*arguments, "--prompt-tokens", 32, "--group-reduce", "max")
+    assert "prompt_tokens 24, not 32; config.group_reduce 'mean', not 'max'" in line
+    assert "choose another --out" in line
+    assert (out / "results.json").read_text() == before
+
+
+def test_default_folder_depends_on_the_settings(json_command, ids_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ("--tokens", 96, "--budget-tokens", 32, "--page-size", 8, "--windows", 1)
+    for prompt in (24, 40, 40):
+        arguments = ("--token-ids", ids_file, *settings, "--prompt-tokens", prompt)
+        json_command("compare", "random:tiny", *arguments)
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    prompts = {json.loads((folder / "comparison.json").read_text())["prompt_tokens"] for folder in folders}
+    assert prompts == {24, 40}

@@ -1,0 +1,85 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiments.results import ResultsFolder, finite, run_name
+from retro_jax import DecodeConfig, Metrics
+
+IDENTITY = {"model": "m", "tokens": 8, "config": {"budget": 0.15, "page_size": 16}}
+CONFIG = DecodeConfig(method="retro", window=2)
+
+
+def a_score():
+    rng = np.random.default_rng(0)
+    attended = np.ones((3, 2, 2)) * [4.0, 1.0]
+    metrics = Metrics(pages_attended=attended, pages_loaded=np.ones((3, 2)), kv_bytes=np.full((3, 2), 7.0))
+    return SimpleNamespace(nll=rng.normal(size=(2, 4)), metrics=metrics)
+
+
+def test_a_run_comes_back(tmp_path):
+    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+    assert not folder.has("retro-w2-sinks1")
+    folder.save(CONFIG, a_score(), 1.5, {"commit": "abc"})
+    run = ResultsFolder(tmp_path / "new", IDENTITY).load("retro-w2-sinks1")
+    assert run.config == CONFIG
+    np.testing.assert_array_equal(run.nll, a_score().nll)
+    assert run.exposure.tolist() == [1.0, 1.25]
+    assert (run.kv_bytes, run.seconds, run.provenance) == (7.0, 1.5, {"commit": "abc"})
+    assert not list((tmp_path / "new").rglob("*.partial*"))
+
+
+def test_nothing_is_overwritten(tmp_path):
+    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+    folder.save(CONFIG, a_score(), 1.5, {})
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        folder.save(CONFIG, a_score(), 1.5, {})
+
+
+def test_another_comparison_is_refused(tmp_path):
+    ResultsFolder(tmp_path, IDENTITY).save(CONFIG, a_score(), 1.5, {})
+    other = IDENTITY | {"config": {"budget": 0.15, "page_size": 8}}
+    with pytest.raises(ValueError, match=r"holds another comparison \(config.page_size 16, not 8\); choose"):
+        ResultsFolder(tmp_path, other)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not a comparison's folder"):
+        ResultsFolder(tmp_path, IDENTITY)
+    with pytest.raises(ValueError, match="is not a comparison's folder"):
+        ResultsFolder(tmp_path / "thesis.tex", IDENTITY)
+
+
+def test_nothing_is_written_before_a_run_is_finished(tmp_path):
+    ResultsFolder(tmp_path / "new", IDENTITY)
+    assert not (tmp_path / "new").exists()
+
+
+def test_order_of_runs(tmp_path):
+    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+    configs = [
+        DecodeConfig(method="retro", window=16, sink_pages=0),
+        DecodeConfig(method="retro", window=2, sink_pages=1),
+        DecodeConfig(method="retro", window=2, sink_pages=0, overwrite=False),
+        DecodeConfig(method="retro", window=2, sink_pages=0),
+        DecodeConfig(method="quest", sink_pages=0),
+        DecodeConfig(method="full", sink_pages=0),
+    ]
+    for config in configs:
+        folder.save(config, a_score(), 0.0, {})
+    assert [run.name for run in folder.runs()] == [
+        "full",
+        "quest-sinks0",
+        "retro-w2-sinks0",
+        "retro-w16-sinks0",
+        "retro-w2-sinks0-no_overwrite",
+        "retro-w2-sinks1",
+    ]
+    assert len({run_name(config) for config in configs}) == len(configs)
+
+
+def test_numbers_that_are_not_finite_become_null():
+    values = {"a": [float("nan"), 1.0], "b": {"c": float("inf"), "d": "text", "e": None}}
+    assert json.dumps(finite(values)) == '{"a": [null, 1.0], "b": {"c": null, "d": "text", "e": null}}'
