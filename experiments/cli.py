@@ -63,7 +63,7 @@ class Generate(Command):
         config, sampling = self.config.config(), self.sampling.sampling()
         prompts = [*self.prompt, *(read_text(path, chars=self.prompt_chars) for path in self.prompt_file)]
         if self.token_ids:
-            prompts += list(file_tokens(self.token_ids, None))
+            prompts += file_tokens(self.token_ids, None).tolist()
         if not prompts and not self.chat:
             raise ValueError(
                 "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy "

@@ -1,6 +1,7 @@
 import io
 
 import jax
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
@@ -70,18 +71,8 @@ def test_one_prompt_is_streamed(talking, command, json_command):
 
 
 def test_several_prompts(talking, command, json_command):
-    arguments = (
-        "generate",
-        "talker",
-        "--prompt",
-        "Once",
-        "--prompt",
-        "In the end",
-        "--max-new-tokens",
-        8,
-        "--capacity",
-        300,
-    )
+    fast = ("--max-new-tokens", 8, "--capacity", 300)
+    arguments = ("generate", "talker", "--prompt", "Once", "--prompt", "In the end", *fast)
     one, two = json_command(*arguments)["texts"]
     assert command(*arguments)[1] == f"--- 1 ---\n{one}\n--- 2 ---\n{two}\n"
 
@@ -95,7 +86,7 @@ def test_chat_prompt_goes_through_the_template(talking, tokenizer, json_command)
     assert by_chat["tokens"] == by_hand["tokens"] != plain["tokens"]
 
 
-def test_talking_goes_on_from_the_cache(talking, tokenizer, command, json_command, monkeypatch):
+def test_talking_goes_on_from_the_cache(talking, tokenizer, command, json_command, monkeypatch, tmp_path):
     fast = ("--max-new-tokens", 8, "--capacity", 300)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nBye\n"))
     status, out, err = command("generate", "talker", "--chat", *fast)
@@ -103,7 +94,8 @@ def test_talking_goes_on_from_the_cache(talking, tokenizer, command, json_comman
     first = json_command("generate", "talker", "--chat", "--prompt", "Hi", *fast)
     history = chat.first_turn(tokenizer, "Hi") + first["tokens"][0]
     history += chat.next_turn(tokenizer, "Bye", pending=first["tokens"][0][-1])
-    second = json_command("generate", "talker", "--prompt", text(tokenizer, history), *fast)
+    np.save(tmp_path / "history.npy", history)
+    second = json_command("generate", "talker", "--token-ids", tmp_path / "history.npy", *fast)
     # input() writes its "> " to stdout when that is no terminal
     assert out.replace("> ", "") == f"{first['texts'][0]}\n{second['texts'][0]}\n"
 

@@ -85,10 +85,9 @@ def test_chat_needs_a_tokenizer(failure):
 
 
 def test_score(json_command, ids_file):
-    values = json_command(
-        "score", "random:tiny", "--token-ids", ids_file, *TEXT, "--method", "quest", "--window", "1"
-    )
-    assert values["config"]["window"] == 1
+    flags = (*COMPARED, "--method", "quest")
+    values = json_command("score", "random:tiny", "--token-ids", ids_file, *flags)
+    assert values["config"]["method"] == "quest"
     assert values["nll"]["mean"] == pytest.approx(np.mean(list(values["texts"].values())))
     assert values["perplexity"] == pytest.approx(np.exp(values["nll"]["mean"]))
     assert 4.0 < values["nll"]["mean"] < 9.0  # log(512) is 6.2
