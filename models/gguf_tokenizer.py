@@ -59,22 +59,25 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], source: str) -> Tokeniz
     Raises:
         ValueError: if the tokenizer's model or pre-tokenizer is unknown, or its tables are broken.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+    if "tokenizer.ggml.model" not in metadata:
         return None
     try:
-        tokens = metadata["tokenizer.ggml.tokens"]
-        types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-        pre = metadata.get("tokenizer.ggml.pre", "default")
-        if kind == "gpt2":
-            backend = _byte_level_bpe(tokens, metadata["tokenizer.ggml.merges"], pre, source)
-        elif kind == "llama":
-            prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-            backend = _sentencepiece_bpe(tokens, metadata["tokenizer.ggml.scores"], types, prefix)
-        else:
-            raise ValueError(f"{source} has a tokenizer of type {kind!r}; gpt2 and llama are supported")
-    except KeyError as error:
-        raise ValueError(f"{source} has an incomplete tokenizer: {error} is missing") from error
+        return _tokenizer(metadata, source)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{source} has an incomplete tokenizer: {error}") from error
+
+
+def _tokenizer(metadata: Mapping[str, Any], source: str) -> Tokenizer:
+    kind, tokens = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.tokens"]
+    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if kind == "gpt2":
+        backend = _byte_level_bpe(tokens, metadata["tokenizer.ggml.merges"], pre, source)
+    elif kind == "llama":
+        prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        backend = _sentencepiece_bpe(tokens, metadata["tokenizer.ggml.scores"], types, prefix)
+    else:
+        raise ValueError(f"{source} has a tokenizer of type {kind!r}; gpt2 and llama are supported")
     added = [
         AddedToken(token, normalized=False, special=token_type != USER_DEFINED)
         for token, token_type in zip(tokens, types, strict=True)

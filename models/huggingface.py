@@ -122,6 +122,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _open_tensors(folder: Path, open_files: ExitStack) -> tuple[dict[str, Any], list[str], set[str]]:
     """Opens the weights: file by tensor name, what is wrong with the files, and the tensors lost by that."""
     index = _read_json(folder / "model.safetensors.index.json")
+    if index is not None and "weight_map" not in index:
+        raise ValueError(f"{folder}/model.safetensors.index.json has no weight_map; fetch it again")
     shard_of = {} if index is None else index["weight_map"]
     shards = sorted(set(shard_of.values())) or ["model.safetensors"]
     if index is None and not (folder / shards[0]).exists():
@@ -176,7 +178,10 @@ def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None
     if missing:
         raise ValueError(f"config.json of {name} has no {', '.join(missing)}")
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    scaling = _rope_scaling(rope, raw["max_position_embeddings"], name)
+    try:
+        scaling = _rope_scaling(rope, raw["max_position_embeddings"], name)
+    except KeyError as error:
+        raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
     return ModelConfig(
         name=name,
         vocab_size=raw["vocab_size"],

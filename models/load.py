@@ -45,7 +45,7 @@ def load_model(
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return load_gguf(path, dtype, progress)
-    if path.is_dir():
+    if name and path.is_dir():
         return load_folder(path, dtype, progress)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return load_folder(download(name, revision), dtype, progress, name)

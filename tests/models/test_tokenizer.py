@@ -13,7 +13,7 @@ def from_folder() -> models.Tokenizer:
     return models.load_model(str(SHARDED)).tokenizer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def byte_level_metadata() -> dict:
     return {
         key: field.contents()
@@ -99,8 +99,13 @@ def test_unknown_tokenizer_model_is_an_error(byte_level_metadata):
 
 def test_incomplete_tokenizer_is_an_error(byte_level_metadata):
     del byte_level_metadata["tokenizer.ggml.merges"]
-    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.merges.* is missing"):
+    with pytest.raises(ValueError, match=r"a file has an incomplete tokenizer: .*tokenizer\.ggml\.merges"):
         tokenizer_from_metadata(byte_level_metadata, "a file")
+
+
+def test_token_ids_beyond_the_vocabulary_are_an_error(byte_level_metadata):
+    with pytest.raises(ValueError, match="a file has an incomplete tokenizer: list index out of range"):
+        tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.bos_token_id": 384}, "a file")
 
 
 def test_a_file_without_a_tokenizer_has_none(byte_level_metadata):
