@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import models
 from models.huggingface import config_from_json, download
+from models.presets import SIZES
 from tests.models import golden
 
 SHARDED, SINGLE = golden.FOLDER / "llama3.1-sharded", golden.FOLDER / "qwen2"
@@ -178,6 +179,31 @@ def test_config_without_needed_keys():
 def test_positions_end_where_the_model_would_differ(file, changes, positions):
     raw = json.loads((golden.FOLDER / file / "config.json").read_text())
     assert config_from_json(raw | changes, file).max_positions == positions
+
+
+# The keys of config.json that matter here, as published (transformers 4).
+LLAMA_3_1_8B = {
+    "model_type": "llama", "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+}  # fmt: skip
+QWEN_2_5_7B = {
+    "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+    "max_position_embeddings": 32768, "max_window_layers": 28, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_sliding_window": False, "vocab_size": 152064,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "raw"), [("llama3.1-8b", LLAMA_3_1_8B), ("qwen2.5-7b", QWEN_2_5_7B)])
+def test_published_configurations_are_the_named_sizes(name, raw):
+    assert config_from_json(raw, name) == SIZES[name]
 
 
 def test_default_dtypes():
