@@ -19,9 +19,11 @@ FLAGS ?=
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
+	@echo "== SmolLM2-135M goes on from the first page of $(TEXT), with RetroAttention"
 	$(BIN)/retro-jax generate smollm2-135m --prompt-file $(TEXT) --prompt-chars 1911 \
 	  --max-new-tokens 128 --temperature 0.7 --top-p 0.95 --method retro --budget-tokens 128
-	$(BIN)/retro-jax compare smollm2-135m --text $(TEXT) --tokens 1536 --prompt-tokens 512 \
+	@echo "== The same text by full attention, Quest and RetroAttention"
+	$(BIN)/retro-jax compare smollm2-135m --text $(TEXT) --tokens 1280 --prompt-tokens 512 \
 	  --budget-tokens 128 --windows 1 4 --bin-tokens 256 --out $(DEMO_OUT)
 
 test: lint

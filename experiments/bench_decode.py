@@ -5,7 +5,9 @@ meets all of them. Times are wall time of single steps, the token on the host; r
 """
 
 import json
+import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -188,7 +190,9 @@ class Bench(Command, Benchmark):
     rounds: int = 6
     """Turns of each contestant."""
     reference: Path | None = None
-    """A Python interpreter with torch and transformers, which then decodes the same weights in turn."""
+    """A Python interpreter with torch and transformers, which then decodes the same weights in turn. Where
+    other programs use the CPU, set OMP_WAIT_POLICY=PASSIVE: torch's threads wait busily for each other, which
+    multiplies its times then."""
     seed: int = 0
     """Of the random context."""
     out: Path | None = None
@@ -203,15 +207,17 @@ class Bench(Command, Benchmark):
             raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
         configs = {"full": self.config.config(method="full"), "quest": self.config.config(method="quest")}
         configs |= {f"retro w={w}": self.config.config(method="retro", window=w) for w in self.windows}
+        load = os.getloadavg()[0]
         model = self.load()
         rng = np.random.default_rng(self.seed)
         ids = rng.integers(model.config.vocab_size, size=(self.batch, self.context), dtype=np.int32)
         capacity = self.context + WARM_UP_STEPS + self.rounds * self.steps
         with Progress() as progress:
+            # The reference first: an interpreter that fails should do so before the long prefills.
+            reference = Transformers(self.reference, model, ids) if self.reference else None
             contestants: list[Contestant] = [
                 Ours(name, model, config, ids, capacity, progress) for name, config in configs.items()
             ]
-            reference = Transformers(self.reference, model, ids) if self.reference else None
             if reference:
                 contestants.append(reference)
             milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
@@ -226,13 +232,26 @@ class Bench(Command, Benchmark):
             "contestants": results(milliseconds),
             "reference": reference and reference.version,
             "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
+            "steps": WARM_UP_STEPS + self.rounds * self.steps,
+            "load_before": load,
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "milliseconds": milliseconds,
             "provenance": provenance(),
         }
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.out, values)
-        print(json.dumps(finite(values)) if self.json else speed_table(values["contestants"], self.batch))
+        if self.json:
+            print(json.dumps(finite(values)))
+            return
+        print(speed_table(values["contestants"], self.batch))
+        if reference:
+            agreed, steps = values["reference_agrees_for_steps"], values["steps"]
+            print(
+                f"\n{reference.version}: the tokens of full attention in the first {agreed} of {steps} steps."
+            )
+        if load > cpus() / 2:
+            print(f"The machine was busy: load {load:.1f} on {cpus()} CPUs before.", file=sys.stderr)
 
 
 def take_turns(

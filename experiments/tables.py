@@ -65,7 +65,10 @@ def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> s
     """Returns the whole report of a comparison as Markdown: all texts together, then each text."""
     prompt, tokens, names = identity["prompt_tokens"], identity["tokens"], identity["texts"]
     bins = position_bins(prompt, tokens, bin_tokens)
-    settings = ", ".join(f"{key} {value}" for key, value in identity["config"].items() if value is not None)
+    config = dict(identity["config"])
+    if config["budget_tokens"] is not None:
+        del config["budget"], config["budget_floor"]  # not used then
+    settings = ", ".join(f"{key} {value}" for key, value in config.items() if value is not None)
     parts = [
         f"# {identity['model']} ({identity['dtype']}), {', '.join(names)}",
         f"{tokens} tokens of each text: a prompt of {prompt}, then teacher-forced decoding. "
@@ -80,7 +83,7 @@ def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> s
     for row in rows(runs, bins, prompt):
         if not row.run.config.overwrite and row.quest_difference is not None:
             parts.append(
-                f"Without overwriting (w = {row.run.config.slots}, {row.run.config.sink_pages} sink pages) "
+                f"Without overwriting (w = {row.run.config.slots}, sink pages {row.run.config.sink_pages}) "
                 f"no token's value differs from Quest's by more than {row.quest_difference:.1e}."
             )
     if len(names) > 1:

@@ -16,7 +16,7 @@ IDENTITY = {
     "texts": ["a", "b"],
     "tokens": 640,
     "prompt_tokens": 128,
-    "config": {"budget": 0.15, "budget_tokens": 64, "page_size": 16},
+    "config": {"budget": 0.15, "budget_floor": 256, "budget_tokens": 64, "page_size": 16},
 }
 
 
@@ -106,7 +106,8 @@ def test_report_has_every_text(runs):
     assert "## a\n" in report
     assert "## b\n" in report
     assert "128-383" in report
-    assert "(w = 4, 1 sink pages) no token's value differs from Quest's by more than" in report
+    assert "Settings: budget_tokens 64, page_size 16." in report
+    assert "(w = 4, sink pages 1) no token's value differs from Quest's by more than" in report
 
 
 def test_score_table():
