@@ -105,9 +105,14 @@ class Generate(Command):
         streamed: bool,
         previous: Generation | None = None,
     ) -> tuple[Generation, Rates]:
-        hidden = ("decode",) if streamed and sys.stdout.isatty() else ()
-        with Progress(hidden=hidden) as show:
+        with Progress() as show:
             rates = Rates(show)
+
+            def stream(_: int, piece: str) -> None:
+                if sys.stdout.isatty():
+                    show.stop()
+                print(piece, end="", flush=True)
+
             result = generate(
                 model,
                 prompts,
@@ -115,7 +120,7 @@ class Generate(Command):
                 self.max_new_tokens,
                 sampling=self.sampling.sampling(),
                 capacity=capacity,
-                stream=(lambda index, piece: print(piece, end="", flush=True)) if streamed else None,
+                stream=stream if streamed else None,
                 progress=rates,
                 previous=previous,
             )

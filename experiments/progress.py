@@ -26,12 +26,10 @@ class Progress:
 
     Args:
         prefix: put before every stage's name.
-        hidden: stages that are not shown, such as decoding while its text is streamed to the same screen.
     """
 
-    def __init__(self, prefix: str = "", hidden: tuple[str, ...] = ()):
+    def __init__(self, prefix: str = ""):
         self.prefix = prefix
-        self.hidden = hidden
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, float] = {}
         self._bars: Bars | None = None
@@ -43,6 +41,7 @@ class Progress:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
+                redirect_stdout=False,  # what is printed while bars are shown is a result
             )
 
     def __enter__(self) -> "Progress":
@@ -53,13 +52,15 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leaves the bars as they are, to make way for other text on the same screen."""
         if self._bars:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int | None = None) -> None:
         """Reports that `done` of `total` units of `stage` are finished; total None: not known."""
-        if stage in self.hidden:
-            return
         name = f"{self.prefix}{stage}"
         if self._bars:
             if name not in self._tasks:
@@ -102,8 +103,11 @@ class Rates:
         return max((reports[-1][0] for reports in self._reports.values()), default=self._start) - self._start
 
     def per_second(self, stage: str) -> float | None:
-        """Units of a stage per second after its first report, which has compiled; None before a second."""
-        reports = self._reports.get(stage, [])
+        """Units of a stage per second between its first report and the last but one; None if these are the same.
+
+        The first call has compiled, and the last one may have computed more than was asked for.
+        """
+        reports = self._reports.get(stage, [])[:-1]
         if len(reports) < 2:
             return None
         (begin, before), (end, after) = reports[0], reports[-1]
