@@ -202,7 +202,7 @@ class Compare(TextCommand):
 
     def run(self) -> None:
         """Runs what the folder does not have yet, then writes and prints the comparison."""
-        configs = configurations(self.config, self.windows, self.sink_pages, self.no_overwrite)
+        configs = configurations(self.config.config(), self.windows, self.sink_pages, self.no_overwrite)
         model = self.load()
         ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
         texts = Texts(names, ids, self.prompt_tokens)

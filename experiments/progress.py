@@ -103,7 +103,7 @@ class Rates:
         return max((reports[-1][0] for reports in self._reports.values()), default=self._start) - self._start
 
     def per_second(self, stage: str) -> float | None:
-        """Units of a stage per second between its first report and the last but one; None if these are the same.
+        """Units of a stage per second between its first report and the last but one, if they differ.
 
         The first call has compiled, and the last one may have computed more than was asked for.
         """

@@ -101,6 +101,21 @@ def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, 
     assert (out / "results.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--windows", 0), "window 0 is below 1"),
+        (("--sink-pages", 4), "budget_tokens 32 is below the 5 pages of 8 tokens"),
+        (("--group-reduce", "best"), "group_reduce 'best' is unknown"),
+        (("--score", "mean_key"), "set statistics='mean_key'"),
+    ],
+)
+def test_impossible_settings_are_refused_before_any_run(failure, ids_file, tmp_path, flags, message):
+    arguments = ("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", tmp_path / "out")
+    assert message in failure(*arguments, *flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_default_folder_depends_on_the_settings(json_command, ids_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ("--tokens", 96, "--budget-tokens", 32, "--page-size", 8, "--windows", 1)
