@@ -17,7 +17,7 @@ from retro_jax.metrics import Metrics
 from retro_jax.prefill import extend, prefill
 from retro_jax.sampling import Sampling
 from retro_jax.score import Score, score
-from retro_jax.sharding import shard_params, shard_state
+from retro_jax.sharding import make_mesh, shard_params, shard_state
 from retro_jax.state import DecodeState, init_state
 from retro_jax.step import decode_step
 
@@ -37,6 +37,7 @@ __all__ = [
     "generate",
     "init_state",
     "load_model",
+    "make_mesh",
     "prefill",
     "score",
     "shard_params",

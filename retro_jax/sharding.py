@@ -6,7 +6,7 @@ the output projections, as in any tensor-parallel transformer.
 """
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
@@ -38,11 +38,24 @@ def _params_spec(path: tuple) -> P:
     return P("model") if name in _CHANNELS else P()
 
 
+def make_mesh(data: int, model: int) -> Mesh:
+    """A mesh of the first `data` x `model` devices, over whose axes XLA distributes the computation.
+
+    Raises:
+      ValueError: there are not so many devices.
+    """
+    devices = jax.device_count()
+    if data < 1 or model < 1 or data * model > devices:
+        raise ValueError(f"{data} x {model} devices were asked for, {devices} are there")
+    chosen = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto,) * 2, devices=chosen)
+
+
 def check_mesh(model: ModelConfig, mesh: Mesh, batch: int) -> None:
-    """Raises ValueError if the mesh lacks an axis, or does not divide the batch, heads or widths."""
-    for axis in ("data", "model"):
-        if axis not in mesh.shape:
-            raise ValueError(f"the mesh has axes {tuple(mesh.shape)}; it needs 'data' and 'model'")
+    """Raises ValueError if the mesh is not one of `make_mesh`, or does not divide batch, heads or widths."""
+    if tuple(mesh.shape) != ("data", "model") or set(mesh.axis_types) != {AxisType.Auto}:
+        types = tuple(map(str, mesh.axis_types))
+        raise ValueError(f"the mesh has axes {tuple(mesh.shape)} of types {types}; use make_mesh")
     sizes = {
         "batch": (batch, "data"),
         "num_kv_heads": (model.num_kv_heads, "model"),

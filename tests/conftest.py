@@ -1,10 +1,18 @@
+"""Set before any import of JAX: four devices on the CPU, and run-time checks of shape annotations."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes and types of public functions are checked in tests only; the hook must come before the imports.
-with install_import_hook(["models", "pallas_kernels", "retro_jax"], "beartype.beartype"):
-    import models
-    import retro_jax  # noqa: F401
+import tests.typecheck  # noqa: F401
+
+install_import_hook(["models", "pallas_kernels", "retro_jax"], "tests.typecheck.functions")
+
+import models
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,100 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels
+from tests.pallas_kernels import oracle
+
+PAGES, PAGE_SIZE, HEADS, GROUP, DIM = 9, 4, 2, 3, 8
+
+
+def selected(page_ids, counts):
+    """The selected sets as lists of lists of sorted page numbers."""
+    return [
+        [sorted(np.asarray(ids)[:count].tolist()) for ids, count in zip(row, row_counts, strict=True)]
+        for row, row_counts in zip(page_ids, counts, strict=True)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    score=st.sampled_from(sorted(pallas_kernels.SCORES)),
+    group_reduce=st.sampled_from(["mean", "max"]),
+    sink_pages=st.integers(0, 2),
+    budget=st.integers(3, 6),
+    coarse=st.booleans(),
+)
+def test_selection_equals_the_oracle(seed, score, group_reduce, sink_pages, budget, coarse):
+    rng = np.random.default_rng(seed)
+    kind = pallas_kernels.SCORES[score].statistics
+    positions = rng.integers(0, PAGES * PAGE_SIZE, 3).astype(np.int32)
+    shape = (3, HEADS, PAGES, pallas_kernels.STATISTICS[kind].vectors, DIM)
+    vectors, q = rng.standard_normal(shape), rng.standard_normal((3, HEADS * GROUP, DIM))
+    if coarse:  # small whole numbers: exact arithmetic and many ties
+        vectors, q = np.round(vectors), np.round(q)
+    if kind == "min_max":
+        vectors.sort(axis=3)
+    vectors[np.arange(PAGES) > (positions // PAGE_SIZE)[:, None].repeat(HEADS, 1)[..., None]] = np.nan
+    budgets = np.array([budget, budget - 1 if budget > sink_pages + 1 else budget, 0], np.int32)
+    page_ids, counts = pallas_kernels.select_pages(
+        jnp.float32(q),
+        jnp.float32(vectors),
+        jnp.asarray(positions),
+        jnp.asarray(budgets),
+        page_size=PAGE_SIZE,
+        capacity=6,
+        score=score,
+        group_reduce=group_reduce,
+        sink_pages=sink_pages,
+    )
+    reduce = np.mean if group_reduce == "mean" else np.max
+    for b, sets in enumerate(selected(page_ids, counts)):
+        newest = positions[b] // PAGE_SIZE
+        for head, got in enumerate(sets):
+            queries = np.float32(q[b, head * GROUP : (head + 1) * GROUP])
+            scores = [
+                reduce(
+                    [oracle.page_score(query, np.float32(vectors[b, head, p]), score) for query in queries]
+                )
+                for p in range(newest + 1)
+            ]
+            forced = {newest, *range(min(sink_pages, newest + 1))}
+            ranked = sorted(range(newest + 1), key=lambda p: (p not in forced, -scores[p], p))
+            assert got == sorted(ranked[: budgets[b]])
+
+
+def test_the_mean_over_the_group_and_the_maximum_choose_differently():
+    q = jnp.array([[[2.0], [-2.5]]])  # page 1 scores 6 and -7.5, page 2 scores -2 and 2.5
+    keys = jnp.array([0.0, 3.0, -1.0, 0.5, 0.0]).reshape(1, 1, 5, 1, 1)
+
+    def best(group_reduce):
+        ids, counts = pallas_kernels.select_pages(
+            q,
+            keys,
+            jnp.array([4]),
+            jnp.array([2]),
+            page_size=1,
+            capacity=2,
+            score="mean_key",
+            group_reduce=group_reduce,
+            sink_pages=0,
+        )
+        return selected(ids, counts)[0][0]
+
+    assert best("mean") == [2, 4]
+    assert best("max") == [1, 4]
+
+
+def test_bad_arguments_are_refused():
+    q, vectors = jnp.ones((1, 2, 4)), jnp.ones((1, 2, 3, 2, 4))
+    fields = {"page_size": 4, "capacity": 2}
+    arguments = (q, vectors, jnp.array([3]), jnp.array([2]))
+    with pytest.raises(ValueError, match="score 'l2' is unknown; use one of bounds, mean_key"):
+        pallas_kernels.select_pages(*arguments, **fields, score="l2")
+    with pytest.raises(ValueError, match="group_reduce 'sum' is unknown; use one of mean, max"):
+        pallas_kernels.select_pages(*arguments, **fields, group_reduce="sum")
+    with pytest.raises(ValueError, match=r"capacity 4 is not within 1\.\.3"):
+        pallas_kernels.select_pages(*arguments, page_size=4, capacity=4)

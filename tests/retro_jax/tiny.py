@@ -1,0 +1,81 @@
+"""Small random models and the loops that the tests of this folder share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import models
+import retro_jax as rj
+from models import ModelConfig
+
+VOCAB = 96
+ATOL = 1e-5  # float32, logits of order one
+
+prefill = jax.jit(rj.prefill, static_argnames=("model", "config", "capacity"))
+step = jax.jit(rj.decode_step, static_argnames=("model", "config"), donate_argnames="state")
+
+
+@functools.cache
+def tiny(group: int = 2, layers: int = 3) -> rj.Model:
+    """A float32 model with two KV heads of 16 channels and random weights."""
+    config = ModelConfig(
+        name=f"tiny-group-{group}",
+        vocab_size=VOCAB,
+        num_layers=layers,
+        num_heads=2 * group,
+        num_kv_heads=2,
+        head_dim=16,
+        width=32,
+        hidden_width=64,
+        max_positions=256,
+    )
+    return rj.Model(config, models.random_params(config, jax.random.key(group)), tokenizer=None)
+
+
+@functools.cache
+def token_ids(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    """Random token ids [batch, length]."""
+    return np.random.default_rng(seed).integers(0, VOCAB, (batch, length)).astype(np.int32)
+
+
+def begin(model: rj.Model, config: rj.DecodeConfig, tokens: np.ndarray, lengths, capacity: int):
+    """The state after prefill of prompts of different lengths out of `tokens`, and the logits.
+
+    Prefill does not depend on the method: it is compiled once for all configurations with the same pages,
+    which are then put into a fresh state of this one.
+    """
+    lengths = np.asarray(lengths, np.int32)
+    prompts = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
+    plain = rj.DecodeConfig(
+        "quest", page_size=config.page_size, dense_layers=0, statistics=config.statistics, score=config.score
+    )
+    filled, logits = prefill(model.params, model.config, plain, prompts, lengths, capacity=capacity)
+    state = rj.init_state(model.config, config, len(tokens), capacity)
+    layers = tuple(
+        fresh.replace(pages=layer.pages, statistics=None if fresh.statistics is None else layer.statistics)
+        for fresh, layer in zip(state.layers, filled.layers, strict=True)
+    )
+    return state.replace(length=filled.length, layers=layers), logits
+
+
+def force(model: rj.Model, config: rj.DecodeConfig, state, tokens: np.ndarray, steps: int, observe=None):
+    """Decode `steps` of the given tokens one by one; returns the state and logits [steps, B, V].
+
+    `observe(state)` is called after every step.
+    """
+    rows, logits = np.arange(len(tokens)), []
+    for _ in range(steps):
+        newest = jnp.asarray(tokens[rows, np.asarray(state.length)])
+        state, out = step(model.params, model.config, config, state, newest)
+        logits.append(np.asarray(out))
+        if observe:
+            observe(state)
+    return state, np.stack(logits)
+
+
+def forced_logits(model, config, tokens, lengths, steps, capacity=None):
+    """Logits [steps, B, V] of decoding along `tokens` after prompts of the given lengths."""
+    state, _ = begin(model, config, tokens, lengths, capacity or tokens.shape[1])
+    return force(model, config, state, tokens, steps)[1]
