@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from models import Model, Tokenizer
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import decode
-from retro_jax.inputs import NonFiniteLogits, check_capacity, prompt_ids
+from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, prompt_ids
 from retro_jax.metrics import Metrics
 from retro_jax.prefill import extend
 from retro_jax.sampling import Sampling, sample, sequence_keys
@@ -47,7 +47,7 @@ class Generation:
 
 def generate(
     model: Model,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     config: DecodeConfig,
     max_new_tokens: int,
     *,
@@ -124,13 +124,14 @@ def generate(
         pending, remaining = out.pending, out.remaining
         emitted, finite = np.asarray(out.emitted), np.asarray(out.finite)
         calls.append(out.metrics)
+        # A token chosen from a logit that is not finite has no meaning, nor have those after it.
+        output.append(np.asarray(out.tokens), emitted & np.logical_and.accumulate(finite, axis=1))
         if not finite.all():
             sequence, step = np.argwhere(~finite)[0]
             raise NonFiniteLogits(
-                f"the logits of sequence {sequence} are not finite at new token {done + step}",
+                f"the logits of sequence {sequence} are not finite after {done + step} new tokens",
                 output.result(calls, state, np.asarray(pending)),
             )
-        output.append(np.asarray(out.tokens), emitted)
         done += steps_per_call
         if progress:
             progress("decode", min(done, max_new_tokens), max_new_tokens)
@@ -138,9 +139,7 @@ def generate(
     return output.result(calls, state, np.asarray(pending))
 
 
-def _turn_ids(
-    model: Model, prompts: Sequence[str | Sequence[int]], previous: Generation | None
-) -> list[np.ndarray]:
+def _turn_ids(model: Model, prompts: Sequence[Prompt], previous: Generation | None) -> list[np.ndarray]:
     """Token ids to append per sequence; a later turn begins with the token that is still pending."""
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list; put a single prompt in brackets")
@@ -153,7 +152,7 @@ def _turn_ids(
         raise ValueError(
             f"{len(ids)} prompts cannot continue {len(previous.pending)} sequences; give one for each"
         )
-    if previous.state.length.is_deleted():
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(previous.state)):
         raise ValueError("previous was continued before, which consumed its state; continue the later result")
     return [np.concatenate([[token], row]) for token, row in zip(previous.pending, ids, strict=True)]
 

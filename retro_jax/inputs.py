@@ -41,8 +41,12 @@ def check_token_ids(model: ModelConfig, ids: np.ndarray, what: str) -> np.ndarra
     return ids.astype(np.int32)
 
 
-def prompt_ids(model: Model, prompt: str | Sequence[int], index: int, first: bool) -> np.ndarray:
-    """Token ids of one prompt; a text begins with the model's begin-of-text token if it is the `first`.
+Prompt = str | Sequence[int] | np.ndarray
+"""A text, or token ids."""
+
+
+def prompt_ids(model: Model, prompt: Prompt, index: int, first: bool) -> np.ndarray:
+    """Token ids of one prompt; only the `first` text of a sequence begins as the model's texts begin.
 
     Raises:
       TypeError: the prompt is neither a text nor token ids.
@@ -54,7 +58,7 @@ def prompt_ids(model: Model, prompt: str | Sequence[int], index: int, first: boo
             raise ValueError(f"{model.config.name} has no tokenizer; give {what} as token ids")
         if not prompt:
             raise ValueError(f"{what} is empty; give at least one character")
-        prompt = model.tokenizer.encode(prompt, add_bos=first)
+        prompt = model.tokenizer.encode(prompt, add_bos=None if first else False)
     return check_token_ids(model.config, np.asarray(prompt), what)
 
 

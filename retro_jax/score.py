@@ -92,7 +92,8 @@ def score(
         if not finite.all():
             sequence, step = np.argwhere(~finite)[0]
             raise NonFiniteLogits(
-                f"the logits of sequence {sequence} are not finite at token {prompt_tokens + begin + step}",
+                f"the logits of sequence {sequence} are not finite after token "
+                f"{prompt_tokens + begin + step}",
                 result(),
             )
         nll.append(np.asarray(forced.nll)[:, :count])

@@ -99,8 +99,10 @@ def retro_attention(
     older = merge(o[:, :-1], lse[:, :-1], cached_o, cached_lse)
     o, lse = (jnp.concatenate([past, new[:, -1:]], axis=1) for past, new in zip(older, (o, lse), strict=True))
 
-    loads = jnp.any((ids[..., None] == jnp.arange(P)) & selected[..., None], axis=2)
-    return o, lse, jnp.where(loads, positions[:, -1, None, None], last_loaded)
+    b, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
+    loads = jnp.where(selected, ids, P)  # P lies outside: dropped
+    last_loaded = last_loaded.at[b, head, loads].set(positions[:, -1, None, None], mode="drop")
+    return o, lse, last_loaded
 
 
 def dense_attention(

@@ -1,0 +1,119 @@
+"""Bad input gets an error at the door that names the value, the limit and the way out."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import retro_jax as rj
+from tests.retro_jax.tiny import tiny, token_ids
+
+CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"method": "retra"}, r"method 'retra' is unknown; use one of full, quest, retro"),
+        ({"window": 0}, r"window 0 is below 1"),
+        (
+            {"method": "quest", "window": 4},
+            r"'quest' serves only the newest query, window 4 .*use method 'retro'",
+        ),
+        ({"page_size": 0}, r"page_size 0 is below 1"),
+        ({"dense_layers": -1}, r"dense_layers -1 is below 0"),
+        ({"sink_pages": -1}, r"sink_pages -1 is below 0"),
+        ({"prefill_chunk": 0}, r"prefill_chunk 0 is below 1"),
+        ({"budget": 0.0}, r"budget 0.0 is not a share in \(0, 1\]; use budget_tokens"),
+        ({"budget": 15}, r"budget 15 is not a share in \(0, 1\]; use budget_tokens"),
+        ({"budget_tokens": 16}, r"budget_tokens 16 is below the 2 pages of 16 .*must exceed 16"),
+        ({"budget_tokens": 40, "sink_pages": 3}, r"budget_tokens 40 is below the 4 pages"),
+        ({"budget_floor": 0}, r"budget_floor 0 is below the 2 pages"),
+        ({"statistics": "median"}, r"statistics 'median' are unknown; use one of min_max, mean_key"),
+        ({"score": "cosine"}, r"score 'cosine' is unknown; use one of bounds, mean_key"),
+        ({"score": "mean_key"}, r"reads 'mean_key' statistics, .* keep 'min_max'; set statistics='mean_key'"),
+        ({"group_reduce": "sum"}, r"group_reduce 'sum' is unknown; use 'mean' or 'max'"),
+        ({"implementation": "triton"}, r"implementation 'triton' is unknown; use None or one of xla"),
+    ),
+)
+def test_configuration(fields, message):
+    with pytest.raises(ValueError, match=message):
+        rj.DecodeConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"temperature": -1.0}, "temperature -1.0 is below 0"),
+        ({"temperature": float("nan")}, "temperature nan is below 0"),
+        ({"top_k": 0}, "top_k 0 is below 1"),
+        ({"top_p": 0.0}, r"top_p 0.0 is not in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p 1.5 is not in \(0, 1\]"),
+    ),
+)
+def test_sampling(fields, message):
+    with pytest.raises(ValueError, match=message):
+        rj.Sampling(**fields)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    (
+        ([], {}, ValueError, "prompts are empty"),
+        ([[]], {}, ValueError, "prompt 0 is empty; give at least one token"),
+        ([[1], []], {}, ValueError, "prompt 1 is empty"),
+        ([""], {}, ValueError, "has no tokenizer; give prompt 0 as token ids"),
+        (["hello"], {}, ValueError, "tiny-group-3 has no tokenizer; give prompt 0 as token ids"),
+        ("hello", {}, TypeError, "prompts must be a list"),
+        ([[1, 96]], {}, ValueError, r"token id 96, outside the vocabulary of tiny-group-3 \(0\.\.95\)"),
+        ([[-1]], {}, ValueError, r"token id -1, outside the vocabulary"),
+        ([np.array([1.5])], {}, TypeError, "prompt 0 has dtype float64; token ids are whole numbers"),
+        ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens 0 .* at least 1"),
+        ([[1] * 250], {}, ValueError, "take 260 positions, tiny-group-3 has 256; shorten the prompt"),
+        ([[1] * 25], {"capacity": 30}, ValueError, "take 35 positions, the cache holds 30"),
+        ([[1]], {"capacity": 300}, ValueError, r"capacity 300 is not within 1\.\.256, the positions"),
+        ([[1]], {"stop_tokens": [96]}, ValueError, r"stop token 96 lies outside the vocabulary \(0\.\.95\)"),
+    ),
+)
+def test_generate(prompts, options, error, message):
+    options = {"max_new_tokens": 10} | options
+    with pytest.raises(error, match=message):
+        rj.generate(tiny(3), prompts, CONFIG, **options)
+
+
+def test_a_next_turn():
+    first = rj.generate(tiny(3), [[1, 2, 3]], CONFIG, 5, capacity=24)
+    with pytest.raises(ValueError, match="2 prompts cannot continue 1 sequences"):
+        rj.generate(tiny(3), [[1], [2]], CONFIG, 5, previous=first)
+    with pytest.raises(ValueError, match="take 28 positions, the cache holds 24; pass a larger capacity"):
+        rj.generate(tiny(3), [[1]], CONFIG, 19, previous=first)
+    rj.generate(tiny(3), [[1]], CONFIG, 2, previous=first)  # refused calls left the state as it was
+    with pytest.raises(ValueError, match="previous was continued before"):
+        rj.generate(tiny(3), [[1]], CONFIG, 2, previous=first)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "error", "message"),
+    (
+        (np.zeros((2, 3, 4), int), {}, ValueError, r"shape \(2, 3, 4\); give \[T\] or \[B, T\]"),
+        (np.zeros(0, int), {}, ValueError, "token_ids is empty"),
+        (np.zeros(20), {}, TypeError, "token_ids has dtype float64"),
+        (np.full(20, 96), {}, ValueError, "token id 96, outside the vocabulary"),
+        (np.zeros(20, int), {"prompt_tokens": 20}, ValueError, r"prompt_tokens 20 is not within 1\.\.19"),
+        (np.zeros(20, int), {"prompt_tokens": 0}, ValueError, r"prompt_tokens 0 is not within 1\.\.19"),
+        (np.zeros(300, int), {}, ValueError, "take 300 positions, tiny-group-3 has 256"),
+        (np.zeros(20, int), {"capacity": 16}, ValueError, "take 20 positions, the cache holds 16"),
+        (np.zeros(20, int), {"steps_per_call": 0}, ValueError, "steps_per_call 0 must be at least 1"),
+    ),
+)
+def test_score(tokens, options, error, message):
+    options = {"prompt_tokens": 8} | options
+    with pytest.raises(error, match=message):
+        rj.score(tiny(3), tokens, CONFIG, **options)
+
+
+def test_the_pure_functions():
+    model, tokens = tiny(3), jnp.asarray(token_ids(1, 20))
+    with pytest.raises(ValueError, match="batch 0 is below 1"):
+        rj.init_state(model.config, CONFIG, 0, 16)
+    with pytest.raises(ValueError, match="prompts of up to 20 tokens do not fit a capacity of 16"):
+        rj.prefill(model.params, model.config, CONFIG, tokens, jnp.array([20]), 16)

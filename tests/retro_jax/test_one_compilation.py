@@ -1,0 +1,52 @@
+"""One trace serves a whole generation, and the compiled step copies no cache."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import retro_jax as rj
+from tests.retro_jax.tiny import tiny, token_ids
+
+CONFIGS = {
+    "full": rj.DecodeConfig("full", page_size=8),
+    "quest": rj.DecodeConfig("quest", page_size=8, budget_tokens=32, dense_layers=1),
+    "retro": rj.DecodeConfig("retro", page_size=8, budget=0.2, budget_floor=16, dense_layers=1),
+}
+
+
+def test_one_trace_of_the_decode_step_for_generations_of_any_length(monkeypatch):
+    module = sys.modules["retro_jax.decode"]  # the package exports the function of the same name
+    traces, original = [], module.decode_step
+
+    def counted(*args):
+        traces.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(module, "decode_step", counted)
+    prompts = token_ids(2, 11).tolist()
+    for new_tokens, prompt_tokens in ((100, 11), (37, 2), (60, 7)):
+        shorter = [prompt[:prompt_tokens] for prompt in prompts]
+        result = rj.generate(tiny(3), shorter, CONFIGS["retro"], new_tokens, capacity=123)
+        assert [len(tokens) for tokens in result.tokens] == [new_tokens] * 2
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("loop", ("step", "scan"))
+def test_the_cache_is_updated_in_place(name, loop):
+    capacity = 2**19  # one layer's cache outweighs everything else
+    model, config = dataclasses.replace(tiny(3).config, max_positions=capacity), CONFIGS[name]
+    state = jax.eval_shape(lambda: rj.init_state(model, config, 1, capacity))
+    tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def run(params, state, tokens):
+        if loop == "step":
+            return rj.decode_step(params, model, config, state, tokens)
+        return rj.decode(params, model, config, state, tokens, 4)
+
+    compiled = jax.jit(run, donate_argnums=1).lower(tiny(3).params, state, tokens).compile()
+    pages = state.layers[0].pages
+    assert compiled.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize

@@ -1,0 +1,84 @@
+import jax
+import numpy as np
+import pytest
+
+import models
+import retro_jax as rj
+from tests.retro_jax.tiny import ATOL, tiny, token_ids
+
+
+@pytest.mark.parametrize("steps_per_call", (7, 64))
+def test_score_with_full_attention_is_the_models_likelihood(steps_per_call):
+    model, tokens = tiny(3), token_ids(2, 50)
+    config = rj.DecodeConfig("full", page_size=8, prefill_chunk=16)
+    result = rj.score(model, tokens, config, prompt_tokens=21, steps_per_call=steps_per_call)
+    logits = np.asarray(models.forward(model.params, model.config, tokens), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_probs[:, 20:-1], tokens[:, 21:, None], axis=-1)[..., 0]
+    assert result.nll.shape == (2, 29) and result.nll.dtype == np.float64
+    np.testing.assert_allclose(result.nll, expected, atol=ATOL)
+    np.testing.assert_allclose(
+        rj.score(model, tokens[0], config, prompt_tokens=21).nll, expected[:1], atol=ATOL
+    )
+
+
+def test_score_takes_the_steps_that_generate_takes():
+    model = tiny(3)
+    config = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, window=3)
+    prompt = token_ids(1, 40)[0]
+    generated = rj.generate(model, [prompt.tolist()], config, 30)
+    text = np.concatenate([prompt, generated.tokens[0]])
+    result = rj.score(model, text, config, prompt_tokens=40, steps_per_call=9)
+    np.testing.assert_array_equal(result.metrics.pages_attended[:29], generated.metrics.pages_attended[:29])
+    sparse = rj.score(model, text, rj.DecodeConfig("full"), prompt_tokens=40).nll
+    assert np.abs(result.nll - sparse).max() > 1e-3
+
+
+def test_a_text_of_one_scored_token_has_no_decode_steps():
+    result = rj.score(tiny(3), token_ids(1, 12)[0], rj.DecodeConfig(), prompt_tokens=11)
+    assert result.nll.shape == (1, 1) and result.metrics is None
+
+
+def test_progress_counts_tokens():
+    stages = []
+    config = rj.DecodeConfig("full", page_size=8, prefill_chunk=16)
+    rj.score(
+        tiny(3),
+        token_ids(1, 50)[0],
+        config,
+        prompt_tokens=21,
+        steps_per_call=16,
+        progress=lambda *s: stages.append(s),
+    )
+    assert stages == [("prefill", 16, 21), ("prefill", 21, 21), ("decode", 16, 28), ("decode", 28, 28)]
+
+
+def test_a_non_finite_logit_is_an_error_that_carries_what_was_done():
+    model = tiny(3)
+    embed = model.params.embed.at[7].set(np.nan)
+    broken = rj.Model(model.config, model.params.replace(embed=embed), None)
+    tokens = np.full(30, 3, np.int32)
+    tokens[22] = 7
+    config = rj.DecodeConfig("full", page_size=8)
+    with pytest.raises(rj.NonFiniteLogits, match="sequence 0 are not finite after token 22") as error:
+        rj.score(broken, tokens, config, prompt_tokens=10, steps_per_call=4)
+    clean = rj.score(model, tokens, config, prompt_tokens=10).nll
+    done = error.value.partial.nll
+    assert done.shape == (1, 13) and np.isfinite(done).all()
+    np.testing.assert_allclose(done, clean[:, :13], atol=ATOL)
+    with pytest.raises(rj.NonFiniteLogits, match="after the prompt"):
+        rj.score(broken, tokens, config, prompt_tokens=25)
+
+
+def test_generation_stops_at_a_non_finite_logit_with_the_tokens_so_far():
+    model = tiny(3)
+    config = rj.DecodeConfig("full", page_size=8)
+    clean = rj.generate(model, [[1, 2, 3]], config, 12)
+    poison = clean.tokens[0][4]
+    assert poison not in [1, 2, 3, *clean.tokens[0][:4]]
+    embed = model.params.embed.at[poison].set(jax.numpy.nan)
+    broken = rj.Model(model.config, model.params.replace(embed=embed), None)
+    with pytest.raises(rj.NonFiniteLogits, match="sequence 0 are not finite after 5 new tokens") as error:
+        rj.generate(broken, [[1, 2, 3]], config, 12, steps_per_call=3)
+    done = error.value.partial.tokens[0]
+    assert done == clean.tokens[0][: len(done)] and len(done) == 5
