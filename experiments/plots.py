@@ -1,5 +1,6 @@
 """The picture of a comparison."""
 
+import itertools
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -94,15 +95,14 @@ def _excess_panel(panel: Axes, runs: Sequence[Run], full: Run, prompt_tokens: in
 
 def _exposure_panel(panel: Axes, runs: Sequence[Run], colours: dict) -> None:
     """A line per number of sink pages, from its widest window; a point where each window ends."""
-    for count in sorted({run.config.sink_pages for run in runs}):
+    counts = sorted({run.config.sink_pages for run in runs})
+    for count, style in zip(counts, itertools.cycle(("-", "--", ":", "-."))):
         chosen = [run for run in runs if run.config.sink_pages == count]
         widest = max(chosen, key=lambda run: run.config.slots).exposure
-        panel.plot(widest, color="0.6", linewidth=1.2, zorder=1)
+        panel.plot(widest, style, color="0.5", linewidth=1.2, zorder=1, label=_sinks(count))
         for run in chosen:
             panel.plot(len(run.exposure) - 1, run.exposure[-1], "o", color=colours[run.name], markersize=5)
-        end = (len(widest) - 1, widest[-1])
-        panel.annotate(_sinks(count), end, (0, 6), textcoords="offset points", ha="right", color="0.3")
-    panel.margins(y=0.12)
+    panel.legend(frameon=False, loc="lower right")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("later decode steps")
     panel.set_ylabel("exposure (pages attended to / own step's)")

@@ -35,10 +35,13 @@ def cpus() -> int:
 
 
 def commit() -> str | None:
-    """Returns the checkout's commit, marked when files differ from it; None outside a checkout."""
+    """Returns the checkout's commit, marked when files differ from it.
+
+    For a copy without its history, what the environment variable RETRO_JAX_COMMIT says, or None.
+    """
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
-        return None
+        return os.environ.get("RETRO_JAX_COMMIT")
     try:
         head = _git(checkout, "rev-parse", "HEAD")
         changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
