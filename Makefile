@@ -38,7 +38,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .uv-bootstrap .cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .uv-bootstrap .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml uv.lock .python-version $(UV)
