@@ -87,13 +87,7 @@ def generate(
             f"max_new_tokens {max_new_tokens} and steps_per_call {steps_per_call} must be at least 1"
         )
     ids = _turn_ids(model, prompts, previous)
-    used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)
-    needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
-    if previous is None:
-        state = init_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
-    else:
-        check_capacity(model.config, needed, previous.state.capacity)
-        state = previous.state
+    state = _state_for(model, config, ids, max_new_tokens, capacity, previous)
     stops = _stop_tokens(model, stop_tokens)
 
     state, logits = run_prefill(model, config, state, ids, progress)
@@ -155,6 +149,23 @@ def _turn_ids(model: Model, prompts: Sequence[Prompt], previous: Generation | No
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(previous.state)):
         raise ValueError("previous was continued before, which consumed its state; continue the later result")
     return [np.concatenate([[token], row]) for token, row in zip(previous.pending, ids, strict=True)]
+
+
+def _state_for(
+    model: Model,
+    config: DecodeConfig,
+    ids: Sequence[np.ndarray],
+    max_new_tokens: int,
+    capacity: int | None,
+    previous: Generation | None,
+) -> DecodeState:
+    """A fresh state, or that of the previous turn, with room for the ids and the new tokens."""
+    used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)
+    needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
+    if previous is None:
+        return init_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
+    check_capacity(model.config, needed, previous.state.capacity)
+    return previous.state
 
 
 def _stop_tokens(model: Model, stop_tokens: Sequence[int] | None) -> list[int]:
