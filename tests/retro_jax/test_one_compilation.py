@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import models
 import retro_jax as rj
 from tests.retro_jax.tiny import tiny, token_ids
 
@@ -35,10 +36,12 @@ def test_one_trace_of_the_decode_step_for_generations_of_any_length(monkeypatch)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("loop", ("step", "scan"))
-def test_the_cache_is_updated_in_place(name, loop):
+@pytest.mark.parametrize(("loop", "dtype"), (("step", "float32"), ("scan", "float32"), ("scan", "bfloat16")))
+def test_the_cache_is_updated_in_place(name, loop, dtype):
     capacity = 2**19  # one layer's cache outweighs everything else
-    model, config = dataclasses.replace(tiny(3).config, max_positions=capacity), CONFIGS[name]
+    config = CONFIGS[name]
+    model = dataclasses.replace(tiny(3).config, max_positions=capacity, dtype=dtype)
+    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
     state = jax.eval_shape(lambda: rj.init_state(model, config, 1, capacity))
     tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
 
@@ -47,6 +50,6 @@ def test_the_cache_is_updated_in_place(name, loop):
             return rj.decode_step(params, model, config, state, tokens)
         return rj.decode(params, model, config, state, tokens, 4)
 
-    compiled = jax.jit(run, donate_argnums=1).lower(tiny(3).params, state, tokens).compile()
+    compiled = jax.jit(run, donate_argnums=1).lower(params, state, tokens).compile()
     pages = state.layers[0].pages
     assert compiled.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize
