@@ -37,16 +37,17 @@ def cpus() -> int:
 def commit() -> str | None:
     """Returns the checkout's commit, marked when files differ from it.
 
-    For a copy without its history, what the environment variable RETRO_JAX_COMMIT says, or None.
+    Where git does not answer, what the environment variable RETRO_JAX_COMMIT says, or None.
     """
     checkout = Path(__file__).resolve().parent.parent
+    told = os.environ.get("RETRO_JAX_COMMIT")
     if not (checkout / ".git").exists():
-        return os.environ.get("RETRO_JAX_COMMIT")
+        return told
     try:
         head = _git(checkout, "rev-parse", "HEAD")
         changed = _git(checkout, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return told
     return f"{head} with changes" if changed else head
 
 

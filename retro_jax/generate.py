@@ -33,6 +33,7 @@ class Generation:
       tokens: the generated token ids, the stop token included.
       finished: whether each sequence ended by a stop token.
       metrics: of the decode steps; None if the prefill alone gave every token.
+      config: how it was decoded.
       state: to go on from with `previous`; a call that does consumes it.
       pending: each sequence's last token, which is not in the cache yet.
     """
@@ -41,6 +42,7 @@ class Generation:
     tokens: list[list[int]]
     finished: list[bool]
     metrics: Metrics | None
+    config: DecodeConfig
     state: DecodeState
     pending: np.ndarray
 
@@ -93,7 +95,7 @@ def generate(
     state, logits = run_prefill(model, config, state, ids, progress)
     keys = sequence_keys(sampling, len(ids))
     first = np.asarray(sample(logits, sampling, keys, state.length))
-    output = _Output(model.tokenizer, len(ids), set(stops), stream)
+    output = _Output(model.tokenizer, config, len(ids), set(stops), stream)
     if not np.isfinite(np.asarray(logits)).all():
         raise NonFiniteLogits("the logits after the prompt are not finite", output.result([], state, first))
     output.append(first[:, None], np.ones((len(ids), 1), bool))
@@ -164,6 +166,8 @@ def _state_for(
     needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
     if previous is None:
         return init_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
+    if config != previous.config:
+        raise ValueError(f"the previous turn was decoded by {previous.config}; this one must be too")
     check_capacity(model.config, needed, previous.state.capacity)
     return previous.state
 
@@ -210,11 +214,12 @@ class _Output:
     def __init__(
         self,
         tokenizer: Tokenizer | None,
+        config: DecodeConfig,
         batch: int,
         stops: set[int],
         stream: Callable[[int, str], None] | None,
     ):
-        self.tokenizer, self.stops, self.stream = tokenizer, stops, stream
+        self.tokenizer, self.config, self.stops, self.stream = tokenizer, config, stops, stream
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.streamed = [""] * batch
 
@@ -252,6 +257,7 @@ class _Output:
             tokens=self.tokens,
             finished=[self.finished(index) for index in batch],
             metrics=Metrics.gather(calls) if calls else None,
+            config=self.config,
             state=state,
             pending=pending,
         )
