@@ -28,7 +28,8 @@ from experiments.provenance import cpus, provenance
 from experiments.results import finite, write_json
 from experiments.tables import markdown
 from experiments.transformers_export import export
-from retro_jax import DecodeConfig, Model, decode_step, extend, init_state
+from retro_jax import DecodeConfig, Model, decode_step, init_state
+from retro_jax.generate import run_prefill
 
 REFERENCE = Path(__file__).with_name("transformers_reference.py")
 WARM_UP_STEPS = 3
@@ -42,12 +43,6 @@ class Contestant(Protocol):
     def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
         """Decodes so many steps; returns each one's milliseconds and tokens (one per sequence)."""
         ...
-
-
-@partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
-def _extend(params, model, config, state, tokens, lengths):
-    state, logits = extend(params, model, config, state, tokens, lengths)
-    return state, jnp.argmax(logits, -1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
@@ -78,14 +73,11 @@ class Ours:
         progress: Callable[[str, int, int], None],
     ):
         self.name, self._model, self._config = name, model, config
-        batch, context = ids.shape
-        state = init_state(model.config, config, batch, capacity)
-        for begin in range(0, context, config.prefill_chunk):
-            chunk = ids[:, begin : begin + config.prefill_chunk]
-            lengths = np.full(batch, chunk.shape[1], np.int32)
-            state, tokens = _extend(model.params, model.config, config, state, chunk, lengths)
-            progress(f"{name}: prefill", begin + chunk.shape[1], context)
-        self._state, self._tokens = state, jax.block_until_ready(tokens)
+        state = init_state(model.config, config, len(ids), capacity)
+        self._state, logits = run_prefill(
+            model, config, state, list(ids), lambda stage, *counts: progress(f"{name}: {stage}", *counts)
+        )
+        self._tokens = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
 
     def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
         """As `Contestant`."""

@@ -16,11 +16,12 @@ and updates it in place, which a slice of a stacked cache would not allow.
 from pallas_kernels.attention import dense_attention, merge, retro_attention
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 from pallas_kernels.layout import KEYS, VALUES, pages_for
-from pallas_kernels.selection import SCORES, select_pages
+from pallas_kernels.selection import GROUP_REDUCE, SCORES, select_pages
 from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.update import update_pages
 
 __all__ = [
+    "GROUP_REDUCE",
     "IMPLEMENTATIONS",
     "KEYS",
     "SCORES",

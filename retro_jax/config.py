@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from models.config import ModelConfig
-from pallas_kernels import IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
+from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
 from retro_jax.methods import METHODS, Method
 
 
@@ -80,8 +80,9 @@ class DecodeConfig:
                 f"score {self.score!r} reads {needed!r} statistics, the cache would keep "
                 f"{self.statistics!r}; set statistics={needed!r}"
             )
-        if self.group_reduce not in ("mean", "max"):
-            raise ValueError(f"group_reduce {self.group_reduce!r} is unknown; use 'mean' or 'max'")
+        if self.group_reduce not in GROUP_REDUCE:
+            known = " or ".join(map(repr, GROUP_REDUCE))
+            raise ValueError(f"group_reduce {self.group_reduce!r} is unknown; use {known}")
         if self.implementation not in (None, *IMPLEMENTATIONS):
             raise ValueError(
                 f"implementation {self.implementation!r} is unknown; use None or one of "

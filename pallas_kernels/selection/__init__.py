@@ -1,6 +1,6 @@
 """Which pages the newest query loads."""
 
 from pallas_kernels.selection.api import select_pages
-from pallas_kernels.selection.scores import SCORES
+from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 
-__all__ = ["SCORES", "select_pages"]
+__all__ = ["GROUP_REDUCE", "SCORES", "select_pages"]
