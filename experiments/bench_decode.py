@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Int
 
 from experiments.flags import Command, ConfigFlags, Hidden, NoPrefix
@@ -157,15 +156,7 @@ class BenchConfigFlags(ConfigFlags):
 
 
 @dataclass(kw_only=True)
-class Benchmark:
-    """Which benchmark; the first word after `bench`."""
-
-    what: tyro.conf.Positional[Literal["decode"]]
-    """What to measure."""
-
-
-@dataclass(kw_only=True)
-class Bench(Command, Benchmark):
+class BenchDecode(Command):
     """Measure the speed of decoding: full attention, Quest and RetroAttention, taking turns in one run.
 
     Greedy, from a context of random tokens. Times are medians of single steps, ratios medians over rounds.

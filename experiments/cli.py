@@ -11,7 +11,8 @@ import numpy as np
 import tyro
 
 from experiments import chat
-from experiments.bench_decode import Bench
+from experiments.bench_decode import BenchDecode
+from experiments.bench_kernels import BenchKernels
 from experiments.compare import Texts, compare, configurations, identity, summary
 from experiments.estimates import estimate
 from experiments.flags import (
@@ -221,11 +222,19 @@ class Compare(TextCommand):
             print(f"Table, JSON, picture and raw values: {folder.path}\n{folder.path / 'comparison.png'}")
 
 
+Bench = (
+    Annotated[BenchDecode, tyro.conf.subcommand("decode")]
+    | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
+)
+
 Commands = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[
+        Bench,
+        tyro.conf.subcommand("bench", description="Measure speed: of decoding a model, or of its kernels."),
+    ]
 )
 
 DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.

@@ -62,7 +62,17 @@ SamplingArguments = Annotated[SamplingFlags, NoPrefix]
 
 
 @dataclass(kw_only=True)
-class Command:
+class Output:
+    """How any command shows its results and its errors."""
+
+    json: Flag[bool] = False
+    """Print one JSON object on stdout, and nothing else there."""
+    traceback: Flag[bool] = False
+    """Show where an error was raised, not only what it says."""
+
+
+@dataclass(kw_only=True)
+class Command(Output):
     """A command on one model."""
 
     model: tyro.conf.Positional[str]
@@ -72,10 +82,6 @@ class Command:
     """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    json: Flag[bool] = False
-    """Print one JSON object on stdout, and nothing else there."""
-    traceback: Flag[bool] = False
-    """Show where an error was raised, not only what it says."""
 
     def load(self) -> Model:
         """Reads the model, after downloading it where it is not cached."""

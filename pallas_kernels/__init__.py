@@ -14,7 +14,7 @@ and updates it in place, which a slice of a stacked cache would not allow.
 """
 
 from pallas_kernels.attention import dense_attention, merge, retro_attention
-from pallas_kernels.dispatch import IMPLEMENTATIONS
+from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
 from pallas_kernels.layout import KEYS, VALUES, pages_for
 from pallas_kernels.selection import GROUP_REDUCE, SCORES, select_pages
 from pallas_kernels.statistics import STATISTICS
@@ -28,6 +28,7 @@ __all__ = [
     "STATISTICS",
     "VALUES",
     "dense_attention",
+    "kernels_of_device",
     "merge",
     "pages_for",
     "retro_attention",

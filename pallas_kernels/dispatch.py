@@ -1,8 +1,8 @@
 """One rule that picks the implementation of an operation.
 
-`implementation=None` tries the kernels of the current backend and falls back to `"xla"`, the reference:
-a kernel that does not support a shape or dtype raises `NotImplementedError` naming it, which is logged
-once. A named implementation is used or its error is raised.
+`implementation=None` tries the kernels of the device and falls back to `"xla"`, the reference: a kernel that
+does not support a shape or dtype raises `NotImplementedError` naming it, which is logged once. A named
+implementation is used or its error is raised. Mosaic GPU kernels are for Hopper GPUs.
 """
 
 import functools
@@ -15,8 +15,15 @@ import jax
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 """Every name that `implementation` may take."""
 
-_KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 _logger = logging.getLogger(__name__)
+
+
+def kernels_of_device() -> str | None:
+    """The implementation whose kernels run on the default device, if there is one."""
+    device = jax.devices()[0]
+    if device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9."):
+        return "mosaic_gpu"
+    return "mosaic_tpu" if device.platform == "tpu" else None
 
 
 @functools.cache
@@ -42,7 +49,7 @@ def dispatch(
 
     Raises:
       ValueError: `implementation` is not a known name.
-      NotImplementedError: the named implementation does not exist, or not for these arguments.
+      NotImplementedError: the named implementation does not exist, or not for this device or these arguments.
     """
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
@@ -55,8 +62,13 @@ def dispatch(
                 f"{operation} has no {implementation!r} implementation ({', '.join(candidates)}); "
                 "use implementation=None"
             )
+        if implementation not in ("xla", kernels_of_device()):
+            raise NotImplementedError(
+                f"{implementation!r} kernels do not run on {jax.devices()[0].device_kind}; "
+                "use implementation=None"
+            )
         return candidates[implementation](*args, **kwargs)
-    kernel = candidates.get(_KERNELS.get(jax.default_backend(), ""))
+    kernel = candidates.get(kernels_of_device())
     if kernel is not None:
         try:
             return kernel(*args, **kwargs)

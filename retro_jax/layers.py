@@ -57,11 +57,12 @@ def dense_layer(
     x: Float[Array, "B T M"],
     start: Int[Array, " B"],
     valid: Bool[Array, "B T"],
+    implementation: str | None,
 ) -> tuple[Float[Array, "B T M"], LayerState]:
     """A layer with full attention for T consecutive tokens from position `start` on.
 
     Writes keys and values of the valid ones. In a sparse layer, which prefill runs densely, page statistics
-    follow.
+    follow. `implementation` is that of the operations on pages.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
     q, k, v = transformer.qkv(layer, model, x, positions)
@@ -73,9 +74,9 @@ def dense_layer(
         start,
         valid,
         kind=config.statistics,
-        implementation=config.implementation,
+        implementation=implementation,
     )
-    o = dense_attention(q, pages, positions, implementation=config.implementation)
+    o = dense_attention(q, pages, positions, implementation=implementation)
     x = transformer.attention_output(layer, x, o)
     return transformer.mlp(layer, model, x), cache.replace(pages=pages, statistics=statistics)
 

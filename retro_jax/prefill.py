@@ -98,7 +98,8 @@ def _extend_chunk(
     x = transformer.embed(params, tokens)
     layers = []
     for layer, cache in zip(params.layers, state.layers, strict=True):
-        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid)
+        # Chunks are matters of large matrix products, which XLA does well; the kernels are for single tokens.
+        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid, implementation="xla")
         layers.append(cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     state = state.replace(

@@ -46,7 +46,9 @@ def decode_step(
     x = transformer.embed(params, tokens[:, None])
     layers = []
     for layer, cache in zip(params.layers[:dense], state.layers[:dense], strict=True):
-        x, cache = dense_layer(layer, model, config, cache, x, state.length, active[:, None])
+        x, cache = dense_layer(
+            layer, model, config, cache, x, state.length, active[:, None], config.implementation
+        )
         layers.append(cache)
 
     x = jnp.concatenate([state.hidden, x], axis=1)

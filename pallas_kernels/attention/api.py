@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import mosaic_gpu, reference
 from pallas_kernels.dispatch import dispatch
 
 
@@ -53,7 +53,7 @@ def retro_attention(
     return dispatch(
         "retro_attention",
         implementation,
-        {"xla": reference.retro_attention},
+        {"xla": reference.retro_attention, "mosaic_gpu": mosaic_gpu.retro_attention},
         q,
         pages,
         page_ids,
@@ -89,5 +89,10 @@ def dense_attention(
     if q.shape[2] % pages.shape[1]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {pages.shape[1]} KV heads")
     return dispatch(
-        "dense_attention", implementation, {"xla": reference.dense_attention}, q, pages, positions
+        "dense_attention",
+        implementation,
+        {"xla": reference.dense_attention, "mosaic_gpu": mosaic_gpu.dense_attention},
+        q,
+        pages,
+        positions,
     )

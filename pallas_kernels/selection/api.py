@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.selection import reference
+from pallas_kernels.selection import mosaic_gpu, reference
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 
 
@@ -56,7 +56,7 @@ def select_pages(
     return dispatch(
         "select_pages",
         implementation,
-        {"xla": reference.select_pages},
+        {"xla": reference.select_pages, "mosaic_gpu": mosaic_gpu.select_pages},
         q,
         statistics,
         positions,

@@ -23,11 +23,11 @@ def test_help_explains_every_field(capsys):
     assert "serves only" not in text
 
 
-@pytest.mark.parametrize("name", ["generate", "score", "compare", "bench"])
+@pytest.mark.parametrize("name", ["generate", "score", "compare", "bench decode", "bench kernels"])
 def test_help_has_text_for_every_flag(capsys, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit):
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     lines = [line.strip(" │") for line in capsys.readouterr().out.splitlines()]
     flags = [(line, after) for line, after in itertools.pairwise(lines) if line.startswith("--")]
     assert len(flags) > 10

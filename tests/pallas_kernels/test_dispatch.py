@@ -22,7 +22,7 @@ BOTH = {"xla": reference, "mosaic_gpu": kernel}
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(dispatch_module, "kernels_of_device", lambda: "mosaic_gpu")
     dispatch_module._warn_once.cache_clear()
 
 
@@ -44,7 +44,7 @@ def test_an_unsupported_shape_falls_back_with_one_warning(on_a_gpu, caplog):
     ]
 
 
-def test_a_named_implementation_is_used_or_its_error_raised():
+def test_a_named_implementation_is_used_or_its_error_raised(on_a_gpu):
     assert dispatch("op", "mosaic_gpu", BOTH, 64) == ("kernel", 64)
     with pytest.raises(NotImplementedError, match="head_dim 96"):
         dispatch("op", "mosaic_gpu", BOTH, 96)
@@ -52,3 +52,27 @@ def test_a_named_implementation_is_used_or_its_error_raised():
         dispatch("op", "mosaic_tpu", BOTH, 64)
     with pytest.raises(ValueError, match="implementation 'triton' is unknown"):
         dispatch("op", "triton", BOTH, 64)
+
+
+class Device:
+    def __init__(self, platform, device_kind, compute_capability=None):
+        self.platform, self.device_kind, self.compute_capability = platform, device_kind, compute_capability
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels"),
+    [
+        (Device("gpu", "NVIDIA H100 80GB HBM3", "9.0"), "mosaic_gpu"),
+        (Device("gpu", "NVIDIA A100-SXM4-80GB", "8.0"), None),
+        (Device("tpu", "TPU v5 lite"), "mosaic_tpu"),
+        (Device("cpu", "cpu"), None),
+    ],
+)
+def test_which_kernels_a_device_has(monkeypatch, device, kernels):
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert dispatch_module.kernels_of_device() == kernels
+
+
+def test_kernels_are_refused_where_they_do_not_run():
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' kernels do not run on cpu"):
+        dispatch("op", "mosaic_gpu", BOTH, 64)

@@ -1,0 +1,87 @@
+"""How the Hopper kernels of attention cut their work: by rule, or as measured for a chip (`tuned.json`).
+
+`experiments/tune_kernels.py` measures and writes that file.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.hopper import SHARED_MEMORY, TILE_ROWS, chip, num_multiprocessors
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the work is cut.
+
+    Attributes:
+      pages: pages of one stage, together 32 tokens or more.
+      stages: how many of them are in flight.
+      splits: blocks of threads that share the pages of one sequence and KV head.
+      warpgroups: of 128 threads that compute; they take turns, so `stages` is a multiple of it.
+    """
+
+    pages: int
+    stages: int
+    splits: int
+    warpgroups: int = 2
+
+
+def stage_bytes(pages: int, page_size: int, head_dim: int) -> int:
+    """Shared memory of one stage."""
+    return pages * 2 * page_size * head_dim * 2
+
+
+def free_bytes(head_dim: int) -> int:
+    """Shared memory that is left for stages beside queries (twice), outputs and small things."""
+    return SHARED_MEMORY - TILE_ROWS * head_dim * (2 + 2 + 4) - 4096
+
+
+def choose_blocks(q: Float[Array, "B W N D"], pages: Float[Array, "B K P 2 S D"], capacity: int) -> Blocks:
+    """What is known to be fast for the nearest shape, else what fits."""
+    B, K, P, _, S, D = pages.shape
+    rows = q.shape[1] * q.shape[2] // K
+    stage_pages, stages, warpgroups, waves = _nearest(chip(), D, S, rows, B * K * capacity) or _fitting(D, S)
+    stage_pages = min(stage_pages, P)
+    splits = max(1, min(num_multiprocessors() * waves // (B * K), -(-capacity // stage_pages)))
+    return Blocks(stage_pages, stages, splits, warpgroups)
+
+
+def _fitting(head_dim: int, page_size: int) -> tuple[int, int, int, int]:
+    """Stages of 64 tokens, of 32 for wide heads whose accumulator takes most registers."""
+    warpgroups = 1 if head_dim == 256 else 2
+    pages = max((32 if head_dim == 256 else 64) // page_size, 1)
+    if 2 * pages * page_size < TILE_ROWS or (pages == 1 and page_size == 32):
+        pages = 2
+    stages = free_bytes(head_dim) // stage_bytes(pages, page_size, head_dim)
+    return pages, max(min(stages, 8) // warpgroups * warpgroups, 1), warpgroups, 1
+
+
+@functools.cache
+def _entries() -> list[dict]:
+    return json.loads(TUNED.read_text())["entries"] if TUNED.exists() else []
+
+
+def _nearest(
+    chip: str, head_dim: int, page_size: int, rows: int, pages: int
+) -> tuple[int, int, int, int] | None:
+    """The tuned sizes of the entry whose rows and pages in all are nearest, by ratio."""
+    candidates = [
+        entry
+        for entry in _entries()
+        if (entry["chip"], entry["head_dim"], entry["page_size"]) == (chip, head_dim, page_size)
+    ]
+    if not candidates:
+        return None
+
+    def distance(entry):
+        return abs(math.log(entry["rows"] / rows)) + abs(math.log(entry["pages"] / pages))
+
+    best = min(candidates, key=distance)["blocks"]
+    return best["pages"], best["stages"], best["warpgroups"], best["waves"]

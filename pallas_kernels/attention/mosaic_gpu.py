@@ -1,0 +1,170 @@
+"""Attention over pages on Hopper GPUs: flash decoding whose key blocks are gathered page by page.
+
+Two launches. `_attend` runs a block of threads per sequence, KV head and split of the pages, see
+`thread_block.py`. `_merge` joins the splits of a query with each other and with its cached output, by
+log-sum-exp.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.blocks import Blocks, choose_blocks
+from pallas_kernels.attention.thread_block import LOWEST, attend_to_split
+from pallas_kernels.hopper import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
+
+
+def retro_attention(
+    q: Float[Array, "B W N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    page_ids: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    last_loaded: Int[Array, "B K P"],
+    positions: Int[Array, "B W"],
+    cached_o: Float[Array, "B older N D"],
+    cached_lse: Float[Array, "B older N"],
+    *,
+    blocks: Blocks | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "B W N D"], Float[Array, "B W N"], Int[Array, "B K P"]]:
+    """See `pallas_kernels.attention.api.retro_attention`."""
+    check(q, pages)
+    blocks = blocks or choose_blocks(q, pages, page_ids.shape[-1])
+    loaded = jax.new_ref(last_loaded)
+    o, lse = _attend(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
+    o, lse = _merge(o, lse, cached_o, cached_lse, q.shape, interpret)
+    return o, lse, loaded[...]
+
+
+def dense_attention(
+    q: Float[Array, "B T N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    positions: Int[Array, "B T"],
+    *,
+    blocks: Blocks | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B T N D"]:
+    """See `pallas_kernels.attention.api.dense_attention`."""
+    check(q, pages)
+    blocks = blocks or choose_blocks(q, pages, pages.shape[2])
+    o, lse = _attend(q, pages, positions, None, blocks, interpret)
+    return _merge(o, lse, None, None, q.shape, interpret)[0]
+
+
+def check(q: Array, pages: Array) -> None:
+    """Raises `NotImplementedError` for what the kernels do not support."""
+    check_support("attention", pages.dtype, pages.shape[-1], pages.shape[-2])
+    if q.dtype != pages.dtype:
+        raise NotImplementedError(
+            f"attention: q is {q.dtype} and pages are {pages.dtype}; the Mosaic GPU kernel takes one dtype"
+        )
+    slots, group = q.shape[1], q.shape[2] // pages.shape[1]
+    if slots * group > TILE_ROWS:
+        raise NotImplementedError(
+            f"attention: {slots} slots x {group} heads of a group are more than the {TILE_ROWS} rows of the "
+            "Mosaic GPU kernel"
+        )
+    if 2 * pages.shape[2] * pages.shape[-2] < TILE_ROWS:
+        raise NotImplementedError(
+            f"attention: a cache of {pages.shape[2]} pages of {pages.shape[-2]} tokens is smaller than a "
+            f"stage of the Mosaic GPU kernel ({TILE_ROWS // 2} tokens)"
+        )
+
+
+def _attend(q, pages, positions, selection, blocks, interpret):
+    """Attention over each split of the pages.
+
+    Args:
+      q: [B, W, N, D].
+      pages: [B, K, P, 2, S, D].
+      positions: [B, W].
+      selection: page_ids, counts and a Ref to last_loaded, or None for all pages.
+      blocks: how to cut the work.
+      interpret: see `pallas_kernels.hopper.kernel`.
+
+    Returns:
+      o[B, K, splits, R8, D] and its base-2 log-sum-exp[B, K, splits, 64]; R8 is W * G rounded up to 8.
+    """
+    B, W, N, D = q.shape
+    K, P, _, S, _ = pages.shape[1:]
+    rows, dtype = 2 * blocks.pages * S, pages.dtype
+    dense = selection is None
+    launch = kernel(
+        functools.partial(attend_to_split, blocks=blocks, dense=dense, interpret=interpret is not None),
+        name="dense_attention" if dense else "retro_attention",
+        out_type=[
+            jax.ShapeDtypeStruct((B, K, blocks.splits, -(-W * N // K // 8) * 8, D), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, blocks.splits, TILE_ROWS), jnp.float32),
+        ],
+        grid=(B, K, blocks.splits),
+        grid_names=("sequence", "head", "split"),
+        scratch=[
+            plgpu.SMEM((TILE_ROWS, D), dtype),
+            matrix((TILE_ROWS, D), dtype),
+            matrix((blocks.stages, rows, D), dtype),
+            plgpu.SMEM((TILE_ROWS, D), jnp.float32),
+            plgpu.SMEM((2, TILE_ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=W),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=1 if dense else blocks.pages, num_barriers=blocks.stages),
+            plgpu.Barrier(num_barriers=blocks.stages),
+            plgpu.Barrier(),
+        ],
+        warpgroups=blocks.warpgroups + 1,
+        interpret=interpret,
+    )
+    # A page's keys and values are one copy of 2 * S rows.
+    return launch(
+        q.reshape(B, W, K, N // K, D), pages.reshape(B, K, P * 2 * S, D), positions, *(selection or ())
+    )
+
+
+def _merge(o, lse, cached_o, cached_lse, shape, interpret):
+    """Joins the splits of each query, and its cached output: o[B, W, N, D] and lse[B, W, N]."""
+    B, W, N, D = shape
+    K, splits = o.shape[1:3]
+    group, cached = N // K, W > 1 and cached_o is not None
+    layout = row_layout(D)
+
+    def vector(ref, *index):
+        return plgpu.load(ref.at[index], layout=layout, optimized=False)
+
+    def body(o_ref, lse_ref, *refs):
+        if cached:
+            cached_o_ref, cached_lse_ref, *refs = refs
+        merged_ref, merged_lse_ref = refs
+        b, w, n = (lax.axis_index(axis) for axis in ("sequence", "slot", "head"))
+        head, row = lax.div(n, jnp.int32(group)), w * group + lax.rem(n, jnp.int32(group))
+        parts = [lse_ref[b, head, split, row] for split in range(splits)]
+        outputs = [vector(o_ref, b, head, split, row) for split in range(splits)]
+        if cached:
+            older = jnp.minimum(w, W - 2)
+            parts.append(jnp.where(w < W - 1, cached_lse_ref[b, older, n] * LOG2E, -jnp.inf))
+            outputs.append(vector(cached_o_ref, b, older, n))
+        highest = functools.reduce(jnp.maximum, parts, jnp.float32(LOWEST))
+        weights = [jnp.exp2(part - highest) for part in parts]
+        norm = functools.reduce(jnp.add, weights)
+        seen = norm > 0
+        inverse = jnp.where(seen, 1 / norm, 0.0)
+        merged_ref[b, w, n] = functools.reduce(
+            jnp.add, [output * (weight * inverse) for output, weight in zip(outputs, weights, strict=True)]
+        )
+        merged_lse_ref[b, w, n] = jnp.where(seen, (highest + jnp.log2(norm)) / LOG2E, -jnp.inf)
+
+    launch = kernel(
+        body,
+        name="merge",
+        out_type=[
+            jax.ShapeDtypeStruct((B, W, N, D), jnp.float32),
+            jax.ShapeDtypeStruct((B, W, N), jnp.float32),
+        ],
+        grid=(B, W, N),
+        grid_names=("sequence", "slot", "head"),
+        interpret=interpret,
+    )
+    return launch(o, lse, *((cached_o, cached_lse) if cached else ()))

@@ -1,0 +1,242 @@
+"""One block of threads of the attention kernel: a split of one sequence's and KV head's pages.
+
+One warpgroup loads pages into a ring of stages, a TMA copy for each page; the others take turns to compute.
+The window's slots and the heads of a group are the rows of one matrix tile of 64, so that a page is loaded
+once for all of them.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.tiles import PER_ROW, add_values, clear_unwritten, join, times_keys
+from pallas_kernels.hopper import LOG2E, TILE_ROWS
+
+LOWEST = -1e30
+"""Of a running maximum: finite, so that its difference to -inf is not NaN."""
+_NOWHERE = 1 << 30  # the position of a page that is not there
+_WARPS = 4  # of a warpgroup
+
+
+def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, interpret: bool) -> None:
+    """The kernel's body; `_attend` in `mosaic_gpu.py` lists the references."""
+    block = ThreadBlock(refs, blocks, dense, interpret)
+    warpgroup = lax.axis_index("warpgroup")
+    for turn in range(blocks.warpgroups):
+
+        @pl.when(warpgroup == turn)
+        def _(turn=turn):
+            if not interpret:
+                plgpu.set_max_registers(232 if blocks.warpgroups == 2 else 240, action="increase")
+            block.compute(turn)
+
+    @pl.when(warpgroup == blocks.warpgroups)
+    def _():
+        if not interpret:
+            plgpu.set_max_registers(40 if blocks.warpgroups == 2 else 120, action="decrease")
+        block.load()
+
+
+class ThreadBlock:
+    """What the warpgroups of a block share.
+
+    Args:
+      refs: arguments (of a selection: page_ids, counts, last_loaded), outputs, scratch.
+      blocks: how the work is cut.
+      dense: attend to all pages, without a selection.
+      interpret: run in the interpreter.
+    """
+
+    def __init__(self, refs: tuple, blocks: Blocks, dense: bool, interpret: bool):
+        self.q, self.pages, self.positions, *refs = refs
+        if not dense:
+            self.ids, self.counts, self.last_loaded, *refs = refs
+        self.o, self.lse, self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *barriers = refs
+        self.q_loaded, self.q_ready, self.ready, self.free, self.other_done = barriers
+        self.blocks, self.dense, self.interpret = blocks, dense, interpret
+        self.b, self.head, self.split = (lax.axis_index(axis) for axis in ("sequence", "head", "split"))
+        self.W, _, self.G, self.D = self.q.shape[1:]
+        self.page_rows = self.stages.shape[1] // blocks.pages  # keys, then values
+        self.S = self.page_rows // 2
+
+        slots = [self.positions[self.b, slot] for slot in range(self.W)]
+        self.newest = functools.reduce(jnp.maximum, slots)
+        if dense:
+            self.count = lax.div(self.newest + self.S, jnp.int32(self.S))
+        else:
+            self.count = self.counts[self.b, self.head]
+        total = lax.div(self.count + (blocks.pages - 1), jnp.int32(blocks.pages))
+        self.first = lax.div(self.split * total, jnp.int32(blocks.splits))
+        self.steps = lax.div((self.split + 1) * total, jnp.int32(blocks.splits)) - self.first
+
+    def page_ids(self, step):
+        """The pages of a step. Places beyond the last page hold some page, see `there`."""
+        place, pages = (self.first + step) * self.blocks.pages, self.blocks.pages
+        if self.dense:
+            start = jnp.minimum(place, self.pages.shape[2] // self.page_rows - pages)
+            return [start + j for j in range(pages)]
+        places = [jnp.maximum(jnp.minimum(place + j, self.count - 1), 0) for j in range(pages)]
+        return [self.ids[self.b, self.head, place] for place in places]
+
+    def there(self, step, page, j):
+        """Whether the j-th page of a step is one to attend to."""
+        place = (self.first + step) * self.blocks.pages
+        return (page >= place) & (page < self.count) if self.dense else place + j < self.count
+
+    def stage_of(self, step):
+        """The place of a step in the ring."""
+        return lax.rem(step, jnp.int32(self.blocks.stages))
+
+    def load(self):
+        """The loading warpgroup. Records the loads of pages that nothing will look up any more."""
+        stages = self.blocks.stages
+
+        def attended_pages(step):
+            return [] if self.dense else self.page_ids(step)
+
+        def record(pages):
+            for page in pages:
+                self.last_loaded[self.b, self.head, page] = self.positions[self.b, self.W - 1]
+
+        @pl.loop(jnp.int32(0), self.steps)
+        def _(step):
+            done = step - stages  # the step whose stage this one takes over
+            attended = attended_pages(jnp.maximum(done, 0))
+            pl.when(done >= 0)(lambda: plgpu.barrier_wait(self.free.at[self.stage_of(step)]))
+            self._copy(self.page_ids(step), self.stage_of(step))
+            pl.when(done >= 0)(lambda: record(attended))
+
+        last = [jnp.maximum(self.steps - stages, 0) + i for i in range(stages)]
+        attended = [attended_pages(jnp.minimum(step, jnp.maximum(self.steps - 1, 0))) for step in last]
+        for step, pages in zip(last, attended, strict=True):
+
+            @pl.when(step < self.steps)
+            def _(step=step, pages=pages):
+                plgpu.barrier_wait(self.free.at[self.stage_of(step)])
+                record(pages)
+
+    def _copy(self, ids, stage):
+        rows, source = self.page_rows, self.pages.at[self.b, self.head]
+        target, ready = self.stages.at[stage], self.ready.at[stage]
+        if self.dense or len(ids) == 1:
+            start = pl.multiple_of(ids[0] * rows, rows)
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(start, len(ids) * rows)], target, ready)
+            return
+
+        @plgpu.warp_map  # each warp takes a page: to begin a copy costs every thread that takes part
+        def _(warp):
+            for j, page in enumerate(ids):
+
+                @pl.when(warp == j % _WARPS)
+                def _(j=j, page=page):
+                    there = target.at[pl.ds(j * rows, rows)]
+                    plgpu.copy_gmem_to_smem(source.at[pl.ds(page * rows, rows)], there, ready)
+
+    def compute(self, turn: int):
+        """A computing warpgroup: every step that is its turn, then the output of all."""
+        turns = lax.div(self.steps - turn + (self.blocks.warpgroups - 1), jnp.int32(self.blocks.warpgroups))
+        nothing = [jnp.int32(0)] * self.blocks.pages
+        ids, loads = lax.cond(turns > 0, lambda: self._look_up(turn), lambda: (nothing, nothing))
+        acc = plgpu.layout_cast(jnp.zeros((TILE_ROWS, self.D), jnp.float32), plgpu.Layout.WGMMA)
+        highest = plgpu.layout_cast(jnp.full((TILE_ROWS,), LOWEST, jnp.float32), PER_ROW)
+        norm = plgpu.layout_cast(jnp.zeros((TILE_ROWS,), jnp.float32), PER_ROW)
+        attend = self._attend(turn)
+        self._queries(turn)
+        acc, highest, norm, *_ = lax.fori_loop(0, turns, attend, (acc, highest, norm, ids, loads))
+
+        scale = self.D**-0.5 * LOG2E
+        if turn == 1:
+            self.o_tile[...] = acc
+            self.softmax[0], self.softmax[1] = highest, norm
+            plgpu.barrier_arrive(self.other_done)
+            return
+        if self.blocks.warpgroups == 2:
+            plgpu.barrier_wait(self.other_done)
+            acc, highest, norm = join(acc, highest, norm, self.o_tile, self.softmax, scale)
+        seen = norm > 0
+        here = self.b, self.head, self.split
+        self.lse[here] = jnp.where(seen, highest * scale + jnp.log2(norm), -jnp.inf)
+        self.o_tile[...] = acc * lax.broadcast_in_dim(jnp.where(seen, 1 / norm, 0.0), acc.shape, [0])
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.o_tile.at[pl.ds(0, self.o.shape[3])], self.o.at[here])
+        plgpu.wait_smem_to_gmem(0)
+
+    def _queries(self, turn):
+        """Queries of all slots and heads as rows of a tile; rows beyond them hold anything."""
+        if turn == 0:
+            for slot in range(self.W):
+                rows = self.q_rows.at[pl.ds(slot * self.G, self.G)]
+                plgpu.copy_gmem_to_smem(self.q.at[self.b, slot, self.head], rows, self.q_loaded)
+            plgpu.barrier_wait(self.q_loaded)
+            self.q_tile[...] = plgpu.load(self.q_rows, layout=plgpu.Layout.WGMMA, optimized=False)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.q_ready)
+        plgpu.barrier_wait(self.q_ready)
+
+    def _look_up(self, step):
+        """The pages of a step and when each was loaded last."""
+        ids = self.page_ids(step)
+        return ids, ids if self.dense else [self.last_loaded[self.b, self.head, page] for page in ids]
+
+    def _rows_position(self):
+        """The position of each row's slot; -1 for rows without one."""
+        row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=PER_ROW)
+        slot_of_row = lax.div(row, jnp.int32(self.G))
+        position = plgpu.layout_cast(jnp.full((TILE_ROWS,), -1, jnp.int32), PER_ROW)
+        for slot in range(self.W):
+            position = jnp.where(slot_of_row == slot, self.positions[self.b, slot], position)
+        return position
+
+    def _attend(self, turn):
+        """One step of flash attention, for `fori_loop`."""
+        scale, S = self.D**-0.5 * LOG2E, self.S
+        position = self._rows_position()
+        offset = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS, S), 1, layout=plgpu.Layout.WGMMA)
+
+        def per_column(rows, shape):
+            return lax.broadcast_in_dim(rows, shape, [0])
+
+        def attend(index, carry):
+            acc, highest, norm, ids, loads = carry
+            step = index * self.blocks.warpgroups + turn
+            stage = self.stages.at[self.stage_of(step)]
+
+            # Per page, how many of its tokens each row may see.
+            rooms = []
+            for j, (page, load) in enumerate(zip(ids, loads, strict=True)):
+                room = position - jnp.where(self.there(step, page, j), page * S, _NOWHERE)
+                rooms.append(room if self.dense else jnp.where(load < position, room, -1))
+            unwritten = functools.reduce(jnp.logical_or, [page * S + S - 1 > self.newest for page in ids])
+            here = ids
+            ids, loads = self._look_up(jnp.minimum(step + self.blocks.warpgroups, self.steps - 1))
+
+            plgpu.barrier_wait(self.ready.at[self.stage_of(step)])
+            scores = times_keys(self.q_tile, stage, self.blocks.pages)
+            scores = [
+                jnp.where(offset <= per_column(room, offset.shape), part, -jnp.inf)
+                for room, part in zip(rooms, scores, strict=True)
+            ]
+            before = highest
+            for part in scores:
+                highest = jnp.maximum(highest, part.max(axis=1))
+            shift = per_column(highest * scale, offset.shape)
+            weights = [jnp.exp2(part * scale - shift) for part in scores]
+            decay = jnp.exp2((before - highest) * scale)
+            norm = norm * decay + functools.reduce(jnp.add, weights).sum(axis=1)
+            weights = [part.astype(stage.dtype) for part in weights]
+            acc = acc * per_column(decay, acc.shape)
+
+            @pl.when(unwritten)
+            def _():  # what lies beyond the newest position may be NaN, and 0 * NaN is NaN
+                clear_unwritten(stage, here, self.newest)
+
+            acc = add_values(acc, weights, stage, self.interpret)
+            plgpu.barrier_arrive(self.free.at[self.stage_of(step)])
+            return acc, highest, norm, ids, loads
+
+        return attend

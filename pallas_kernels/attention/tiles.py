@@ -1,0 +1,87 @@
+"""The steps of flash attention on the tiles of one stage, for a warpgroup."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import TILE_ROWS
+
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+"""The layout of a value per row of a tile."""
+
+
+def join(acc, highest, norm, o_smem, softmax_smem, scale):
+    """Joins a running softmax with that of the other warpgroup, which lies in shared memory."""
+    other_highest, other_norm = (
+        plgpu.load(softmax_smem.at[i], layout=PER_ROW, optimized=False) for i in range(2)
+    )
+    other_acc = plgpu.load(o_smem, layout=plgpu.Layout.WGMMA, optimized=False)
+    both = jnp.maximum(highest, other_highest)
+    decay, other_decay = (jnp.exp2((part - both) * scale) for part in (highest, other_highest))
+    acc, other_acc = (
+        part * lax.broadcast_in_dim(by, acc.shape, [0])
+        for part, by in ((acc, decay), (other_acc, other_decay))
+    )
+    return acc + other_acc, both, norm * decay + other_norm * other_decay
+
+
+def times_keys(q_smem, stage_smem, pages):
+    """Logits of every row for each page's keys: a list of (64, S).
+
+    Keys and values alternate in a stage. A product with the keys of one small page would leave the matrix
+    unit idle, so there the product is taken with values too, and their part dropped.
+    """
+    page_rows = stage_smem.shape[0] // pages
+    S = page_rows // 2
+    together = S < 32
+
+    def multiply(*products):
+        for j, product in enumerate(products):
+            operand = stage_smem if together else stage_smem.at[pl.ds(j * page_rows, S)]
+            plgpu.wgmma(product, q_smem, operand.transpose((1, 0)))
+        return [product[...] for product in products]
+
+    width = page_rows * pages if together else S
+    products = pl.run_scoped(
+        multiply, *[plgpu.ACC((TILE_ROWS, width), jnp.float32)] * (1 if together else pages)
+    )
+    if not together:
+        return products
+    return [lax.slice(products[0], (0, j * page_rows), (TILE_ROWS, j * page_rows + S)) for j in range(pages)]
+
+
+def add_values(acc, weights, stage_smem, interpret):
+    """Adds weights @ values to `acc`; the keys between them get weight 0."""
+    S = weights[0].shape[1]
+    if len(weights) == 1:
+        weights, operand = weights[0], stage_smem.at[pl.ds(S, S)]
+    else:
+        zero = jnp.zeros_like(weights[0])
+        weights = jnp.concatenate([half for part in weights for half in (zero, part)], axis=1)
+        operand = stage_smem
+    if interpret:  # which has no wgmma with an operand in registers
+        return acc + jnp.dot(weights, operand[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, operand))(plgpu.ACC.init(acc))
+
+
+def clear_unwritten(stage_smem, ids, newest):
+    """Zeroes the rows of a stage that belong to tokens beyond the newest."""
+    rows, D = stage_smem.shape
+    page_rows = rows // len(ids)
+    S = page_rows // 2
+
+    @pl.loop(jnp.int32(0), jnp.int32(rows // TILE_ROWS))
+    def _(tile):
+        start = pl.multiple_of(tile * TILE_ROWS, TILE_ROWS)
+        row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=PER_ROW) + start
+        token = lax.rem(row, jnp.int32(S))
+        for j, page in enumerate(ids):
+            token = jnp.where(lax.div(row, jnp.int32(page_rows)) == j, token + page * S, token)
+        written = lax.broadcast_in_dim(token <= newest, (TILE_ROWS, 64), [0])
+        for column in range(0, D, 64):  # in pieces, for the sake of registers
+            here = stage_smem.at[pl.ds(start, TILE_ROWS), pl.ds(column, 64)]
+            values = plgpu.layout_cast(here[...], plgpu.Layout.WGMMA)
+            here[...] = jnp.where(written, values, jnp.zeros_like(values))
+
+    plgpu.commit_smem()

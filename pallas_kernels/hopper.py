@@ -1,0 +1,126 @@
+"""What the Mosaic GPU kernels share: how they are launched, layouts, and what they support.
+
+Hopper only (H100, H200): they use its tensor memory accelerator (TMA) and its warpgroup matrix instructions
+(wgmma).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+HEAD_DIMS = (64, 128, 256)
+PAGE_SIZES = (16, 32, 64)
+TILE_ROWS = 64
+"""Rows of a wgmma: the window's slots times the heads of a group fit into them."""
+SHARED_MEMORY = 227 * 1024
+"""Bytes that one block of an H100 or H200 may use."""
+LOG2E = math.log2(math.e)
+
+
+def check_support(operation: str, dtype: Any, head_dim: int, page_size: int) -> None:
+    """Refuses what no kernel here supports.
+
+    Raises:
+      NotImplementedError: naming the value and what is supported.
+    """
+    if dtype not in DTYPES:
+        names = ", ".join(jnp.dtype(d).name for d in DTYPES)
+        raise NotImplementedError(
+            f"{operation}: dtype {jnp.dtype(dtype).name} has no Mosaic GPU kernel ({names})"
+        )
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"{operation}: head_dim {head_dim} has no Mosaic GPU kernel {HEAD_DIMS}")
+    if page_size not in PAGE_SIZES:
+        raise NotImplementedError(f"{operation}: page_size {page_size} has no Mosaic GPU kernel {PAGE_SIZES}")
+
+
+def num_multiprocessors() -> int:
+    """Streaming multiprocessors of the device that will run the kernel; an H100's where there is none."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
+def chip() -> str:
+    """The name of the chip that tuned sizes go by; an H100 where there is none."""
+    kind = jax.devices()[0].device_kind
+    return next((name for name in ("H100", "H200") if name in kind), "H100")
+
+
+def kernel(
+    body: Callable[..., None],
+    *,
+    name: str,
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    grid: Sequence[int],
+    grid_names: Sequence[str],
+    scratch: Sequence[Any] = (),
+    warpgroups: int = 1,
+    interpret: Any = None,
+) -> Callable[..., Any]:
+    """A kernel whose arguments may be Refs, which it then changes in place.
+
+    Kernels of one decode step follow each other closely, so each lets the next one start early (programmatic
+    dependent launch): its blocks are set up while this one still runs, and wait before they touch memory.
+
+    Args:
+      body: takes argument references, output references, then scratch references. Axis "warpgroup" tells
+        its warpgroups apart where there are several.
+      name: of the kernel, in profiles.
+      out_type: shapes of the outputs.
+      grid: blocks.
+      grid_names: a name for each axis of the grid.
+      scratch: shared memory and barriers.
+      warpgroups: of 128 threads each.
+      interpret: `InterpretGPUParams` to run it in the interpreter.
+    """
+    thread_name = "warpgroup" if warpgroups > 1 else None
+
+    def scoped(*refs):
+        if interpret is None:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+        pl.run_scoped(
+            lambda *scratch_refs: body(*refs, *scratch_refs), *scratch, collective_axes=thread_name or ()
+        )
+
+    return pl.kernel(
+        scoped,
+        out_type=tuple(out_type),
+        mesh=plgpu.Mesh(
+            grid=tuple(grid),
+            grid_names=tuple(grid_names),
+            num_threads=warpgroups if warpgroups > 1 else None,
+            thread_name=thread_name,
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret if interpret is not None else False,
+        name=name,
+    )
+
+
+def matrix(shape: Sequence[int], dtype: Any) -> Any:
+    """Shared memory for an operand of wgmma, (..., rows, columns), in the layout that it wants."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def row_layout(columns: int) -> Any:
+    """The layout of a vector of head_dim elements over the 128 threads of a warpgroup.
+
+    64 elements lie twice in a warpgroup, since it has more threads than that.
+    """
+    vector = max(columns // 128, 1)
+    lanes = columns // 4 // vector
+    lane_dims = (-2,) if lanes == 32 else (-2, plgpu.Replicated(32 // lanes))
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((columns,), (columns // 4,), (vector,))),
+        warp_dims=(-3,),
+        lane_dims=lane_dims,
+        vector_dim=-1,
+    )

@@ -1,0 +1,95 @@
+"""Page update on Hopper GPUs, in place and in one launch: a warpgroup per sequence, KV head and touched page.
+
+Each thread owns channels of the page: it writes the new keys and values there and reduces the page's keys to
+the statistics, without shared memory.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.hopper import check_support, kernel, row_layout
+from pallas_kernels.layout import KEYS, VALUES
+from pallas_kernels.update.streaming import STREAMING
+
+MAX_TOKENS = 32
+"""Tokens of one update, the bits of the word that says which of them are written."""
+
+
+def update_pages(
+    pages: Float[Array, "B K P 2 S D"],
+    statistics: Float[Array, "B K P Z D"] | None,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    *,
+    kind: str,
+    interpret: Any = None,
+) -> tuple[Float[Array, "B K P 2 S D"], Float[Array, "B K P Z D"] | None]:
+    """See `pallas_kernels.update.api.update_pages`."""
+    B, T, K, D = k.shape
+    P, _, S = pages.shape[2:5]
+    check_support("update_pages", pages.dtype, D, S)
+    if T > MAX_TOKENS:
+        raise NotImplementedError(
+            f"update_pages: {T} tokens are more than the Mosaic GPU kernel's {MAX_TOKENS}"
+        )
+    touched = (T + S - 2) // S + 1
+    layout = row_layout(D)
+    compute = STREAMING[kind]
+
+    def body(k_ref, v_ref, start_ref, write_ref, pages_ref, *refs):
+        b, head, index = (lax.axis_index(axis) for axis in ("sequence", "head", "page"))
+        start = start_ref[b]
+        written = jnp.int32(0)
+        for t in range(T):
+            written |= write_ref[b, t].astype(jnp.int32) << t
+        end = start + 32 - lax.clz(written)
+        page = lax.div(start + P * S, jnp.int32(S)) - P + index  # rounds down where start is negative
+        first = page * S
+
+        def vector(ref, *place):
+            return plgpu.load(ref.at[place], layout=layout, optimized=False)
+
+        @pl.when((written != 0) & (page >= 0) & (first < end))
+        def _():
+            rows = [vector(pages_ref, b, head, page, KEYS, row) for row in range(S)]
+            added = [(t, vector(k_ref, b, t, head), vector(v_ref, b, t, head)) for t in range(T)]
+            for t, key, value in added:
+                row = start + t - first
+
+                @pl.when((row >= 0) & (row < S) & (written >> t & 1 == 1))
+                def _(key=key, value=value, row=row):
+                    pages_ref[b, head, page, KEYS, row] = key
+                    pages_ref[b, head, page, VALUES, row] = value
+
+            if not refs:
+                return
+            keys = []
+            for row, key in enumerate(rows):
+                age = first + row - start
+                over = (age >= 0) & (age < T) & (written >> jnp.clip(age, 0, T - 1) & 1 == 1)
+                keys.append((key, (first + row < end) & ~over))
+            for t, key, _ in added:
+                row = start + t - first
+                keys.append((key, (row >= 0) & (row < S) & (written >> t & 1 == 1)))
+            for z, value in enumerate(compute(keys)):
+                refs[0][b, head, page, z] = value.astype(pages_ref.dtype)
+
+    launch = kernel(
+        body,
+        name="update_pages",
+        out_type=[],
+        grid=(B, K, touched),
+        grid_names=("sequence", "head", "page"),
+        interpret=interpret,
+    )
+    state = [jax.new_ref(pages)] + ([] if statistics is None else [jax.new_ref(statistics)])
+    launch(k.astype(pages.dtype), v.astype(pages.dtype), start, write, *state)
+    return state[0][...], None if statistics is None else state[1][...]

@@ -1,0 +1,244 @@
+"""Every supported configuration of the Hopper kernels against the reference, on a Hopper GPU, by hand:
+
+    JAX_DEFAULT_MATMUL_PRECISION=highest python -m tests.pallas_kernels.on_hopper --out report.json
+
+Random ragged inputs, NaN in everything unwritten, each call twice. Exits with 1 if anything differs.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.provenance import provenance
+from pallas_kernels.attention import mosaic_gpu as attention
+from pallas_kernels.attention import reference as attention_reference
+from pallas_kernels.selection import mosaic_gpu as selection
+from pallas_kernels.selection import reference as selection_reference
+from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
+from pallas_kernels.update import mosaic_gpu as update
+from pallas_kernels.update import reference as update_reference
+from tests.pallas_kernels.inputs import random_cache, random_retro_inputs
+
+HEAD_DIMS, PAGE_SIZES, B, K = (64, 128, 256), (16, 32, 64), 5, 2
+ROWS = [(1, 1), (4, 4), (16, 4), (2, 8), (3, 5), (1, 16), (8, 8), (5, 3), (4, 1)]  # (window, group)
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def relative(got, expected):
+    """Relative error over what is finite; infinite where the infinities or a NaN differ."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    finite = np.isfinite(expected)
+    if not (
+        np.array_equal(got[~finite], expected[~finite], equal_nan=True) and np.isfinite(got[finite]).all()
+    ):
+        return np.inf
+    return np.linalg.norm(got[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-9)
+
+
+class Attention:
+    """Retrospective attention."""
+
+    def __init__(self, dim, page_size, window, group, dtype):
+        self.name = f"retro_attention D={dim} S={page_size} W={window} G={group} {jnp.dtype(dtype).name}"
+        self.sizes = dim, page_size, window, group
+        self.dtype = dtype
+        self.kernel, self.reference = (
+            jax.jit(attention.retro_attention),
+            jax.jit(attention_reference.retro_attention),
+        )
+
+    def inputs(self, rng):
+        dim, page_size, window, group = self.sizes
+        pages = 1536 // page_size
+        lengths = rng.integers(1, pages * page_size + 1, B)
+        q, cache, *rest = random_retro_inputs(
+            rng, lengths, window, group, page_size, K, dim, pages, places=max(pages // 2, 1)
+        )
+        return jnp.asarray(q, self.dtype), jnp.asarray(cache, self.dtype), *map(jnp.asarray, rest)
+
+    def errors(self, inputs, got, expected):
+        return max(relative(got[0], expected[0]), relative(got[1], expected[1])), bool(
+            (got[2] == expected[2]).all()
+        )
+
+
+class Dense(Attention):
+    """Dense attention of one query."""
+
+    def __init__(self, dim, page_size, window, group, dtype):
+        super().__init__(dim, page_size, 1, group, dtype)
+        self.name = f"dense_attention D={dim} S={page_size} G={group} {jnp.dtype(dtype).name}"
+        self.kernel, self.reference = (
+            jax.jit(attention.dense_attention),
+            jax.jit(attention_reference.dense_attention),
+        )
+
+    def inputs(self, rng):
+        q, pages, _, _, _, positions, _, _ = super().inputs(rng)
+        return q, pages, positions
+
+    def errors(self, inputs, got, expected):
+        return relative(got, expected), True
+
+
+class Select:
+    """Page selection."""
+
+    def __init__(self, dim, page_size, score, group_reduce, group, dtype):
+        self.name = (
+            f"select_pages D={dim} S={page_size} {score} {group_reduce} G={group} {jnp.dtype(dtype).name}"
+        )
+        self.sizes, self.dtype = (dim, page_size, group), dtype
+        self.score, self.reduce = score, group_reduce
+        arguments = {
+            "page_size": page_size,
+            "capacity": 200,
+            "score": score,
+            "group_reduce": group_reduce,
+            "sink_pages": 1,
+        }
+        self.kernel = jax.jit(functools.partial(selection.select_pages, **arguments))
+        self.reference = jax.jit(functools.partial(selection_reference.select_pages, **arguments))
+
+    def inputs(self, rng):
+        dim, page_size, group = self.sizes
+        pages = 700
+        vectors = 2 if self.score == "bounds" else 1
+        positions = rng.integers(0, pages * page_size, B).astype(np.int32)
+        statistics = np.sort(rng.standard_normal((B, K, pages, vectors, dim)), axis=3)
+        statistics[:, :, 100:110] = statistics[:, :, 110:120]  # ties
+        for b, position in enumerate(positions):
+            statistics[b, :, position // page_size + 1 :] = np.nan
+        budgets = np.minimum(rng.integers(2, 201, B), positions // page_size + 1).astype(np.int32)
+        budgets[rng.integers(B)] = 0
+        q = rng.standard_normal((B, K * group, dim))
+        return (
+            jnp.asarray(q, self.dtype),
+            jnp.asarray(statistics, self.dtype),
+            jnp.asarray(positions),
+            jnp.asarray(budgets),
+        )
+
+    def errors(self, inputs, got, expected):
+        """The largest distance between the scores of pages that differ, over their size."""
+        q, statistics = (np.asarray(array, np.float64) for array in inputs[:2])
+        worst = 0.0
+        for b, head in itertools.product(range(B), range(K)):
+            count = int(expected[1][b, head])
+            mine, theirs = (set(np.asarray(ids[b, head, :count]).tolist()) for ids in (got[0], expected[0]))
+            if len(mine) != count:
+                return np.inf, False
+            if mine != theirs:
+                group = q[b].reshape(K, -1, q.shape[-1])[head]
+                weights = (
+                    np.stack([np.minimum(group, 0), np.maximum(group, 0)], 1)
+                    if self.score == "bounds"
+                    else group[:, None]
+                )
+                scores = np.einsum("gzd,pzd->gp", weights, statistics[b, head])
+                scores = scores.mean(0) if self.reduce == "mean" else scores.max(0)
+                values = scores[sorted(mine ^ theirs)]
+                worst = max(worst, float(np.ptp(values) / np.abs(values).max()))
+        return worst, bool((got[1] == expected[1]).all())
+
+
+class Update:
+    """Page update."""
+
+    def __init__(self, dim, page_size, tokens, kind, dtype):
+        self.name = f"update_pages D={dim} S={page_size} T={tokens} {kind} {jnp.dtype(dtype).name}"
+        self.sizes, self.kind, self.dtype = (dim, page_size, tokens), kind, dtype
+        self.kernel = jax.jit(functools.partial(update.update_pages, kind=kind))
+        self.reference = jax.jit(functools.partial(update_reference.update_pages, kind=kind))
+
+    def inputs(self, rng):
+        dim, page_size, tokens = self.sizes
+        pages = 1024 // page_size
+        lengths = rng.integers(1, pages * page_size + 1, B)
+        cache = random_cache(rng, lengths, page_size, K, dim, pages)
+        vectors = 2 if self.kind == "min_max" else 1
+        statistics = rng.standard_normal((B, K, pages, vectors, dim))
+        k, v = rng.standard_normal((2, B, tokens, K, dim))
+        start = (lengths - tokens).astype(np.int32)
+        write = start[:, None] + np.arange(tokens) >= 0
+        write[rng.integers(B)] = False
+        arrays = [jnp.asarray(array, self.dtype) for array in (cache, statistics, k, v)]
+        return *arrays, jnp.asarray(start), jnp.asarray(write)
+
+    def errors(self, inputs, got, expected):
+        equal = np.array_equal(
+            np.asarray(got[0], np.float32), np.asarray(expected[0], np.float32), equal_nan=True
+        )
+        return relative(got[1], expected[1]), equal
+
+
+def configurations():
+    """Every supported head_dim and page size, the other sizes taking turns."""
+    rows = itertools.cycle(ROWS)
+    dtypes = itertools.cycle(DTYPES)
+    scores = itertools.cycle(itertools.product(SCORES, GROUP_REDUCE))
+    tokens = itertools.cycle(
+        [(1, "min_max"), (4, "min_max"), (4, "mean_key"), (17, "min_max"), (16, "mean_key")]
+    )
+    for dim, page_size in itertools.product(HEAD_DIMS, PAGE_SIZES):
+        for _ in range(2):
+            yield Attention(dim, page_size, *next(rows), next(dtypes))
+        yield Dense(dim, page_size, *next(rows), next(dtypes))
+        yield Select(dim, page_size, *next(scores), next(rows)[1], next(dtypes))
+        yield Update(dim, page_size, *next(tokens), next(dtypes))
+
+
+def check(configuration, cases):
+    """The worst error of random cases, whether exact parts are equal, and two runs bit for bit."""
+    rng = np.random.default_rng(0)
+    inputs = configuration.inputs(rng)
+    kernel = configuration.kernel.lower(*inputs).compile()
+    reference = configuration.reference.lower(*inputs).compile()
+    worst, exact, repeated = 0.0, True, True
+    for _ in range(cases):
+        got, again, expected = kernel(*inputs), kernel(*inputs), reference(*inputs)
+        error, equal = configuration.errors(inputs, got, expected)
+        worst, exact = max(worst, error), exact and equal
+        if not isinstance(configuration, Select):  # which leaves places beyond the counts as they were
+            pairs = zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True)
+            repeated &= all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+        inputs = configuration.inputs(rng)
+    return {
+        "name": configuration.name,
+        "cases": cases,
+        "error": float(worst),
+        "exact": exact,
+        "repeated": repeated,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=60, help="random cases of each configuration")
+    parser.add_argument("--out", type=Path, help="JSON report; must not exist")
+    flags = parser.parse_args()
+    if flags.out and flags.out.exists():
+        parser.error(f"{flags.out} exists and is not overwritten")
+    with ThreadPoolExecutor(12) as pool:
+        rows = list(pool.map(lambda configuration: check(configuration, flags.cases), configurations()))
+    for row in rows:
+        limit = 1e-5 if row["name"].startswith("select") else 5e-3
+        row["passed"] = row["error"] < limit and row["exact"] and row["repeated"]
+        print(f"{'ok  ' if row['passed'] else 'FAIL'} {row['error']:.1e} {row['cases']} {row['name']}")
+    failed = sum(not row["passed"] for row in rows)
+    print(f"{len(rows) - failed} passed, {failed} failed, {sum(row['cases'] for row in rows)} cases")
+    if flags.out:
+        flags.out.write_text(json.dumps({"rows": rows, "provenance": provenance()}, indent=1))
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The Hopper kernels in the Mosaic GPU interpreter, which finds races and reads of what was never written."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import mosaic_gpu as attention
+from pallas_kernels.attention import reference as attention_reference
+from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.hopper import kernel
+from pallas_kernels.selection import mosaic_gpu as selection
+from pallas_kernels.selection import reference as selection_reference
+from pallas_kernels.update import mosaic_gpu as update
+from pallas_kernels.update import reference as update_reference
+from tests.pallas_kernels.inputs import PAGES, random_cache, random_retro_inputs
+
+pytestmark = pytest.mark.timeout(180)
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def run(function, *args, **kwargs):
+    """Runs a kernel in the interpreter; fails if it finds a race."""
+    result = jax.block_until_ready(jax.jit(functools.partial(function, interpret=INTERPRET, **kwargs))(*args))
+    assert not gpu_callbacks.get_races().races_found
+    return result
+
+
+def assert_close(got, expected, tolerance):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
+    finite = np.isfinite(expected)
+    assert np.isfinite(got[finite]).all()
+    error = np.linalg.norm(got[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-9)
+    assert error < tolerance
+
+
+def test_the_interpreter_finds_a_planted_race():
+    def body(out_ref):
+        out_ref[0] = jax.lax.axis_index("block")
+
+    launch = kernel(
+        body,
+        name="race",
+        out_type=[jax.ShapeDtypeStruct((1,), jnp.int32)],
+        grid=(2,),
+        grid_names=("block",),
+        interpret=INTERPRET,
+    )
+    jax.block_until_ready(jax.jit(launch)())
+    assert gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    ("window", "group", "page_size", "dim", "dtype", "blocks"),
+    [
+        (1, 1, 16, 64, jnp.bfloat16, Blocks(4, 2, 2)),
+        (4, 3, 16, 64, jnp.bfloat16, Blocks(2, 2, 3)),
+        (3, 2, 32, 64, jnp.float16, Blocks(2, 4, 2)),
+        (2, 4, 64, 128, jnp.bfloat16, Blocks(1, 2, 2)),
+        (2, 1, 16, 256, jnp.bfloat16, Blocks(2, 2, 1, warpgroups=1)),
+    ],
+)
+def test_retro_attention_equals_the_reference(window, group, page_size, dim, dtype, blocks):
+    rng = np.random.default_rng(window)
+    lengths = [7 * page_size + 3, page_size, 2]
+    inputs = random_retro_inputs(rng, lengths, window, group, page_size, dim=dim)
+    q, pages, *rest = map(jnp.asarray, inputs)
+    inputs = q.astype(dtype), pages.astype(dtype), *rest
+    o, lse, last_loaded = run(attention.retro_attention, *inputs, blocks=blocks)
+    expected = jax.jit(attention_reference.retro_attention)(*inputs)
+    assert_close(o, expected[0], 5e-3)
+    assert_close(lse, expected[1], 1e-3)
+    np.testing.assert_array_equal(last_loaded, expected[2])
+
+
+def test_retro_attention_without_any_page_keeps_the_cached_output():
+    rng = np.random.default_rng(0)
+    q, pages, page_ids, counts, *rest = map(jnp.asarray, random_retro_inputs(rng, [40], 3, 2, 16, dim=64))
+    inputs = q.astype(jnp.bfloat16), pages.astype(jnp.bfloat16), page_ids, jnp.zeros_like(counts), *rest
+    o, lse, last_loaded = run(attention.retro_attention, *inputs, blocks=Blocks(4, 2, 2))
+    np.testing.assert_array_equal(last_loaded, inputs[4])
+    assert_close(o[:, :-1], inputs[6], 1e-6)
+    assert np.isneginf(lse[:, -1]).all()
+    assert (o[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("blocks", [Blocks(4, 2, 2), Blocks(2, 4, 3), Blocks(4, 1, 1, warpgroups=1)])
+def test_dense_attention_equals_the_reference(blocks):
+    rng = np.random.default_rng(0)
+    lengths = [PAGES * 16, 101, 1]
+    pages = jnp.asarray(random_cache(rng, lengths, 16, dim=64), jnp.bfloat16)
+    q = jnp.asarray(rng.standard_normal((4, 1, 6, 64)), jnp.bfloat16)
+    pages = jnp.concatenate([pages, jnp.full_like(pages[:1], jnp.nan)])
+    positions = jnp.asarray([*(length - 1 for length in lengths), -1], jnp.int32)[:, None]
+    o = run(attention.dense_attention, q, pages, positions, blocks=blocks)
+    assert_close(o, jax.jit(attention_reference.dense_attention)(q, pages, positions), 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("score", "group_reduce", "group", "sink_pages"),
+    [
+        ("bounds", "mean", 3, 1),
+        ("bounds", "max", 8, 0),
+        ("mean_key", "mean", 1, 2),
+        ("mean_key", "max", 9, 1),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, parts):
+    rng = np.random.default_rng(group)
+    B, K, P, S, D, capacity = 3, 2, 150, 16, 64, 80
+    vectors = 2 if score == "bounds" else 1
+    statistics = np.sort(rng.standard_normal((B, K, P, vectors, D)), axis=3)
+    statistics[:, :, 30:60] = statistics[:, :, 60:90]  # ties
+    positions = np.array([P * S - 5, 1100, 3])
+    for b, position in enumerate(positions):
+        statistics[b, :, position // S + 1 :] = np.nan
+    q = jnp.asarray(rng.standard_normal((B, K * group, D)), jnp.bfloat16)
+    arguments = {
+        "page_size": S,
+        "capacity": capacity,
+        "score": score,
+        "group_reduce": group_reduce,
+        "sink_pages": sink_pages,
+    }
+    for budgets in ([40, 69, 3], [77, 4, 80], [0, 35, 0]):
+        inputs = (
+            q,
+            jnp.asarray(statistics, jnp.bfloat16),
+            jnp.asarray(positions, jnp.int32),
+            jnp.asarray(budgets, jnp.int32),
+        )
+        ids, counts = run(selection.select_pages, *inputs, parts=parts, **arguments)
+        expected_ids, expected = jax.jit(functools.partial(selection_reference.select_pages, **arguments))(
+            *inputs
+        )
+        np.testing.assert_array_equal(counts, expected)
+        for row, expected_row, count in zip(
+            np.asarray(ids).reshape(-1, capacity),
+            np.asarray(expected_ids).reshape(-1, capacity),
+            np.asarray(counts).ravel(),
+            strict=True,
+        ):
+            assert row[:count].tolist() == sorted(expected_row[:count].tolist())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "page_size", "dim", "kind"),
+    [(4, 16, 64, "min_max"), (1, 32, 128, "mean_key"), (17, 16, 256, "min_max"), (3, 64, 64, None)],
+)
+def test_update_equals_the_reference(tokens, page_size, dim, kind):
+    rng = np.random.default_rng(tokens)
+    lengths, K = [5 * page_size + 3, page_size, 2, page_size + 1], 2
+    B = len(lengths)
+    pages = jnp.asarray(random_cache(rng, lengths, page_size, dim=dim), jnp.bfloat16)
+    vectors = {"min_max": 2, "mean_key": 1, None: 0}[kind]
+    statistics = jnp.asarray(rng.standard_normal((B, K, PAGES, vectors, dim)), jnp.bfloat16) if kind else None
+    k, v = (jnp.asarray(rng.standard_normal((B, tokens, K, dim)), jnp.bfloat16) for _ in range(2))
+    start = jnp.asarray(lengths, jnp.int32) - tokens
+    write = np.asarray(start)[:, None] + np.arange(tokens) >= 0
+    write[3] = False
+    arguments = {"kind": kind or "min_max"}
+    inputs = pages, statistics, k, v, start, jnp.asarray(write)
+    got = run(update.update_pages, *inputs, **arguments)
+    expected = jax.jit(functools.partial(update_reference.update_pages, **arguments))(*inputs)
+    np.testing.assert_array_equal(np.asarray(got[0], np.float32), np.asarray(expected[0], np.float32))
+    if kind:
+        np.testing.assert_allclose(
+            np.asarray(got[1], np.float32),
+            np.asarray(expected[1], np.float32),
+            rtol=1e-2 if kind == "mean_key" else 0,
+        )
+
+
+def bfloat16(*shape):
+    return jnp.zeros(shape, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("q", "pages", "message"),
+    [
+        (
+            bfloat16(1, 1, 2, 96),
+            bfloat16(1, 2, 4, 2, 16, 96),
+            r"head_dim 96 has no Mosaic GPU kernel \(64, 128, 256\)",
+        ),
+        (
+            bfloat16(1, 1, 2, 64),
+            bfloat16(1, 2, 4, 2, 8, 64),
+            r"page_size 8 has no Mosaic GPU kernel \(16, 32, 64\)",
+        ),
+        (bfloat16(1, 9, 16, 64), bfloat16(1, 2, 4, 2, 16, 64), r"9 slots x 8 heads .* more than the 64 rows"),
+        (
+            jnp.zeros((1, 1, 2, 64)),
+            jnp.zeros((1, 2, 4, 2, 16, 64)),
+            r"dtype float32 has no Mosaic GPU kernel \(bfloat16, float16\)",
+        ),
+        (jnp.zeros((1, 1, 2, 64)), bfloat16(1, 2, 4, 2, 16, 64), "q is float32 and pages are bfloat16"),
+        (bfloat16(1, 1, 2, 64), bfloat16(1, 2, 1, 2, 16, 64), "a cache of 1 pages of 16 tokens is smaller"),
+    ],
+)
+def test_attention_refuses_what_it_does_not_support(q, pages, message):
+    with pytest.raises(NotImplementedError, match=message):
+        attention.dense_attention(q, pages, jnp.zeros(q.shape[:2], jnp.int32))
+
+
+def test_selection_and_update_refuse_what_they_do_not_support():
+    arguments = {"page_size": 16, "capacity": 4, "score": "bounds", "group_reduce": "mean", "sink_pages": 1}
+    with pytest.raises(NotImplementedError, match=r"a cache of 40 pages is smaller than .* tile of 64"):
+        selection.select_pages(
+            bfloat16(1, 2, 64), bfloat16(1, 2, 40, 2, 64), jnp.zeros(1, int), jnp.ones(1, int), **arguments
+        )
+    with pytest.raises(NotImplementedError, match="70000 pages do not fit the shared memory"):
+        selection.select_pages(
+            bfloat16(1, 1, 64), bfloat16(1, 1, 70000, 2, 64), jnp.zeros(1, int), jnp.ones(1, int), **arguments
+        )
+    with pytest.raises(NotImplementedError, match="33 tokens are more than the Mosaic GPU kernel's 32"):
+        update.update_pages(
+            bfloat16(1, 1, 4, 2, 16, 64),
+            None,
+            bfloat16(1, 33, 1, 64),
+            bfloat16(1, 33, 1, 64),
+            jnp.zeros(1, jnp.int32),
+            jnp.ones((1, 33), bool),
+            kind="min_max",
+        )
+
+
+def test_the_kernel_helper_passes_references_on():
+    """A Ref argument is changed in place."""
+
+    def body(ref, out_ref):
+        out_ref[0] = ref[0] + 1
+        ref[0] = 7
+
+    def go(x):
+        ref = jax.new_ref(x)
+        launch = kernel(
+            body,
+            name="in_place",
+            out_type=[jax.ShapeDtypeStruct((1,), jnp.int32)],
+            grid=(1,),
+            grid_names=("block",),
+            interpret=INTERPRET,
+        )
+        (out,) = launch(ref)
+        return out, ref[...]
+
+    out, changed = jax.jit(go)(jnp.array([3], jnp.int32))
+    assert (int(out[0]), int(changed[0])) == (4, 7)
