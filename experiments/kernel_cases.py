@@ -227,12 +227,12 @@ def normal(key: Array, shape: tuple[int, ...], dtype: str) -> Float[Array, "..."
 def random_page_ids(
     rng: np.random.Generator, rows: tuple[int, int], pages: int, count: int
 ) -> Int[np.ndarray, "B K C"]:
-    """Returns distinct pages in random order for every row, the last page always among them."""
+    """Returns random distinct pages for every row in ascending order, the last page always among them."""
     others = rng.permuted(np.broadcast_to(np.arange(pages - 1), (*rows, pages - 1)), axis=-1)[
         ..., : count - 1
     ]
     newest = np.full((*rows, 1), pages - 1)
-    return rng.permuted(np.concatenate([others, newest], axis=-1), axis=-1).astype(np.int32)
+    return np.sort(np.concatenate([others, newest], axis=-1), axis=-1).astype(np.int32)
 
 
 def _attention(case: Case, dims: Dimensions, implementation, sets: int, calls: int, seed: int):

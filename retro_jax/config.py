@@ -116,8 +116,8 @@ class DecodeConfig:
         return model.num_layers if self.attention.dense else min(self.dense_layers, model.num_layers)
 
     def num_pages(self, capacity: int) -> int:
-        """P, the pages of a cache for `capacity` tokens."""
-        return pages_for(capacity, self.page_size)
+        """P, the pages of a cache for `capacity` tokens: a multiple of 8, as kernels' copies want it."""
+        return -(-pages_for(capacity, self.page_size) // 8) * 8
 
     def budget_pages(self, context: Int[Array, " B"]) -> Int[Array, " B"]:
         """Pages that a step may load when the sequence has `context` tokens, the newest included."""

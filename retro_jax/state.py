@@ -88,7 +88,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
       model: the model that will decode.
       config: how.
       batch: B, sequences.
-      capacity: tokens per sequence that the cache must hold; rounded up to whole pages.
+      capacity: tokens per sequence that the cache must hold; rounded up to a multiple of 8 pages.
 
     Raises:
       ValueError: the batch is empty, or the capacity is not within 1..`model.max_positions`.

@@ -110,7 +110,7 @@ class Select:
 
     def inputs(self, rng):
         dim, page_size, group = self.sizes
-        pages = 700
+        pages = 680
         vectors = 2 if self.score == "bounds" else 1
         positions = rng.integers(0, pages * page_size, B).astype(np.int32)
         statistics = np.sort(rng.standard_normal((B, K, pages, vectors, dim)), axis=3)

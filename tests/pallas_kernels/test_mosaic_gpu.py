@@ -113,7 +113,7 @@ def test_dense_attention_equals_the_reference(blocks):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, parts):
     rng = np.random.default_rng(group)
-    B, K, P, S, D, capacity = 3, 2, 150, 16, 64, 80
+    B, K, P, S, D, capacity = 3, 2, 152, 16, 64, 80
     vectors = 2 if score == "bounds" else 1
     statistics = np.sort(rng.standard_normal((B, K, P, vectors, D)), axis=3)
     statistics[:, :, 30:60] = statistics[:, :, 60:90]  # ties
@@ -214,6 +214,10 @@ def test_selection_and_update_refuse_what_they_do_not_support():
     with pytest.raises(NotImplementedError, match=r"a cache of 40 pages is smaller than .* tile of 64"):
         selection.select_pages(
             bfloat16(1, 2, 64), bfloat16(1, 2, 40, 2, 64), jnp.zeros(1, int), jnp.ones(1, int), **arguments
+        )
+    with pytest.raises(NotImplementedError, match="100 pages are not a multiple of 8"):
+        selection.select_pages(
+            bfloat16(1, 2, 64), bfloat16(1, 2, 100, 2, 64), jnp.zeros(1, int), jnp.ones(1, int), **arguments
         )
     with pytest.raises(NotImplementedError, match="70000 pages do not fit the shared memory"):
         selection.select_pages(

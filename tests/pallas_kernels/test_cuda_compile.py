@@ -1,0 +1,186 @@
+"""Every kernel and supported shape through the real CUDA compiler for an H100, on a machine without a GPU.
+
+Needs the packages of cuda-compiler.txt on the path, which `make test` puts there.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import models
+from pallas_kernels.attention import mosaic_gpu as attention
+from pallas_kernels.hopper import DTYPES, HEAD_DIMS, PAGE_SIZES
+from pallas_kernels.selection import mosaic_gpu as selection
+from pallas_kernels.update import mosaic_gpu as update
+from retro_jax import DecodeConfig, decode_step, init_state
+from tests.retro_jax.tiny import tiny
+
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("jax_cuda13_plugin") is None, reason="needs the packages of cuda-compiler.txt: make test"
+    ),
+    pytest.mark.timeout(240),
+]
+H100 = """
+gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 }
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+B, K, TOKENS = 2, 8, 32768
+
+
+@pytest.fixture(scope="module")
+def sharding():
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    return SingleDeviceSharding(topology.devices[0])
+
+
+@pytest.fixture
+def compiled(sharding, tmp_path, monkeypatch):
+    """Compiles a function of shapes for an H100: what it became, and {kernel: (PTX, assembler's report)}."""
+
+    def compile_for_h100(function, *shapes, donate=()):
+        monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        executable = jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
+        kernels = {}
+        for report in tmp_path.glob("*.ptxas"):
+            name = re.sub(r"_\d+$", "", report.stem)
+            kernels[name] = report.with_suffix(".ptx").read_text(), report.read_text()
+        return executable, kernels
+
+    return compile_for_h100
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def assert_no_spills(kernels, *names):
+    assert sorted(kernels) == sorted(names)
+    for name, (_, report) in kernels.items():
+        assert "for 'sm_90a'" in report
+        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report), (name, report)
+
+
+def assert_tma_and_wgmma(ptx):
+    assert "cp.async.bulk.tensor" in ptx
+    assert "wgmma.mma_async" in ptx
+
+
+ROWS = itertools.cycle([(4, 4), (1, 1), (16, 4), (2, 8), (3, 5)])  # (window, group)
+CASES = [
+    (dim, page_size, *next(ROWS), dtype)
+    for dim, page_size, dtype in [
+        *((dim, page_size, jnp.bfloat16) for dim, page_size in itertools.product(HEAD_DIMS, PAGE_SIZES)),
+        (128, 16, jnp.float16),
+    ]
+]
+
+
+@pytest.mark.parametrize(("dim", "page_size", "window", "group", "dtype"), CASES)
+def test_attention(compiled, dim, page_size, window, group, dtype):
+    assert dtype in DTYPES
+    P, N = TOKENS // page_size, K * group
+    pages = shape(B, K, P, 2, page_size, dim, dtype=dtype)
+    executable, kernels = compiled(
+        attention.retro_attention,
+        shape(B, window, N, dim, dtype=dtype),
+        pages,
+        shape(B, K, P // 8, dtype=jnp.int32),
+        shape(B, K, dtype=jnp.int32),
+        shape(B, K, P, dtype=jnp.int32),
+        shape(B, window, dtype=jnp.int32),
+        shape(B, window - 1, N, dim, dtype=jnp.float32),
+        shape(B, window - 1, N, dtype=jnp.float32),
+        donate=4,
+    )
+    assert_no_spills(kernels, "retro_attention", "merge")
+    assert_tma_and_wgmma(kernels["retro_attention"][0])
+    assert executable.memory_analysis().alias_size_in_bytes == B * K * P * 4  # last_loaded, in place
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_dense_attention(compiled, dim):
+    q, positions = shape(B, 1, 4 * K, dim), shape(B, 1, dtype=jnp.int32)
+    _, kernels = compiled(attention.dense_attention, q, shape(B, K, TOKENS // 16, 2, 16, dim), positions)
+    assert_no_spills(kernels, "dense_attention", "merge")
+    assert_tma_and_wgmma(kernels["dense_attention"][0])
+
+
+@pytest.mark.parametrize(
+    ("dim", "pages", "score", "group_reduce", "group"),
+    [(64, 2048, "bounds", "max", 1), (128, 8192, "bounds", "mean", 4), (256, 2000, "mean_key", "mean", 9)],
+)
+def test_selection(compiled, dim, pages, score, group_reduce, group):
+    function = functools.partial(
+        selection.select_pages,
+        page_size=16,
+        capacity=pages // 8,
+        score=score,
+        group_reduce=group_reduce,
+        sink_pages=1,
+    )
+    vectors = 2 if score == "bounds" else 1
+    scalars = shape(B, dtype=jnp.int32)
+    _, kernels = compiled(
+        function, shape(B, K * group, dim), shape(B, K, pages, vectors, dim), scalars, scalars
+    )
+    assert_no_spills(kernels, "score_pages", "choose_pages")
+    assert_tma_and_wgmma(kernels["score_pages"][0])
+
+
+@pytest.mark.parametrize(
+    ("dim", "page_size", "tokens", "kind"),
+    [(64, 16, 1, "min_max"), (128, 32, 4, "mean_key"), (256, 16, 16, "min_max")],
+)
+def test_update(compiled, dim, page_size, tokens, kind):
+    pages = shape(B, K, 256, 2, page_size, dim)
+    statistics = shape(B, K, 256, 2 if kind == "min_max" else 1, dim)
+    k = v = shape(B, tokens, K, dim)
+    write = shape(B, tokens, dtype=jnp.bool_)
+    executable, kernels = compiled(
+        functools.partial(update.update_pages, kind=kind),
+        pages,
+        statistics,
+        k,
+        v,
+        shape(B, dtype=jnp.int32),
+        write,
+        donate=(0, 1),
+    )
+    assert_no_spills(kernels, "update_pages")
+    memory = executable.memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * (pages.size + statistics.size)
+    assert memory.temp_size_in_bytes < pages.size // 8
+
+
+def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
+    model = dataclasses.replace(tiny(group=3).config, head_dim=64, dtype="bfloat16", max_positions=4096)
+    config = DecodeConfig(window=4, budget_tokens=128, dense_layers=1)
+    state = jax.eval_shape(lambda: init_state(model, config, B, 4096))
+    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
+
+    def step(params, state, tokens):
+        return decode_step(params, model, config, state, tokens)
+
+    executable, kernels = compiled(step, params, state, shape(B, dtype=jnp.int32), donate=1)
+    assert {"retro_attention", "dense_attention", "score_pages", "choose_pages", "update_pages"} <= set(
+        kernels
+    )
+    pages = state.layers[0].pages
+    assert executable.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize
