@@ -2,7 +2,8 @@
 
 `implementation=None` tries the kernels of the device and falls back to `"xla"`, the reference: a kernel that
 does not support a shape or dtype raises `NotImplementedError` naming it, which is logged once. A named
-implementation is used or its error is raised. Mosaic GPU kernels are for Hopper GPUs.
+implementation is used or its error is raised. Mosaic GPU kernels are for Hopper GPUs. XLA cannot partition
+kernels: among several devices they are tried inside `shard_map` only, where each works on its own part.
 """
 
 import functools
@@ -24,6 +25,12 @@ def kernels_of_device() -> str | None:
     if device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9."):
         return "mosaic_gpu"
     return "mosaic_tpu" if device.platform == "tpu" else None
+
+
+def _partitioned() -> bool:
+    """Whether XLA may spread the operation over several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 and not (mesh.manual_axes and mesh.are_all_axes_manual)
 
 
 @functools.cache
@@ -71,6 +78,11 @@ def dispatch(
     kernel = candidates.get(kernels_of_device())
     if kernel is not None:
         try:
+            if _partitioned():
+                raise NotImplementedError(
+                    f"XLA cannot partition the kernel among {jax.device_count()} devices; make one visible, "
+                    "or call within shard_map"
+                )
             return kernel(*args, **kwargs)
         except NotImplementedError as reason:
             _warn_once(f"{operation}: {reason}; using the XLA reference")

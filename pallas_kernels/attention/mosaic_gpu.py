@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.blocks import Blocks, choose_blocks
 from pallas_kernels.attention.thread_block import LOWEST, attend_to_split
-from pallas_kernels.hopper import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
+from pallas_kernels.hopper import LOG2E, TILE_ROWS, check_support, kernel, matrix, operation, row_layout
 
 
+@operation
 def retro_attention(
     q: Float[Array, "B W N D"],
     pages: Float[Array, "B K P 2 S D"],
@@ -41,6 +42,7 @@ def retro_attention(
     return o, lse, loaded[...]
 
 
+@operation
 def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Float[Array, "B K P 2 S D"],

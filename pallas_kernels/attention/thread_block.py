@@ -20,7 +20,6 @@ from pallas_kernels.hopper import LOG2E, TILE_ROWS
 LOWEST = -1e30
 """Of a running maximum: finite, so that its difference to -inf is not NaN."""
 _NOWHERE = 1 << 30  # the position of a page that is not there
-_WARPS = 4  # of a warpgroup
 
 
 def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, interpret: bool) -> None:
@@ -123,19 +122,14 @@ class ThreadBlock:
     def _copy(self, ids, stage):
         rows, source = self.page_rows, self.pages.at[self.b, self.head]
         target, ready = self.stages.at[stage], self.ready.at[stage]
-        if self.dense or len(ids) == 1:
+        if self.dense:
             start = pl.multiple_of(ids[0] * rows, rows)
             plgpu.copy_gmem_to_smem(source.at[pl.ds(start, len(ids) * rows)], target, ready)
             return
 
-        @plgpu.warp_map  # each warp takes a page: to begin a copy costs every thread that takes part
-        def _(warp):
-            for j, page in enumerate(ids):
-
-                @pl.when(warp == j % _WARPS)
-                def _(j=j, page=page):
-                    there = target.at[pl.ds(j * rows, rows)]
-                    plgpu.copy_gmem_to_smem(source.at[pl.ds(page * rows, rows)], there, ready)
+        for j, page in enumerate(ids):
+            there = target.at[pl.ds(j * rows, rows)]
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(page * rows, rows)], there, ready)
 
     def compute(self, turn: int):
         """A computing warpgroup: every step that is its turn, then the output of all."""

@@ -21,9 +21,11 @@ from pallas_kernels.hopper import (
     kernel,
     matrix,
     num_multiprocessors,
+    operation,
 )
 from pallas_kernels.selection.compaction import write_pages
 from pallas_kernels.selection.scores import SCORES
+from pallas_kernels.selection.threshold import chosen, count, find_threshold
 
 _STAGES = 4
 _EIGHT_ROWS = plgpu.Layout.TILED(  # of 64 columns or more: two to a warp, four neighbours to a thread
@@ -32,6 +34,7 @@ _EIGHT_ROWS = plgpu.Layout.TILED(  # of 64 columns or more: two to a warp, four 
 _CHUNK = 32  # tiles that are counted at once
 
 
+@operation
 def select_pages(
     q: Float[Array, "B N D"],
     statistics: Float[Array, "B K P Z D"],
@@ -58,8 +61,7 @@ def select_pages(
             f"select_pages: {P} pages are not a multiple of 8, as the Mosaic GPU kernel needs"
         )
     tiles = -(-P // TILE_ROWS)
-    if tiles > _CHUNK:
-        tiles = -(-tiles // _CHUNK) * _CHUNK
+    tiles = -(-tiles // 8) * 8 if tiles <= _CHUNK else -(-tiles // _CHUNK) * _CHUNK
     if tiles * TILE_ROWS * 4 > SHARED_MEMORY - 8192:
         raise NotImplementedError(
             f"select_pages: {P} pages do not fit the shared memory of the Mosaic GPU kernel"
@@ -160,7 +162,7 @@ def _choose(scores, positions, budgets, page_size, capacity, sink_pages, parts, 
     """
     B, K, tiles, _ = scores.shape
     chunk = min(_CHUNK, tiles)
-    layout = plgpu.Layout.WG_STRIDED((chunk, TILE_ROWS), vec_size=min(4, chunk * TILE_ROWS // 128))
+    layout = plgpu.Layout.WG_STRIDED((chunk, TILE_ROWS), vec_size=4)
     share = -(-tiles // parts)
 
     def body(scores_ref, positions_ref, budgets_ref, ids_ref, counts_ref, scores_smem, warps_smem, ready):
@@ -190,73 +192,13 @@ def _choose(scores, positions, budgets, page_size, capacity, sink_pages, parts, 
             full = [jnp.full((chunk, TILE_ROWS), value) for value in initial]
             return lax.fori_loop(0, chunks, advance, [plgpu.layout_cast(array, layout) for array in full])
 
-        def count(function):
-            (total,) = scan(lambda carry, *args: [carry[0] + function(*args).astype(jnp.int32)], jnp.int32(0))
-            return jnp.sum(total)
-
-        # More than the budget's pages score above `low`, no more than them above `high`.
-        lowest, highest = scan(
-            lambda carry, score, _: [
-                jnp.minimum(carry[0], jnp.where(score == -jnp.inf, jnp.inf, score)),
-                jnp.maximum(carry[1], jnp.where(score == jnp.inf, -jnp.inf, score)),
-            ],
-            jnp.float32(jnp.inf),
-            jnp.float32(-jnp.inf),
-        )
-        lowest, highest = jnp.min(lowest), jnp.max(highest)
         forced = jnp.minimum(pages, sink_pages) + jnp.where(pages > sink_pages, 1, 0)
-
-        def log_odds(above):
-            above = above.astype(jnp.float32)
-            return jnp.log2(above + 0.5) - jnp.log2(pages.astype(jnp.float32) - above + 0.5)
-
-        wanted = log_odds(budget)
-
-        def between(low, high, odds_low, odds_high, step):
-            """Where the budget lies if the logarithm of the odds is linear; each third time the middle."""
-            share = jnp.exp2(
-                jnp.log2(odds_low - wanted) - jnp.log2(odds_low - odds_high)
-            )  # faster than a division
-            guess = low + (high - low) * jnp.where(lax.rem(step, jnp.int32(3)) == 2, 0.5, share)
-            return jnp.where((guess > low) & (guess < high), guess, low + (high - low) * 0.5)
-
-        def narrow(carry):
-            low, high, odds_low, odds_high, _, step, guess = carry
-            above = count(lambda score, _: score > guess)
-            fits, odds = above <= budget, log_odds(above)
-            low, odds_low = jnp.where(fits, low, guess), jnp.where(fits, odds_low, odds)
-            high, odds_high = jnp.where(fits, guess, high), jnp.where(fits, odds, odds_high)
-            above_high = jnp.where(fits, above, carry[4])
-            guess = between(low, high, odds_low, odds_high, step + 1)
-            return low, high, odds_low, odds_high, above_high, step + 1, guess
-
-        def undecided(carry):
-            low, high, *_, above, _, guess = carry
-            return (above != budget) & (guess > low) & (guess < high)
-
-        low = lowest - (highest - lowest) * 0.01
-        odds = log_odds(pages), log_odds(forced)
-        guess = between(low, highest, *odds, jnp.int32(0))
-        carry = lax.while_loop(undecided, narrow, (low, highest, *odds, forced, jnp.int32(0), guess))
-        _, high, _, _, above, _, _ = carry
-
-        # Of the pages that score just `high`, the first ones fill the budget.
-        def narrow_ties(carry):
-            some, enough = carry
-            middle = lax.div(some + enough, jnp.int32(2))
-            short = above + count(lambda score, page: (score == high) & (page < middle)) < budget
-            return jnp.where(short, middle, some), jnp.where(short, enough, middle)
-
-        ties = jnp.where(above >= budget, 0, pages)
-        _, ties = lax.while_loop(lambda carry: carry[1] - carry[0] > 1, narrow_ties, (jnp.int32(0), ties))
-
-        def chosen(score, page):
-            return (score > high) | ((score == high) & (page < ties))
+        high, ties = find_threshold(scan, pages, budget, forced)
 
         start = part * (share * TILE_ROWS)
-        offset = (
-            jnp.int32(0) if parts == 1 else count(lambda score, page: chosen(score, page) & (page < start))
-        )
+        offset = jnp.int32(0)
+        if parts > 1:
+            offset = count(scan, lambda score, page: chosen(score, page, high, ties) & (page < start))
         end = jnp.minimum(jnp.minimum(start + share * TILE_ROWS, tiles * TILE_ROWS), pages)
         write = _write_one_by_one if interpret is not None else write_pages
         write(scores_smem, warps_smem, ids_ref.at[b, head], start, end, offset, budget, high, ties)
@@ -282,7 +224,7 @@ def _write_one_by_one(scores_smem, _, ids_ref, start, end, offset, budget, high,
 
     def write(page, offset):
         score = scores_smem[lax.div(page, jnp.int32(TILE_ROWS)), lax.rem(page, jnp.int32(TILE_ROWS))]
-        take = ((score > high) | ((score == high) & (page < ties))) & (offset < budget)
+        take = chosen(score, page, high, ties) & (offset < budget)
 
         @pl.when(take)
         def _():

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.hopper import check_support, kernel, row_layout
+from pallas_kernels.hopper import check_support, kernel, operation, row_layout
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.update.streaming import STREAMING
 
@@ -21,6 +21,7 @@ MAX_TOKENS = 32
 """Tokens of one update, the bits of the word that says which of them are written."""
 
 
+@operation
 def update_pages(
     pages: Float[Array, "B K P 2 S D"],
     statistics: Float[Array, "B K P Z D"] | None,

@@ -1,7 +1,9 @@
 import logging
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch as dispatch_module
 from pallas_kernels.dispatch import dispatch
@@ -23,6 +25,7 @@ BOTH = {"xla": reference, "mosaic_gpu": kernel}
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch_module, "kernels_of_device", lambda: "mosaic_gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     dispatch_module._warn_once.cache_clear()
 
 
@@ -71,6 +74,25 @@ class Device:
 def test_which_kernels_a_device_has(monkeypatch, device, kernels):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert dispatch_module.kernels_of_device() == kernels
+
+
+def test_kernels_are_not_left_to_the_partitioner(on_a_gpu, monkeypatch, caplog):
+    """Among several devices XLA would gather all operands on each of them."""
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with caplog.at_level(logging.WARNING):
+        assert dispatch("op", None, BOTH, 64) == ("reference", 64)
+    assert "XLA cannot partition the kernel among 4 devices" in caplog.text
+
+    inside = []
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=auto, devices=jax.local_devices())
+
+    def part(x):
+        inside.append(dispatch("op", None, BOTH, 64))
+        return x
+
+    jax.jit(jax.shard_map(part, mesh=mesh, in_specs=P("model"), out_specs=P("model")))(jnp.zeros(4))
+    assert inside == [("kernel", 64)]
 
 
 def test_kernels_are_refused_where_they_do_not_run():

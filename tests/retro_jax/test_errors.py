@@ -81,15 +81,15 @@ def test_generate(prompts, options, error, message):
 
 
 def test_a_next_turn():
-    first = rj.generate(tiny(3), [[1, 2, 3]], CONFIG, 5, capacity=24)
+    first = rj.generate(tiny(3), [[1, 2, 3]], CONFIG, 5, capacity=64)
     with pytest.raises(ValueError, match=r"previous turn was decoded by DecodeConfig.*this one must be too"):
         rj.generate(
             tiny(3), [[1]], rj.DecodeConfig(page_size=8, budget_tokens=24, window=2), 5, previous=first
         )
     with pytest.raises(ValueError, match="2 prompts cannot continue 1 sequences"):
         rj.generate(tiny(3), [[1], [2]], CONFIG, 5, previous=first)
-    with pytest.raises(ValueError, match="take 28 positions, the cache holds 24; pass a larger capacity"):
-        rj.generate(tiny(3), [[1]], CONFIG, 19, previous=first)
+    with pytest.raises(ValueError, match="take 65 positions, the cache holds 64; pass a larger capacity"):
+        rj.generate(tiny(3), [[1]], CONFIG, 56, previous=first)
     rj.generate(tiny(3), [[1]], CONFIG, 2, previous=first)  # refused calls left the state as it was
     with pytest.raises(ValueError, match="previous was continued before"):
         rj.generate(tiny(3), [[1]], CONFIG, 2, previous=first)
