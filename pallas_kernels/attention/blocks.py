@@ -21,7 +21,7 @@ class Blocks:
     """How the work is cut.
 
     Attributes:
-      pages: pages of one stage, together 32 tokens or more.
+      pages: pages of one stage; their tokens are a multiple of 32.
       stages: how many of them are in flight.
       splits: blocks of threads that share the pages of one sequence and KV head.
       warpgroups: of 128 threads that compute; they take turns, so `stages` is a multiple of it.
@@ -48,17 +48,16 @@ def choose_blocks(q: Float[Array, "B W N D"], pages: Float[Array, "B K P 2 S D"]
     B, K, P, _, S, D = pages.shape
     rows = q.shape[1] * q.shape[2] // K
     stage_pages, stages, warpgroups, waves = _nearest(chip(), D, S, rows, B * K * capacity) or _fitting(D, S)
-    stage_pages = min(stage_pages, P)
+    whole = max(TILE_ROWS // 2 // S, 1)  # pages whose keys and values fill a matrix tile
+    stage_pages = min(stage_pages, P // whole * whole)
     splits = max(1, min(num_multiprocessors() * waves // (B * K), -(-capacity // stage_pages)))
     return Blocks(stage_pages, stages, splits, warpgroups)
 
 
 def _fitting(head_dim: int, page_size: int) -> tuple[int, int, int, int]:
-    """Stages of 64 tokens, of 32 for wide heads whose accumulator takes most registers."""
+    """Stages of 64 tokens; of 32 where wide heads and logits of small pages would not fit the registers."""
     warpgroups = 1 if head_dim == 256 else 2
-    pages = max((32 if head_dim == 256 else 64) // page_size, 1)
-    if 2 * pages * page_size < TILE_ROWS or (pages == 1 and page_size == 32):
-        pages = 2
+    pages = max((32 if head_dim == 256 and page_size < 32 else 64) // page_size, 1)
     stages = free_bytes(head_dim) // stage_bytes(pages, page_size, head_dim)
     return pages, max(min(stages, 8) // warpgroups * warpgroups, 1), warpgroups, 1
 

@@ -37,7 +37,7 @@ def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, interpret: bool) ->
     @pl.when(warpgroup == blocks.warpgroups)
     def _():
         if not interpret:
-            plgpu.set_max_registers(40 if blocks.warpgroups == 2 else 120, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
         block.load()
 
 
@@ -163,9 +163,12 @@ class ThreadBlock:
     def _queries(self, turn):
         """Queries of all slots and heads as rows of a tile; rows beyond them hold anything."""
         if turn == 0:
-            for slot in range(self.W):
+
+            @pl.loop(jnp.int32(0), jnp.int32(self.W))
+            def _(slot):
                 rows = self.q_rows.at[pl.ds(slot * self.G, self.G)]
                 plgpu.copy_gmem_to_smem(self.q.at[self.b, slot, self.head], rows, self.q_loaded)
+
             plgpu.barrier_wait(self.q_loaded)
             self.q_tile[...] = plgpu.load(self.q_rows, layout=plgpu.Layout.WGMMA, optimized=False)
             plgpu.commit_smem()

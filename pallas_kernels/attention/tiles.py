@@ -54,7 +54,7 @@ def times_keys(q_smem, stage_smem, pages):
 def add_values(acc, weights, stage_smem, interpret):
     """Adds weights @ values to `acc`; the keys between them get weight 0."""
     S = weights[0].shape[1]
-    if len(weights) == 1:
+    if len(weights) == 1 and S >= TILE_ROWS:
         weights, operand = weights[0], stage_smem.at[pl.ds(S, S)]
     else:
         zero = jnp.zeros_like(weights[0])

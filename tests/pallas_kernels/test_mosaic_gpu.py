@@ -61,6 +61,7 @@ def test_the_interpreter_finds_a_planted_race():
         (1, 1, 16, 64, jnp.bfloat16, Blocks(4, 2, 2)),
         (4, 3, 16, 64, jnp.bfloat16, Blocks(2, 2, 3)),
         (3, 2, 32, 64, jnp.float16, Blocks(2, 4, 2)),
+        (2, 2, 32, 64, jnp.bfloat16, Blocks(1, 2, 2)),
         (2, 4, 64, 128, jnp.bfloat16, Blocks(1, 2, 2)),
         (2, 1, 16, 256, jnp.bfloat16, Blocks(2, 2, 1, warpgroups=1)),
     ],
