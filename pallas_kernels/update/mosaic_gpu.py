@@ -60,26 +60,27 @@ def update_pages(
 
         @pl.when((written != 0) & (page >= 0) & (first < end))
         def _():
-            rows = [vector(pages_ref, b, head, page, KEYS, row) for row in range(S)]
-            added = [(t, vector(k_ref, b, t, head), vector(v_ref, b, t, head)) for t in range(T)]
-            for t, key, value in added:
+            old = [vector(pages_ref, b, head, page, KEYS, row) for row in range(S)] if refs else []
+            new = []
+            for t in range(T):
                 row = start + t - first
+                here = (row >= 0) & (row < S) & (written >> t & 1 == 1)
+                new.append((row, here, vector(k_ref, b, t, head), vector(v_ref, b, t, head)))
+            for row, here, key, value in new:
 
-                @pl.when((row >= 0) & (row < S) & (written >> t & 1 == 1))
-                def _(key=key, value=value, row=row):
+                @pl.when(here)
+                def _(row=row, key=key, value=value):
                     pages_ref[b, head, page, KEYS, row] = key
                     pages_ref[b, head, page, VALUES, row] = value
 
             if not refs:
                 return
             keys = []
-            for row, key in enumerate(rows):
+            for row, key in enumerate(old):
                 age = first + row - start
                 over = (age >= 0) & (age < T) & (written >> jnp.clip(age, 0, T - 1) & 1 == 1)
                 keys.append((key, (first + row < end) & ~over))
-            for t, key, _ in added:
-                row = start + t - first
-                keys.append((key, (row >= 0) & (row < S) & (written >> t & 1 == 1)))
+            keys += [(key, here) for _, here, key, _ in new]
             for z, value in enumerate(compute(keys)):
                 refs[0][b, head, page, z] = value.astype(pages_ref.dtype)
 
