@@ -227,8 +227,16 @@ def main():
     flags = parser.parse_args()
     if flags.out and flags.out.exists():
         parser.error(f"{flags.out} exists and is not overwritten")
+
+    def attempt(configuration):
+        try:
+            return check(configuration, flags.cases)
+        except Exception as error:  # reported below: one configuration must not lose the others' results
+            message = f"{configuration.name}: {type(error).__name__}: {str(error)[:300]}"
+            return {"name": message, "cases": 0, "error": np.inf, "exact": False, "repeated": False}
+
     with ThreadPoolExecutor(12) as pool:
-        rows = list(pool.map(lambda configuration: check(configuration, flags.cases), configurations()))
+        rows = list(pool.map(attempt, configurations()))
     for row in rows:
         limit = 1e-5 if row["name"].startswith("select") else 5e-3
         row["passed"] = row["error"] < limit and row["exact"] and row["repeated"]
