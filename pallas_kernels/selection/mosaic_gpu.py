@@ -27,7 +27,7 @@ from pallas_kernels.selection.compaction import write_pages
 from pallas_kernels.selection.scores import SCORES
 from pallas_kernels.selection.threshold import chosen, count, find_threshold
 
-_STAGES = 4
+_MAX_STAGES = 4
 _EIGHT_ROWS = plgpu.Layout.TILED(  # of 64 columns or more: two to a warp, four neighbours to a thread
     plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
@@ -85,6 +85,7 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
     heads = -(-group // 8) * 8
     parts = max(1, min(tiles, num_multiprocessors() // (B * K)))
     coefficients = SCORES[score].coefficients
+    stages = min(_MAX_STAGES, (SHARED_MEMORY - heads * Z * D * 2 * 2 - 4096) // (TILE_ROWS * Z * D * 2))
 
     def body(q_ref, statistics_ref, positions_ref, scores_ref, q_smem, c_smem, s_smem, q_ready, ready):
         b, head, part = (lax.axis_index(axis) for axis in ("sequence", "head", "part"))
@@ -94,12 +95,12 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
         used = jnp.where(newest < part * TILE_ROWS, 0, jnp.minimum(used, mine))
 
         def load(index):
-            stage = lax.rem(index, jnp.int32(_STAGES))
+            stage = lax.rem(index, jnp.int32(stages))
             pages = pl.ds((part + index * parts) * TILE_ROWS, TILE_ROWS)
             plgpu.copy_gmem_to_smem(statistics_ref.at[b, head, pages], s_smem.at[stage], ready.at[stage])
 
         plgpu.copy_gmem_to_smem(q_ref.at[b, head], q_smem.at[pl.ds(0, group)], q_ready)
-        pl.loop(jnp.int32(0), jnp.minimum(used, _STAGES))(load)
+        pl.loop(jnp.int32(0), jnp.minimum(used, stages))(load)
         per_row = plgpu.Layout.WGMMA.reduce(1)
         row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=per_row)
         column = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS, heads), 1, layout=plgpu.Layout.WGMMA)
@@ -111,7 +112,7 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
 
         @pl.loop(jnp.int32(0), used)
         def _(index):
-            stage = lax.rem(index, jnp.int32(_STAGES))
+            stage = lax.rem(index, jnp.int32(stages))
             plgpu.barrier_wait(ready.at[stage])
 
             def multiply(acc):
@@ -119,7 +120,7 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
                 return acc[...]
 
             scores = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, heads), jnp.float32))
-            pl.when(index + _STAGES < used)(lambda: load(index + _STAGES))
+            pl.when(index + stages < used)(lambda: load(index + stages))
             if group_reduce == "max":
                 scores = jnp.where(column < group, scores, -jnp.inf).max(axis=1)
             else:
@@ -145,9 +146,9 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
         scratch=[
             plgpu.SMEM((heads, D), dtype),
             matrix((heads, Z * D), dtype),
-            matrix((_STAGES, TILE_ROWS, Z * D), dtype),
+            matrix((stages, TILE_ROWS, Z * D), dtype),
             plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=_STAGES),
+            plgpu.Barrier(num_barriers=stages),
         ],
         interpret=interpret,
     )

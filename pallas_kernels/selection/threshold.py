@@ -21,6 +21,16 @@ def count(scan: Scan, function: Callable[[Array, Array], Bool[Array, "..."]]) ->
     return jnp.sum(total)
 
 
+def count_two(scan: Scan, first: Array, second: Array) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The numbers of pages that score above each of two values, as halves of one sum: at most 65535 each."""
+
+    def step(carry, score, _):
+        return [carry[0] + jnp.where(score > first, 1, 0) + jnp.where(score > second, 1 << 16, 0)]
+
+    total = jnp.sum(scan(step, jnp.int32(0))[0])
+    return total & 0xFFFF, lax.shift_right_logical(total, jnp.int32(16))
+
+
 def find_threshold(
     scan: Scan, pages: Int[Array, ""], budget: Int[Array, ""], forced: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -61,40 +71,53 @@ def find_threshold(
 def _narrow(scan, lowest, highest, pages, budget, forced):
     """The score `high` above which lie no more pages than the budget, and how many do.
 
-    Either exactly the budget's pages do, or those that score just `high` would be too many. Scores are spread
-    much like normal ones, whose odds of lying above a value have a logarithm close to linear in it: that
-    guides the guesses, and every third one is the middle, for scores that are spread otherwise.
+    Either exactly the budget's pages do, or those that score just `high` would be too many. Every look at the
+    scores counts the pages above two guesses, which mean to enclose the threshold. Scores are spread much
+    like normal ones, whose odds of lying above a value have a logarithm close to linear in it: that guides
+    the guesses, and every third pair are thirds of what is left, for scores that are spread otherwise.
     """
 
     def log_odds(above):
-        above = above.astype(jnp.float32)
         return jnp.log2(above + 0.5) - jnp.log2(pages.astype(jnp.float32) - above + 0.5)
 
-    wanted = log_odds(budget)
+    def guesses(low, high, above_low, above_high, step):
+        above_low, above_high = above_low.astype(jnp.float32), above_high.astype(jnp.float32)
+        left = above_low - above_high
+        odds_low, odds_high = log_odds(above_low), log_odds(above_high)
+        thirds = (lax.rem(step, jnp.int32(3)) == 2) | (left <= 8)
 
-    def between(low, high, odds_low, odds_high, step):
-        # Powers of two in place of a division, which takes longer.
-        share = jnp.exp2(jnp.log2(odds_low - wanted) - jnp.log2(odds_low - odds_high))
-        guess = low + (high - low) * jnp.where(lax.rem(step, jnp.int32(3)) == 2, 0.5, share)
-        return jnp.where((guess > low) & (guess < high), guess, low + (high - low) * 0.5)
+        def guess(above, third):
+            above = jnp.minimum(jnp.maximum(above, above_high), above_low)
+            # Powers of two in place of a division, which takes longer.
+            share = jnp.exp2(jnp.log2(odds_low - log_odds(above)) - jnp.log2(odds_low - odds_high))
+            guess = low + (high - low) * jnp.where(thirds, third, share)
+            return jnp.where((guess > low) & (guess < high), guess, low + (high - low) * 0.5)
+
+        margin = 0.25 * jnp.sqrt(left)
+        wanted = budget.astype(jnp.float32)
+        first, second = guess(wanted + margin, 1 / 3), guess(wanted - margin, 2 / 3)
+        return jnp.minimum(first, second), jnp.maximum(first, second)
 
     def narrow(carry):
-        low, high, odds_low, odds_high, above_high, step, guess = carry
-        above = count(scan, lambda score, _: score > guess)
-        fits, odds = above <= budget, log_odds(above)
-        low, odds_low = jnp.where(fits, low, guess), jnp.where(fits, odds_low, odds)
-        high, odds_high = jnp.where(fits, guess, high), jnp.where(fits, odds, odds_high)
-        above_high = jnp.where(fits, above, above_high)
-        guess = between(low, high, odds_low, odds_high, step + 1)
-        return low, high, odds_low, odds_high, above_high, step + 1, guess
+        low, high, above_low, above_high, step, (first, second) = carry
+        above_first, above_second = count_two(scan, first, second)
+        for guess, above in ((first, above_first), (second, above_second)):
+            low, above_low = (
+                jnp.where(above > budget, guess, low),
+                jnp.where(above > budget, above, above_low),
+            )
+        for guess, above in ((second, above_second), (first, above_first)):
+            high = jnp.where(above <= budget, guess, high)
+            above_high = jnp.where(above <= budget, above, above_high)
+        pair = guesses(low, high, above_low, above_high, step + 1)
+        return low, high, above_low, above_high, step + 1, pair
 
     def undecided(carry):
-        low, high, *_, above, _, guess = carry
-        return (above != budget) & (guess > low) & (guess < high)
+        low, high, _, above_high, _, (first, _) = carry
+        return (above_high != budget) & (first > low) & (first < high)
 
     low = lowest - (highest - lowest) * 0.01  # below every page
-    odds = log_odds(pages), log_odds(forced)
-    guess = between(low, highest, *odds, jnp.int32(0))
-    carry = (low, highest, *odds, forced, jnp.int32(0), guess)
-    _, high, _, _, above, _, _ = lax.while_loop(undecided, narrow, carry)
+    pair = guesses(low, highest, pages, forced, jnp.int32(0))
+    carry = (low, highest, pages, forced, jnp.int32(0), pair)
+    _, high, _, above, _, _ = lax.while_loop(undecided, narrow, carry)
     return high, above

@@ -123,7 +123,12 @@ def test_dense_attention(compiled, dim):
 
 @pytest.mark.parametrize(
     ("dim", "pages", "score", "group_reduce", "group"),
-    [(64, 2048, "bounds", "max", 1), (128, 8192, "bounds", "mean", 4), (256, 680, "mean_key", "mean", 9)],
+    [
+        (64, 2048, "bounds", "max", 1),
+        (128, 8192, "bounds", "mean", 4),
+        (256, 680, "mean_key", "mean", 9),
+        (256, 2048, "bounds", "max", 16),
+    ],
 )
 def test_selection(compiled, dim, pages, score, group_reduce, group):
     function = functools.partial(
@@ -172,7 +177,7 @@ def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, mo
     monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     model = dataclasses.replace(tiny(group=3).config, head_dim=64, dtype="bfloat16", max_positions=4096)
-    config = DecodeConfig(window=4, budget_tokens=128, dense_layers=1, implementation="mosaic_gpu")
+    config = DecodeConfig(window=4, budget_tokens=128, dense_layers=1)
     state = jax.eval_shape(lambda: init_state(model, config, B, 4096))
     params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
 
