@@ -6,6 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+_DEVIATIONS = 0.407
+"""About how many standard deviations a normal value lies from the mean for each power of two in the odds of
+lying above it: ln(2) / 1.702."""
+
 Scan = Callable[..., Sequence[Array]]
 """scan(step, *initial): folds `step(carry, scores, pages)` over all pages, elementwise over a chunk."""
 
@@ -46,15 +50,7 @@ def find_threshold(
       high, ties: every page that scores above `high`, and of those that score just `high` the ones before
       page `ties`.
     """
-    lowest, highest = scan(
-        lambda carry, score, _: [
-            jnp.minimum(carry[0], jnp.where(score == -jnp.inf, jnp.inf, score)),
-            jnp.maximum(carry[1], jnp.where(score == jnp.inf, -jnp.inf, score)),
-        ],
-        jnp.float32(jnp.inf),
-        jnp.float32(-jnp.inf),
-    )
-    high, above = _narrow(scan, jnp.min(lowest), jnp.max(highest), pages, budget, forced)
+    high, above = _narrow(scan, _spread(scan, pages - forced), pages, budget, forced)
 
     # Of the pages that score just `high`, the first ones fill the budget.
     def halve(carry):
@@ -68,7 +64,26 @@ def find_threshold(
     return high, ties
 
 
-def _narrow(scan, lowest, highest, pages, budget, forced):
+def _spread(scan, number):
+    """The lowest, the highest, the mean and the standard deviation of the finite scores, `number` of them."""
+
+    def step(carry, score, _):
+        lowest, highest, total, squares = carry
+        finite = jnp.where(jnp.abs(score) == jnp.inf, 0.0, score)
+        return [
+            jnp.minimum(lowest, jnp.where(score == -jnp.inf, jnp.inf, score)),
+            jnp.maximum(highest, jnp.where(score == jnp.inf, -jnp.inf, score)),
+            total + finite,
+            squares + finite * finite,
+        ]
+
+    lowest, highest, total, squares = scan(step, *map(jnp.float32, (jnp.inf, -jnp.inf, 0, 0)))
+    mean = jnp.sum(total) / number.astype(jnp.float32)
+    variance = jnp.sum(squares) / number.astype(jnp.float32) - mean * mean
+    return jnp.min(lowest), jnp.max(highest), mean, jnp.sqrt(jnp.maximum(variance, 0.0))
+
+
+def _narrow(scan, spread, pages, budget, forced):
     """The score `high` above which lie no more pages than the budget, and how many do.
 
     Either exactly the budget's pages do, or those that score just `high` would be too many. Every look at the
@@ -76,9 +91,18 @@ def _narrow(scan, lowest, highest, pages, budget, forced):
     like normal ones, whose odds of lying above a value have a logarithm close to linear in it: that guides
     the guesses, and every third pair are thirds of what is left, for scores that are spread otherwise.
     """
+    lowest, highest, mean, deviation = spread
+    wanted = budget.astype(jnp.float32)
 
     def log_odds(above):
         return jnp.log2(above + 0.5) - jnp.log2(pages.astype(jnp.float32) - above + 0.5)
+
+    def inside(low, high, guess):
+        return jnp.where((guess > low) & (guess < high), guess, low + (high - low) * 0.5)
+
+    def first_guess(above):
+        above = jnp.minimum(jnp.maximum(above, 0.0), pages.astype(jnp.float32))
+        return inside(low, highest, mean - deviation * (_DEVIATIONS * log_odds(above)))
 
     def guesses(low, high, above_low, above_high, step):
         above_low, above_high = above_low.astype(jnp.float32), above_high.astype(jnp.float32)
@@ -90,11 +114,9 @@ def _narrow(scan, lowest, highest, pages, budget, forced):
             above = jnp.minimum(jnp.maximum(above, above_high), above_low)
             # Powers of two in place of a division, which takes longer.
             share = jnp.exp2(jnp.log2(odds_low - log_odds(above)) - jnp.log2(odds_low - odds_high))
-            guess = low + (high - low) * jnp.where(thirds, third, share)
-            return jnp.where((guess > low) & (guess < high), guess, low + (high - low) * 0.5)
+            return inside(low, high, low + (high - low) * jnp.where(thirds, third, share))
 
         margin = 0.25 * jnp.sqrt(left)
-        wanted = budget.astype(jnp.float32)
         first, second = guess(wanted + margin, 1 / 3), guess(wanted - margin, 2 / 3)
         return jnp.minimum(first, second), jnp.maximum(first, second)
 
@@ -117,7 +139,8 @@ def _narrow(scan, lowest, highest, pages, budget, forced):
         return (above_high != budget) & (first > low) & (first < high)
 
     low = lowest - (highest - lowest) * 0.01  # below every page
-    pair = guesses(low, highest, pages, forced, jnp.int32(0))
+    margin = 0.5 * jnp.sqrt(pages.astype(jnp.float32))
+    pair = first_guess(wanted + margin), first_guess(wanted - margin)
     carry = (low, highest, pages, forced, jnp.int32(0), pair)
     _, high, _, above, _, _ = lax.while_loop(undecided, narrow, carry)
     return high, above
