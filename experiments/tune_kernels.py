@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import tyro
 
 from experiments.device_time import device_time
@@ -63,6 +64,7 @@ class Tune:
             tuned, blocks.TUNED = blocks.TUNED, Path(folder) / "tuned.json"
             blocks.TUNED.write_text(json.dumps({"entries": [_entry(case, dims, cut)]}))
             blocks._entries.cache_clear()
+            jax.clear_caches()  # an operation that was traced keeps the sizes that it was traced with
             try:
                 sets = sets_for(case.rotated(dims), case.footprint(dims), self.calls + 3, device_memory())
                 call = prepare(case, dims, "mosaic_gpu", sets, self.calls + 3, seed=0)
