@@ -2,8 +2,11 @@
 
 `implementation=None` tries the kernels of the device and falls back to `"xla"`, the reference: a kernel that
 does not support a shape or dtype raises `NotImplementedError` naming it, which is logged once. A named
-implementation is used or its error is raised. Mosaic GPU kernels are for Hopper GPUs. XLA cannot partition
-kernels: among several devices they are tried inside `shard_map` only, where each works on its own part.
+implementation is used or its error is raised. Mosaic GPU kernels are for Hopper GPUs.
+
+XLA cannot partition kernels. Under a mesh (`jax.set_mesh`) with axes `SEQUENCES` and `HEADS`, every device
+runs the kernel on its own sequences and KV heads, which need nothing from each other. Among several devices
+without a mesh, kernels run inside `shard_map` only.
 """
 
 import functools
@@ -12,7 +15,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+SEQUENCES, HEADS = "data", "model"
+"""Axes of a mesh of devices, over which sequences and KV heads are spread."""
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 """Every name that `implementation` may take."""
 
@@ -27,10 +34,37 @@ def kernels_of_device() -> str | None:
     return "mosaic_tpu" if device.platform == "tpu" else None
 
 
-def _partitioned() -> bool:
-    """Whether XLA may spread the operation over several devices."""
+def by_sequence(*heads_axes: int | None) -> tuple[P, ...]:
+    """How arrays whose first axis is sequences are spread: each one's axis of heads, None for none."""
+    return tuple(
+        P(SEQUENCES) if axis is None else P(SEQUENCES, *[None] * (axis - 1), HEADS) for axis in heads_axes
+    )
+
+
+def _spread(kernel, spread):
+    """The kernel as it is to be called here: on each device's own part, if there are several.
+
+    Raises:
+      NotImplementedError: XLA would be left to partition it, and would gather all arguments on every device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and not (mesh.manual_axes and mesh.are_all_axes_manual)
+    if mesh.manual_axes and mesh.are_all_axes_manual:
+        return kernel
+    if mesh.size > 1:
+        if {SEQUENCES, HEADS} != set(mesh.axis_names) or set(mesh.axis_types) != {AxisType.Auto}:
+            types = tuple(map(str, mesh.axis_types))
+            raise NotImplementedError(
+                f"the mesh has axes {mesh.axis_names} of types {types}; kernels know {SEQUENCES!r} "
+                f"and {HEADS!r} of type Auto only"
+            )
+        arguments, results = spread
+        return jax.shard_map(kernel, in_specs=arguments, out_specs=results, check_vma=False)
+    if mesh.empty and jax.device_count() > 1:
+        raise NotImplementedError(
+            f"XLA cannot partition the kernel among {jax.device_count()} devices; name a mesh of them with "
+            "jax.set_mesh, make one device visible, or call within shard_map"
+        )
+    return kernel
 
 
 @functools.cache
@@ -42,6 +76,7 @@ def dispatch(
     operation: str,
     implementation: str | None,
     candidates: Mapping[str, Callable[..., Any]],
+    spread: tuple[Any, Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -51,6 +86,7 @@ def dispatch(
       operation: name of the operation, for messages.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has.
       candidates: the implementations that exist, by name; `"xla"` always does.
+      spread: how arguments and results are spread over a mesh of devices, see `by_sequence`.
       *args: passed on.
       **kwargs: passed on.
 
@@ -74,16 +110,13 @@ def dispatch(
                 f"{implementation!r} kernels do not run on {jax.devices()[0].device_kind}; "
                 "use implementation=None"
             )
-        return candidates[implementation](*args, **kwargs)
+        if implementation == "xla":
+            return candidates["xla"](*args, **kwargs)
+        return _spread(functools.partial(candidates[implementation], **kwargs), spread)(*args)
     kernel = candidates.get(kernels_of_device())
     if kernel is not None:
         try:
-            if _partitioned():
-                raise NotImplementedError(
-                    f"XLA cannot partition the kernel among {jax.device_count()} devices; make one visible, "
-                    "or call within shard_map"
-                )
-            return kernel(*args, **kwargs)
+            return _spread(functools.partial(kernel, **kwargs), spread)(*args)
         except NotImplementedError as reason:
             _warn_once(f"{operation}: {reason}; using the XLA reference")
     return candidates["xla"](*args, **kwargs)

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import mosaic_gpu, reference
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import by_sequence, dispatch
 
 
 def retro_attention(
@@ -54,6 +54,7 @@ def retro_attention(
         "retro_attention",
         implementation,
         {"xla": reference.retro_attention, "mosaic_gpu": mosaic_gpu.retro_attention},
+        (by_sequence(2, 1, 1, 1, 1, None, 2, 2), by_sequence(2, 2, 1)),
         q,
         pages,
         page_ids,
@@ -92,6 +93,7 @@ def dense_attention(
         "dense_attention",
         implementation,
         {"xla": reference.dense_attention, "mosaic_gpu": mosaic_gpu.dense_attention},
+        (by_sequence(2, 1, None), *by_sequence(2)),
         q,
         pages,
         positions,

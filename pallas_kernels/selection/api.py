@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.selection import mosaic_gpu, reference
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 
@@ -57,6 +57,7 @@ def select_pages(
         "select_pages",
         implementation,
         {"xla": reference.select_pages, "mosaic_gpu": mosaic_gpu.select_pages},
+        (by_sequence(1, 1, None, None), by_sequence(1, 1)),
         q,
         statistics,
         positions,

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.update import mosaic_gpu, reference
 
@@ -50,6 +50,7 @@ def update_pages(
         "update_pages",
         implementation,
         {"xla": reference.update_pages, "mosaic_gpu": mosaic_gpu.update_pages},
+        (by_sequence(1, 1, 2, 2, None, None), by_sequence(1, 1)),
         pages,
         statistics,
         k,

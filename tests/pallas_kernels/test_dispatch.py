@@ -2,11 +2,12 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch as dispatch_module
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import by_sequence, dispatch
 
 
 def reference(x):
@@ -20,6 +21,7 @@ def kernel(x):
 
 
 BOTH = {"xla": reference, "mosaic_gpu": kernel}
+SPREAD = by_sequence(1), *by_sequence(1)
 
 
 @pytest.fixture
@@ -30,31 +32,31 @@ def on_a_gpu(monkeypatch):
 
 
 def test_none_picks_the_kernel_of_the_backend(on_a_gpu):
-    assert dispatch("op", None, BOTH, 64) == ("kernel", 64)
-    assert dispatch("op", None, {"xla": reference}, 64) == ("reference", 64)
+    assert dispatch("op", None, BOTH, SPREAD, 64) == ("kernel", 64)
+    assert dispatch("op", None, {"xla": reference}, SPREAD, 64) == ("reference", 64)
 
 
 def test_none_picks_the_reference_elsewhere():
-    assert dispatch("op", None, BOTH, 64) == ("reference", 64)
+    assert dispatch("op", None, BOTH, SPREAD, 64) == ("reference", 64)
 
 
 def test_an_unsupported_shape_falls_back_with_one_warning(on_a_gpu, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert dispatch("op", None, BOTH, 96) == ("reference", 96)
+            assert dispatch("op", None, BOTH, SPREAD, 96) == ("reference", 96)
     assert [record.message for record in caplog.records] == [
         "op: head_dim 96 is not supported (64, 128, 256); using the XLA reference"
     ]
 
 
 def test_a_named_implementation_is_used_or_its_error_raised(on_a_gpu):
-    assert dispatch("op", "mosaic_gpu", BOTH, 64) == ("kernel", 64)
+    assert dispatch("op", "mosaic_gpu", BOTH, SPREAD, 64) == ("kernel", 64)
     with pytest.raises(NotImplementedError, match="head_dim 96"):
-        dispatch("op", "mosaic_gpu", BOTH, 96)
+        dispatch("op", "mosaic_gpu", BOTH, SPREAD, 96)
     with pytest.raises(NotImplementedError, match="op has no 'mosaic_tpu' implementation"):
-        dispatch("op", "mosaic_tpu", BOTH, 64)
+        dispatch("op", "mosaic_tpu", BOTH, SPREAD, 64)
     with pytest.raises(ValueError, match="implementation 'triton' is unknown"):
-        dispatch("op", "triton", BOTH, 64)
+        dispatch("op", "triton", BOTH, SPREAD, 64)
 
 
 class Device:
@@ -80,7 +82,7 @@ def test_kernels_are_not_left_to_the_partitioner(on_a_gpu, monkeypatch, caplog):
     """Among several devices XLA would gather all operands on each of them."""
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     with caplog.at_level(logging.WARNING):
-        assert dispatch("op", None, BOTH, 64) == ("reference", 64)
+        assert dispatch("op", None, BOTH, SPREAD, 64) == ("reference", 64)
     assert "XLA cannot partition the kernel among 4 devices" in caplog.text
 
     inside = []
@@ -88,13 +90,37 @@ def test_kernels_are_not_left_to_the_partitioner(on_a_gpu, monkeypatch, caplog):
     mesh = jax.make_mesh((4,), ("model",), axis_types=auto, devices=jax.local_devices())
 
     def part(x):
-        inside.append(dispatch("op", None, BOTH, 64))
+        inside.append(dispatch("op", None, BOTH, SPREAD, 64))
         return x
 
     jax.jit(jax.shard_map(part, mesh=mesh, in_specs=P("model"), out_specs=P("model")))(jnp.zeros(4))
     assert inside == [("kernel", 64)]
 
 
+def test_under_a_mesh_every_device_runs_the_kernel_on_its_own_part(on_a_gpu):
+    x = jnp.arange(16.0).reshape(4, 4)
+    doubled = {"xla": lambda x: -x, "mosaic_gpu": lambda x: x * 2 + x.shape[0] * 10 + x.shape[1]}
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=auto, devices=jax.local_devices())
+    with jax.set_mesh(mesh):
+        result = jax.jit(lambda x: dispatch("op", None, doubled, SPREAD, x))(x)
+    np.testing.assert_array_equal(result, x * 2 + 22)
+    assert result.sharding.shard_shape(x.shape) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [(("data", "heads"), jax.sharding.AxisType.Auto), (("data", "model"), jax.sharding.AxisType.Explicit)],
+)
+def test_a_mesh_of_other_axes_is_named(on_a_gpu, names, kind):
+    mesh = jax.make_mesh((2, 2), names, axis_types=(kind,) * 2, devices=jax.local_devices())
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match=f"mesh has axes .*{names[1]}.*{kind.name}"),
+    ):
+        dispatch("op", "mosaic_gpu", BOTH, SPREAD, 64)
+
+
 def test_kernels_are_refused_where_they_do_not_run():
     with pytest.raises(NotImplementedError, match="'mosaic_gpu' kernels do not run on cpu"):
-        dispatch("op", "mosaic_gpu", BOTH, 64)
+        dispatch("op", "mosaic_gpu", BOTH, SPREAD, 64)

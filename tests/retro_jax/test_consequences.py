@@ -1,5 +1,6 @@
 """What follows from the definition of a decode step, each as a test on a small random model."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,6 +13,9 @@ import pytest
 import models
 import retro_jax as rj
 from models import transformer
+from pallas_kernels.attention import api as attention
+from pallas_kernels.selection import api as selection
+from pallas_kernels.update import api as update
 from tests.retro_jax.tiny import ATOL, begin, force, forced_logits, step, tiny, token_ids
 
 WINDOWS = (1, 2, 3, 8)
@@ -218,6 +222,45 @@ def test_sharded_is_unsharded(method, mesh_shape):
     np.testing.assert_allclose(logits, expected, atol=ATOL)
     pages = state.layers[-1].pages
     assert pages.sharding.shard_shape(pages.shape)[:2] == (4 // mesh_shape[0], 2 // mesh_shape[1])
+
+
+@pytest.mark.parametrize("method", ("full", "retro"))
+def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
+    """The references stand in for kernels, which a CPU does not run, and see a device's own part."""
+    seen = set()
+
+    def stand_in(name, reference):
+        def kernel(*args, **kwargs):
+            seen.add(
+                (name, next(array for array in args if array.ndim >= 5).shape[:2])
+            )  # of pages, statistics
+            return reference(*args, **kwargs)
+
+        return kernel
+
+    for module, names in (
+        (attention, ("retro_attention", "dense_attention")),
+        (selection, ("select_pages",)),
+        (update, ("update_pages",)),
+    ):
+        for name in names:
+            kernel = stand_in(name, getattr(module.reference, name))
+            monkeypatch.setattr(module.mosaic_gpu, name, kernel)
+    monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
+    model, tokens, lengths = tiny(3), token_ids(4, 60), (2, 13, 37, 20)
+    config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(3, 8)
+    expected = forced_logits(model, dataclasses.replace(config, implementation="xla"), tokens, lengths, STEPS)
+    mesh = rj.make_mesh(2, 2)
+    sharded = rj.Model(model.config, rj.shard_params(model.params, model.config, mesh), None)
+    state, _ = begin(model, config, tokens, lengths, 60)
+    state = rj.shard_state(state, model.config, mesh)
+    with jax.set_mesh(mesh):
+        state, logits = force(sharded, config, state, tokens, STEPS)
+    np.testing.assert_allclose(logits, expected, atol=ATOL)
+    operations = {"update_pages", "dense_attention"}
+    if method == "retro":
+        operations |= {"select_pages", "retro_attention"}
+    assert seen == {(name, (2, 1)) for name in operations}
 
 
 def test_a_mesh_that_does_not_divide_is_refused():
