@@ -55,11 +55,10 @@ CHIPS = {
         Chip("tpu7x", 7380e9 / 2, 2.20e9, 32 * _MIB, _SMEM, 1),
     )
 }
-"""By name. Sources: bandwidth of the chip and its TensorCores from the page of each at
-https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; sizes of VMEM (16, 128, 64, 128, 64 MiB) and SMEM
-from `jax.experimental.pallas.tpu.get_tpu_info_for_chip`. Half of VMEM is left to XLA, less on a v4. The clock is
-no published figure but for v4 (1050 MHz): it is the published peak in bfloat16 over the multiply-adds a core makes
-in a cycle, four matrix units of 128 x 128 (v4, v5e, v5p), or as many as four of 256 x 256 (v6e, tpu7x)."""
+"""By name. Bandwidth and TensorCores: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the page of
+each chip. VMEM and SMEM: `jax.experimental.pallas.tpu.get_tpu_info_for_chip`; half of VMEM is left to XLA, less on
+a v4. A clock is published for v4 only; it equals the peak in bfloat16 over what the matrix units do in a cycle
+(four of 128 x 128), and the others are derived so (v6e, tpu7x: as much as four of 256 x 256)."""
 
 _OF_VERSION = {
     pltpu.ChipVersion.TPU_V4: "v4",
