@@ -1,0 +1,268 @@
+"""The stream of pages that a TPU core attends to: one block after the other, across all its items.
+
+An item is a sequence and KV head. Its page ids and its row of last_loaded lie in scalar memory while its
+pages are issued: a copy for each page, which brings keys and values. One wait takes a whole block, since a
+semaphore counts what arrived. Blocks of the next item are issued while the last ones of this are attended to.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention.tpu_blocks import ROWS, Blocks
+from pallas_kernels.layout import VALUES
+from pallas_kernels.tpu import LANES, SUBLANES
+
+NOWHERE = 1 << 30
+"""A position beyond all."""
+
+
+class PageStream:
+    """What the body of the kernel sees of it.
+
+    Args:
+      pages: in HBM, [B, K, P, 2, S, D].
+      positions: in SMEM, [B, W].
+      selection: page_ids[B, K, C] in HBM, counts[B, K] in SMEM and last_loaded[B, K, P] in HBM, which is
+        updated; or None for all pages up to the newest position.
+      scratch: what `scratch` asked for.
+      blocks: how the work is cut.
+    """
+
+    def __init__(self, pages, positions, selection, scratch, blocks: Blocks):
+        self.pages, self.positions, self.blocks = pages, positions, blocks
+        self.dense = selection is None
+        self.buffer, self.arrived, self.state, *scratch = scratch
+        if not self.dense:
+            self.page_ids, self.counts, self.last_loaded = selection
+            self.ids, self.loaded, self.horizon, self.row_arrived, self.row_left = scratch
+        self.K, self.P, _, self.S, _ = pages.shape[1:]
+        self.slots = blocks.ahead + 1
+        core, self.step = pl.program_id(0), pl.program_id(1)
+        self.steps = pl.num_programs(1)
+        self.first = core * self.steps
+        self.item = Item(self, self.step)
+        self.next = Item(self, jnp.minimum(self.step + 1, self.steps - 1), self.step + 1 < self.steps)
+
+    @staticmethod
+    def scratch(blocks: Blocks, pages, selection) -> list:
+        """The memory that a stream works in."""
+        P, _, S, D = pages.shape[2:]
+        slots = blocks.ahead + 1
+        common = [
+            pltpu.VMEM((slots, blocks.pages, 2, S, D), pages.dtype),
+            pltpu.SemaphoreType.DMA((slots,)),
+            pltpu.SMEM((1 + slots,), jnp.int32),
+        ]
+        if selection is None:
+            return common
+        return [
+            *common,
+            pltpu.SMEM((ROWS, 1, selection[0].shape[-1]), jnp.int32),
+            pltpu.SMEM((ROWS, 1, P), jnp.int32),
+            pltpu.VMEM((slots, SUBLANES, blocks.pages * S), jnp.int32),
+            pltpu.SemaphoreType.DMA((ROWS, 2)),
+            pltpu.SemaphoreType.DMA((ROWS,)),
+        ]
+
+    def begin(self):
+        """Has the item's first blocks issued; the number of its blocks."""
+
+        @pl.when(self.step == 0)
+        def _():
+            # What a block lacks at the end of an item is then finite: it gets weight 0, and 0 * NaN is NaN.
+            self.buffer[...] = jnp.zeros_like(self.buffer)
+            self.state[0] = 0
+            self._start_rows(self.item)
+            self._wait_for_rows(self.item)
+
+            self._issue_first(self.item, self.blocks.ahead, 0)
+
+        self.base = self.state[0]
+        self.count = self.item.blocks
+        pl.when(self.next.exists)(lambda: self._start_rows(self.next))
+        # A short item leaves room for more of the next one.
+        early = jnp.maximum(self.blocks.ahead - self.count, 0)
+
+        @pl.when(self.next.exists & (early > 0))
+        def _():
+            self._wait_for_rows(self.next)
+            self._issue_first(self.next, early, self._slot(self.count))
+
+        return self.count
+
+    def next_block(self, index):
+        """Waits for a block of the item; issues the one that takes its predecessor's place.
+
+        Returns:
+          The block, a Ref[pages, 2, S, D], and for each of its tokens, in all sublanes, the position beyond
+          which a slot sees it.
+        """
+        slot = self._slot(index)
+        ahead = index + self.blocks.ahead
+        pl.when(self.next.exists & (ahead == self.count))(lambda: self._wait_for_rows(self.next))
+        self._wait(index, slot)
+        self._clear_unwritten(index, slot)
+        of_next = ahead >= self.count
+        block = jnp.where(of_next, ahead - self.count, ahead)
+        of_next &= block < self.next.blocks  # else there is nothing to issue: no page of this item
+        item = self.item.or_else(of_next, self.next)
+        self._issue(item, block, self._slot(ahead))
+        return self.buffer.at[slot], self._horizon(index, slot)
+
+    def end(self):
+        """Hands over to the next item, and has last_loaded written back."""
+        self.state[0] = self._slot(self.count)
+        if self.dense:
+            return
+        self._row_out(self.item).start()
+        previous = Item(self, self.step - 1)
+        pl.when(self.step > 0)(lambda: self._row_out(previous).wait())
+        pl.when(self.step == self.steps - 1)(lambda: self._row_out(self.item).wait())
+
+    def _slot(self, index):
+        """The place in the ring of the item's block `index`, or of those that follow it."""
+        return lax.rem(self.base + index, self.slots)
+
+    def _pages_of(self, item, index):
+        return jnp.clip(item.count - index * self.blocks.pages, 0, self.blocks.pages)
+
+    def _wait(self, index, slot):
+        many = pl.ds(0, self._pages_of(self.item, index))
+        block = self.buffer.at[slot, many]
+        pltpu.make_async_copy(self.pages.at[0, 0, many], block, self.arrived.at[slot]).wait()
+
+    def _issue_first(self, item, number, slot):
+        """Issues the first blocks of an item, into the slots from `slot` on."""
+
+        @pl.loop(0, jnp.minimum(number, item.blocks))
+        def _(index):
+            self._issue(item, index, lax.rem(slot + index, self.slots))
+
+    def _issue(self, item, index, slot):
+        """Has the pages of a block copied; none if the item has no such block, but it has some."""
+        if self.dense:
+            self._issue_run(item, index, slot)
+        else:
+            self._issue_pages(item, index, slot)
+
+    def _issue_run(self, item, index, slot):
+        """Consecutive pages are one copy."""
+        count = self._pages_of(item, index)
+        source = self.pages.at[item.b, item.head, pl.ds(index * self.blocks.pages, count)]
+        copy = pltpu.make_async_copy(source, self.buffer.at[slot, pl.ds(0, count)], self.arrived.at[slot])
+        pl.when(count > 0)(copy.start)
+
+    def _issue_pages(self, item, index, slot):
+        """A copy for each page; what the mask needs to know of it is looked up on the way."""
+        source, target = self.pages.at[item.b, item.head], self.buffer.at[slot]
+        arrived, horizon = self.arrived.at[slot], self.horizon.at[slot]
+        count, start = self._pages_of(item, index), index * self.blocks.pages
+        shape = SUBLANES, LANES
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        together = max(LANES // self.S, 1)  # pages whose tokens fill the lanes
+        furthest = jnp.int32(0)
+        for first in range(0, self.blocks.pages, together):
+            page_of, loaded_of = (jnp.zeros(shape, jnp.int32) for _ in range(2))
+            for j in range(first, first + together):
+                page = self.ids[item.row, 0, jnp.minimum(start + j, item.count - 1)]
+                before = self.loaded[item.row, 0, page]
+                self.loaded[item.row, 0, page] = item.newest
+                pl.when(j < count)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
+                page_of = jnp.where(lane >= (j - first) * self.S, page, page_of)
+                loaded_of = jnp.where(lane >= (j - first) * self.S, before, loaded_of)
+                furthest = jnp.maximum(furthest, page)
+            for token in range(0, together * self.S, LANES):
+                at = first * self.S + token
+                before_token = page_of * self.S + (lane % self.S if together > 1 else lane + token) - 1
+                seen_beyond = jnp.maximum(before_token, loaded_of)
+                there = lane + at < count * self.S
+                horizon[:, at : at + LANES] = jnp.where(there, seen_beyond, NOWHERE)
+        self.state[1 + slot] = furthest
+
+    def _horizon(self, index, slot):
+        """A slot sees a token if it lies beyond: after its page was last loaded, and not before it."""
+        if not self.dense:
+            return self.horizon[slot]
+        tokens = self.blocks.pages * self.S
+        return index * tokens - 1 + lax.broadcasted_iota(jnp.int32, (SUBLANES, tokens), 1)
+
+    def _clear_unwritten(self, index, slot):
+        """Zeroes values beyond the newest position, which may be NaN: 0 * NaN is NaN."""
+        newest, S, pages = self.item.newest, self.S, self.blocks.pages
+        last = (index + 1) * pages - 1 if self.dense else self.state[1 + slot]
+
+        @pl.when(last * S + S - 1 > newest)
+        def _():
+            @pl.loop(0, self._pages_of(self.item, index))
+            def _(j):
+                page = index * pages + j
+                if not self.dense:
+                    page = self.ids[self.item.row, 0, page]
+                room = newest - page * S
+
+                @pl.when(room < S - 1)
+                def _():
+                    values = self.buffer.at[slot, j, VALUES]
+                    token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+                    values[...] = jnp.where(token <= room, values[...], 0)
+
+    def _rows(self, item):
+        """The copies of an item's page ids and last_loaded to scalar memory."""
+        arrived = self.row_arrived.at[item.row]
+        return (
+            pltpu.make_async_copy(
+                self.page_ids.at[item.b, item.head], self.ids.at[item.row, 0], arrived.at[0]
+            ),
+            pltpu.make_async_copy(
+                self.last_loaded.at[item.b, item.head], self.loaded.at[item.row, 0], arrived.at[1]
+            ),
+        )
+
+    def _row_out(self, item):
+        target = self.last_loaded.at[item.b, item.head]
+        return pltpu.make_async_copy(self.loaded.at[item.row, 0], target, self.row_left.at[item.row])
+
+    def _start_rows(self, item):
+        if not self.dense:
+            for copy in self._rows(item):
+                copy.start()
+
+    def _wait_for_rows(self, item):
+        if not self.dense:
+            for copy in self._rows(item):
+                copy.wait()
+
+
+class Item:
+    """A sequence and KV head: run-time scalars.
+
+    Args:
+      stream: whose step it is.
+      step: of the stream's core.
+      exists: whether it is one; if not, it has no pages.
+    """
+
+    def __init__(self, stream: PageStream, step, exists=True):
+        index = stream.first + step
+        self.exists = exists
+        self.b, self.head = lax.div(index, jnp.int32(stream.K)), lax.rem(index, jnp.int32(stream.K))
+        self.row = lax.rem(step, jnp.int32(ROWS))
+        slots = [stream.positions[self.b, slot] for slot in range(stream.positions.shape[1])]
+        self.newest = functools.reduce(jnp.maximum, slots)
+        if stream.dense:
+            count = lax.div(self.newest + stream.S, jnp.int32(stream.S))
+        else:
+            count = stream.counts[self.b, self.head]
+        self.count = jnp.where(exists, count, 0)
+        self.blocks = lax.div(self.count + (stream.blocks.pages - 1), jnp.int32(stream.blocks.pages))
+
+    def or_else(self, condition, other: "Item") -> "Item":
+        """The other item if the condition holds."""
+        item = object.__new__(Item)
+        for name in ("b", "head", "row", "newest", "count", "blocks"):
+            setattr(item, name, jnp.where(condition, getattr(other, name), getattr(self, name)))
+        return item
