@@ -47,9 +47,9 @@ def retro_attention(
     """See `pallas_kernels.attention.api.retro_attention`."""
     check(q, pages)
     cached = (cached_o, cached_lse) if q.shape[1] > 1 else None
-    selection = page_ids, counts, last_loaded
-    o, lse, last_loaded = _attend(q, pages, positions, selection, cached, blocks, interpret)
-    return o, lse, last_loaded
+    selection = _whole_lanes(page_ids), counts, _whole_lanes(last_loaded)
+    o, lse, loaded = _attend(q, pages, positions, selection, cached, blocks, interpret)
+    return o, lse, loaded[..., : last_loaded.shape[-1]]
 
 
 @operation
@@ -79,6 +79,11 @@ def check(q: Array, pages: Array) -> None:
             f"attention: {slots} slots x {group} heads of a group are more than the {MAX_ROWS} rows of the "
             "Mosaic TPU kernel"
         )
+
+
+def _whole_lanes(x):
+    """Copies between HBM and scalar memory are of 128 entries or multiples of them."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % LANES)))
 
 
 def _rows(x, K, rows):

@@ -12,12 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_blocks import ROWS, Blocks
+from pallas_kernels.attention.tpu_blocks import ROWS, Blocks, row_sizes
 from pallas_kernels.layout import VALUES
 from pallas_kernels.tpu import LANES, SUBLANES
-
-NOWHERE = 1 << 30
-"""A position beyond all."""
 
 
 class PageStream:
@@ -38,7 +35,7 @@ class PageStream:
         self.buffer, self.arrived, self.state, *scratch = scratch
         if not self.dense:
             self.page_ids, self.counts, self.last_loaded = selection
-            self.ids, self.loaded, self.horizon, self.row_arrived, self.row_left = scratch
+            self.all_ids, self.all_loaded, self.horizon, self.row_arrived, self.row_left = scratch
         self.K, self.P, _, self.S, _ = pages.shape[1:]
         self.slots = blocks.ahead + 1
         core, self.step = pl.program_id(0), pl.program_id(1)
@@ -61,8 +58,7 @@ class PageStream:
             return common
         return [
             *common,
-            pltpu.SMEM((ROWS, 1, selection[0].shape[-1]), jnp.int32),
-            pltpu.SMEM((ROWS, 1, P), jnp.int32),
+            *(pltpu.SMEM((ROWS * size,), jnp.int32) for size in row_sizes(blocks, selection[0].shape[-1], P)),
             pltpu.VMEM((slots, SUBLANES, blocks.pages * S), jnp.int32),
             pltpu.SemaphoreType.DMA((ROWS, 2)),
             pltpu.SemaphoreType.DMA((ROWS,)),
@@ -107,10 +103,8 @@ class PageStream:
         self._wait(index, slot)
         self._clear_unwritten(index, slot)
         of_next = ahead >= self.count
-        block = jnp.where(of_next, ahead - self.count, ahead)
-        of_next &= block < self.next.blocks  # else there is nothing to issue: no page of this item
         item = self.item.or_else(of_next, self.next)
-        self._issue(item, block, self._slot(ahead))
+        self._issue(item, jnp.where(of_next, ahead - self.count, ahead), self._slot(ahead))
         return self.buffer.at[slot], self._horizon(index, slot)
 
     def end(self):
@@ -143,7 +137,7 @@ class PageStream:
             self._issue(item, index, lax.rem(slot + index, self.slots))
 
     def _issue(self, item, index, slot):
-        """Has the pages of a block copied; none if the item has no such block, but it has some."""
+        """Has the pages of a block copied; none if the item has no such block."""
         if self.dense:
             self._issue_run(item, index, slot)
         else:
@@ -158,30 +152,29 @@ class PageStream:
 
     def _issue_pages(self, item, index, slot):
         """A copy for each page; what the mask needs to know of it is looked up on the way."""
-        source, target = self.pages.at[item.b, item.head], self.buffer.at[slot]
-        arrived, horizon = self.arrived.at[slot], self.horizon.at[slot]
-        count, start = self._pages_of(item, index), index * self.blocks.pages
+        ids, loaded, target = self._ids(item), self._loaded(item), self.buffer.at[slot]
+        source, arrived = self.pages.at[item.b, item.head], self.arrived.at[slot]
+        there = self._pages_of(item, index) > 0
+        start = jnp.where(there, index * self.blocks.pages, ids.shape[0] - self.blocks.pages)
         shape = SUBLANES, LANES
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
         together = max(LANES // self.S, 1)  # pages whose tokens fill the lanes
-        furthest = jnp.int32(0)
+        furthest = jnp.zeros(shape, jnp.int32)
         for first in range(0, self.blocks.pages, together):
             page_of, loaded_of = (jnp.zeros(shape, jnp.int32) for _ in range(2))
             for j in range(first, first + together):
-                page = self.ids[item.row, 0, jnp.minimum(start + j, item.count - 1)]
-                before = self.loaded[item.row, 0, page]
-                self.loaded[item.row, 0, page] = item.newest
-                pl.when(j < count)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
+                page = ids[start + j]
+                before = loaded[page]
+                loaded[page] = item.newest
+                pl.when(page < self.P)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
                 page_of = jnp.where(lane >= (j - first) * self.S, page, page_of)
                 loaded_of = jnp.where(lane >= (j - first) * self.S, before, loaded_of)
-                furthest = jnp.maximum(furthest, page)
+            furthest = jnp.maximum(furthest, jnp.where(page_of < self.P, page_of, 0))
             for token in range(0, together * self.S, LANES):
                 at = first * self.S + token
                 before_token = page_of * self.S + (lane % self.S if together > 1 else lane + token) - 1
-                seen_beyond = jnp.maximum(before_token, loaded_of)
-                there = lane + at < count * self.S
-                horizon[:, at : at + LANES] = jnp.where(there, seen_beyond, NOWHERE)
-        self.state[1 + slot] = furthest
+                self.horizon[slot, :, at : at + LANES] = jnp.maximum(before_token, loaded_of)
+        self.state[1 + slot] = jnp.max(furthest)
 
     def _horizon(self, index, slot):
         """A slot sees a token if it lies beyond: after its page was last loaded, and not before it."""
@@ -201,7 +194,7 @@ class PageStream:
             def _(j):
                 page = index * pages + j
                 if not self.dense:
-                    page = self.ids[self.item.row, 0, page]
+                    page = self._ids(self.item)[page]
                 room = newest - page * S
 
                 @pl.when(room < S - 1)
@@ -210,21 +203,32 @@ class PageStream:
                     token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
                     values[...] = jnp.where(token <= room, values[...], 0)
 
+    def _ids(self, item):
+        """The item's page ids; to the end of its last block, and in a block beyond, no page (P)."""
+        return self._row(self.all_ids, item)
+
+    def _loaded(self, item):
+        """The item's last_loaded, and an entry for no page."""
+        return self._row(self.all_loaded, item)
+
+    def _row(self, ref, item):
+        size = ref.shape[0] // ROWS
+        return ref.at[pl.ds(pl.multiple_of(item.row * size, LANES), size)]
+
     def _rows(self, item):
         """The copies of an item's page ids and last_loaded to scalar memory."""
+        ids = self._ids(item).at[pl.ds(0, self.page_ids.shape[-1])]
+        loaded = self._loaded(item).at[pl.ds(0, self.last_loaded.shape[-1])]
         arrived = self.row_arrived.at[item.row]
         return (
-            pltpu.make_async_copy(
-                self.page_ids.at[item.b, item.head], self.ids.at[item.row, 0], arrived.at[0]
-            ),
-            pltpu.make_async_copy(
-                self.last_loaded.at[item.b, item.head], self.loaded.at[item.row, 0], arrived.at[1]
-            ),
+            pltpu.make_async_copy(self.page_ids.at[item.b, item.head], ids, arrived.at[0]),
+            pltpu.make_async_copy(self.last_loaded.at[item.b, item.head], loaded, arrived.at[1]),
         )
 
     def _row_out(self, item):
         target = self.last_loaded.at[item.b, item.head]
-        return pltpu.make_async_copy(self.loaded.at[item.row, 0], target, self.row_left.at[item.row])
+        source = self._loaded(item).at[pl.ds(0, target.shape[0])]
+        return pltpu.make_async_copy(source, target, self.row_left.at[item.row])
 
     def _start_rows(self, item):
         if not self.dense:
@@ -232,9 +236,14 @@ class PageStream:
                 copy.start()
 
     def _wait_for_rows(self, item):
-        if not self.dense:
-            for copy in self._rows(item):
-                copy.wait()
+        if self.dense:
+            return
+        for copy in self._rows(item):
+            copy.wait()
+        ids, pages = self._ids(item), self.blocks.pages
+        for j in range(pages):
+            ids[item.count + j] = self.P
+            ids[ids.shape[0] - pages + j] = self.P
 
 
 class Item:

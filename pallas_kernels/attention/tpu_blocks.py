@@ -50,8 +50,13 @@ def vmem_bytes(blocks: Blocks, page_size: int, head_dim: int, itemsize: int, row
 def smem_bytes(blocks: Blocks, B: int, W: int, K: int, P: int, capacity: int | None) -> int:
     """Positions and counts of all sequences; with a selection, page ids and last_loaded of some items."""
     scalars = B * (_whole(W) + _whole(K)) + LANES
-    rows = 0 if capacity is None else ROWS * (_whole(capacity) + _whole(P))
+    rows = 0 if capacity is None else ROWS * sum(row_sizes(blocks, capacity, P))
     return 4 * (scalars + rows)
+
+
+def row_sizes(blocks: Blocks, capacity: int, P: int) -> tuple[int, int]:
+    """Entries of an item's page ids, with room for two blocks beyond, and of its row of last_loaded."""
+    return _whole(capacity + 2 * blocks.pages), _whole(P + 1)
 
 
 def _whole(entries: int) -> int:
