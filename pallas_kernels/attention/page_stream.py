@@ -35,7 +35,7 @@ class PageStream:
         self.buffer, self.arrived, self.state, *scratch = scratch
         if not self.dense:
             self.page_ids, self.counts, self.last_loaded = selection
-            self.all_ids, self.all_loaded, self.horizon, self.row_arrived, self.row_left = scratch
+            self.all_ids, self.all_loaded, self.row_arrived, self.row_left = scratch
         self.K, self.P, _, self.S, _ = pages.shape[1:]
         self.slots = blocks.ahead + 1
         core, self.step = pl.program_id(0), pl.program_id(1)
@@ -59,7 +59,6 @@ class PageStream:
         return [
             *common,
             *(pltpu.SMEM((ROWS * size,), jnp.int32) for size in row_sizes(blocks, selection[0].shape[-1], P)),
-            pltpu.VMEM((slots, SUBLANES, blocks.pages * S), jnp.int32),
             pltpu.SemaphoreType.DMA((ROWS, 2)),
             pltpu.SemaphoreType.DMA((ROWS,)),
         ]
@@ -70,7 +69,12 @@ class PageStream:
         @pl.when(self.step == 0)
         def _():
             # What a block lacks at the end of an item is then finite: it gets weight 0, and 0 * NaN is NaN.
-            self.buffer[...] = jnp.zeros_like(self.buffer)
+            @pl.loop(0, self.slots)
+            def _(slot):
+                @pl.loop(0, self.blocks.pages)
+                def _(j):
+                    self.buffer[slot, j] = jnp.zeros(self.buffer.shape[2:], self.buffer.dtype)
+
             self.state[0] = 0
             self._start_rows(self.item)
             self._wait_for_rows(self.item)
@@ -91,21 +95,20 @@ class PageStream:
         return self.count
 
     def next_block(self, index):
-        """Waits for a block of the item; issues the one that takes its predecessor's place.
-
-        Returns:
-          The block, a Ref[pages, 2, S, D], and for each of its tokens, in all sublanes, the position beyond
-          which a slot sees it.
-        """
+        """Waits for a block of the item: a Ref[pages, 2, S, D]."""
         slot = self._slot(index)
-        ahead = index + self.blocks.ahead
-        pl.when(self.next.exists & (ahead == self.count))(lambda: self._wait_for_rows(self.next))
         self._wait(index, slot)
         self._clear_unwritten(index, slot)
+        wanted = index + self.blocks.ahead == self.count
+        pl.when(self.next.exists & wanted)(lambda: self._wait_for_rows(self.next))
+        return self.buffer.at[slot]
+
+    def issue_ahead(self, index):
+        """Issues the block that takes the place of the predecessor of block `index`."""
+        ahead = index + self.blocks.ahead
         of_next = ahead >= self.count
         item = self.item.or_else(of_next, self.next)
         self._issue(item, jnp.where(of_next, ahead - self.count, ahead), self._slot(ahead))
-        return self.buffer.at[slot], self._horizon(index, slot)
 
     def end(self):
         """Hands over to the next item, and has last_loaded written back."""
@@ -151,37 +154,42 @@ class PageStream:
         pl.when(count > 0)(copy.start)
 
     def _issue_pages(self, item, index, slot):
-        """A copy for each page; what the mask needs to know of it is looked up on the way."""
-        ids, loaded, target = self._ids(item), self._loaded(item), self.buffer.at[slot]
-        source, arrived = self.pages.at[item.b, item.head], self.arrived.at[slot]
+        """A copy for each page."""
+        ids, target, arrived = self._ids(item), self.buffer.at[slot], self.arrived.at[slot]
+        source = self.pages.at[item.b, item.head]
         there = self._pages_of(item, index) > 0
         start = jnp.where(there, index * self.blocks.pages, ids.shape[0] - self.blocks.pages)
+        furthest = jnp.uint32(0)  # unsigned, the maximum is one instruction
+        for j in range(self.blocks.pages):
+            page = ids[start + j]
+            furthest = jnp.maximum(furthest, page.astype(jnp.uint32))
+            pl.when(page < self.P)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
+        self.state[1 + slot] = furthest.astype(jnp.int32)
+
+    def horizon(self, index):
+        """Of each token of a block, the position beyond which a slot sees it, in all sublanes.
+
+        That is, after its page was last loaded, and not before the token. Records the load of the pages.
+        """
+        if self.dense:
+            tokens = self.blocks.pages * self.S
+            return index * tokens - 1 + lax.broadcasted_iota(jnp.int32, (SUBLANES, tokens), 1)
+        ids, loaded = self._ids(self.item), self._loaded(self.item)
         shape = SUBLANES, LANES
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
         together = max(LANES // self.S, 1)  # pages whose tokens fill the lanes
-        furthest = jnp.zeros(shape, jnp.int32)
+        horizon = []
         for first in range(0, self.blocks.pages, together):
             page_of, loaded_of = (jnp.zeros(shape, jnp.int32) for _ in range(2))
             for j in range(first, first + together):
-                page = ids[start + j]
+                page = ids[index * self.blocks.pages + j]
                 before = loaded[page]
-                loaded[page] = item.newest
-                pl.when(page < self.P)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
+                loaded[page] = self.item.newest
                 page_of = jnp.where(lane >= (j - first) * self.S, page, page_of)
                 loaded_of = jnp.where(lane >= (j - first) * self.S, before, loaded_of)
-            furthest = jnp.maximum(furthest, jnp.where(page_of < self.P, page_of, 0))
-            for token in range(0, together * self.S, LANES):
-                at = first * self.S + token
-                before_token = page_of * self.S + (lane % self.S if together > 1 else lane + token) - 1
-                self.horizon[slot, :, at : at + LANES] = jnp.maximum(before_token, loaded_of)
-        self.state[1 + slot] = jnp.max(furthest)
-
-    def _horizon(self, index, slot):
-        """A slot sees a token if it lies beyond: after its page was last loaded, and not before it."""
-        if not self.dense:
-            return self.horizon[slot]
-        tokens = self.blocks.pages * self.S
-        return index * tokens - 1 + lax.broadcasted_iota(jnp.int32, (SUBLANES, tokens), 1)
+            before_token = page_of * self.S + lane % self.S - 1
+            horizon.append(jnp.maximum(before_token, loaded_of))
+        return jnp.concatenate(horizon, axis=1)
 
     def _clear_unwritten(self, index, slot):
         """Zeroes values beyond the newest position, which may be NaN: 0 * NaN is NaN."""
