@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 
-from tests.pallas_kernels import tpu_compiler
+from experiments import tpu_compiler
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     tpu_compiler.without_a_tpu()

@@ -6,6 +6,7 @@ semaphore counts what arrived. Blocks of the next item are issued while the last
 """
 
 import functools
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_blocks import ROWS, Blocks, row_sizes
 from pallas_kernels.layout import VALUES
 from pallas_kernels.tpu import LANES, SUBLANES
+
+
+def group_of(blocks: Blocks) -> int:
+    """Pages whose highest is noted together, to find those that reach beyond the newest position."""
+    return math.gcd(blocks.pages, 8)
 
 
 class PageStream:
@@ -32,12 +38,12 @@ class PageStream:
     def __init__(self, pages, positions, selection, scratch, blocks: Blocks):
         self.pages, self.positions, self.blocks = pages, positions, blocks
         self.dense = selection is None
-        self.buffer, self.arrived, self.state, *scratch = scratch
+        self.buffer, self.arrived, self.next_slot, *scratch = scratch
         if not self.dense:
             self.page_ids, self.counts, self.last_loaded = selection
-            self.all_ids, self.all_loaded, self.row_arrived, self.row_left = scratch
+            self.furthest, self.all_ids, self.all_loaded, self.row_arrived, self.row_left = scratch
         self.K, self.P, _, self.S, _ = pages.shape[1:]
-        self.slots = blocks.ahead + 1
+        self.slots, self.group = blocks.ahead + 1, group_of(blocks)
         core, self.step = pl.program_id(0), pl.program_id(1)
         self.steps = pl.num_programs(1)
         self.first = core * self.steps
@@ -52,12 +58,14 @@ class PageStream:
         common = [
             pltpu.VMEM((slots, blocks.pages, 2, S, D), pages.dtype),
             pltpu.SemaphoreType.DMA((slots,)),
-            pltpu.SMEM((1 + slots,), jnp.int32),
+            pltpu.SMEM((1,), jnp.int32),
         ]
         if selection is None:
             return common
+        groups = blocks.pages // group_of(blocks)
         return [
             *common,
+            pltpu.SMEM((slots * (groups + 1),), jnp.int32),
             *(pltpu.SMEM((ROWS * size,), jnp.int32) for size in row_sizes(blocks, selection[0].shape[-1], P)),
             pltpu.SemaphoreType.DMA((ROWS, 2)),
             pltpu.SemaphoreType.DMA((ROWS,)),
@@ -75,13 +83,13 @@ class PageStream:
                 def _(j):
                     self.buffer[slot, j] = jnp.zeros(self.buffer.shape[2:], self.buffer.dtype)
 
-            self.state[0] = 0
+            self.next_slot[0] = 0
             self._start_rows(self.item)
             self._wait_for_rows(self.item)
 
             self._issue_first(self.item, self.blocks.ahead, 0)
 
-        self.base = self.state[0]
+        self.base = self.next_slot[0]
         self.count = self.item.blocks
         pl.when(self.next.exists)(lambda: self._start_rows(self.next))
         # A short item leaves room for more of the next one.
@@ -112,7 +120,7 @@ class PageStream:
 
     def end(self):
         """Hands over to the next item, and has last_loaded written back."""
-        self.state[0] = self._slot(self.count)
+        self.next_slot[0] = self._slot(self.count)
         if self.dense:
             return
         self._row_out(self.item).start()
@@ -159,12 +167,15 @@ class PageStream:
         source = self.pages.at[item.b, item.head]
         there = self._pages_of(item, index) > 0
         start = jnp.where(there, index * self.blocks.pages, ids.shape[0] - self.blocks.pages)
-        furthest = jnp.uint32(0)  # unsigned, the maximum is one instruction
+        furthest = []  # of each group
         for j in range(self.blocks.pages):
             page = ids[start + j]
-            furthest = jnp.maximum(furthest, page.astype(jnp.uint32))
+            if j % self.group == 0:
+                furthest.append(jnp.uint32(0))  # unsigned, the maximum is one instruction
+            furthest[-1] = jnp.maximum(furthest[-1], page.astype(jnp.uint32))
             pl.when(page < self.P)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
-        self.state[1 + slot] = furthest.astype(jnp.int32)
+        for group, page in enumerate([*furthest, functools.reduce(jnp.maximum, furthest)]):
+            self.furthest[slot * (len(furthest) + 1) + group] = page.astype(jnp.int32)
 
     def horizon(self, index):
         """Of each token of a block, the position beyond which a slot sees it, in all sublanes.
@@ -193,23 +204,40 @@ class PageStream:
 
     def _clear_unwritten(self, index, slot):
         """Zeroes values beyond the newest position, which may be NaN: 0 * NaN is NaN."""
-        newest, S, pages = self.item.newest, self.S, self.blocks.pages
-        last = (index + 1) * pages - 1 if self.dense else self.state[1 + slot]
+        groups = self.blocks.pages // self.group
 
-        @pl.when(last * S + S - 1 > newest)
+        def reaches_beyond(group):
+            if self.dense:
+                page = (
+                    index * self.blocks.pages + jnp.minimum((group + 1) * self.group, self.blocks.pages) - 1
+                )
+            else:
+                page = self.furthest[slot * (groups + 1) + group]
+            return page * self.S + self.S - 1 > self.item.newest
+
+        @pl.when(reaches_beyond(groups))
         def _():
-            @pl.loop(0, self._pages_of(self.item, index))
-            def _(j):
-                page = index * pages + j
-                if not self.dense:
-                    page = self._ids(self.item)[page]
-                room = newest - page * S
+            @pl.loop(0, groups)
+            def _(group):
+                first = group * self.group
+                last = jnp.minimum(first + self.group, self._pages_of(self.item, index))
 
-                @pl.when(room < S - 1)
+                @pl.when(reaches_beyond(group))
                 def _():
-                    values = self.buffer.at[slot, j, VALUES]
-                    token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
-                    values[...] = jnp.where(token <= room, values[...], 0)
+                    pl.loop(first, last)(lambda j: self._clear_page(index, slot, j))
+
+    def _clear_page(self, index, slot, j):
+        """Zeroes what is unwritten of the j-th page of a block."""
+        page = index * self.blocks.pages + j
+        if not self.dense:
+            page = self._ids(self.item)[page]
+        room = self.item.newest - page * self.S
+
+        @pl.when(room < self.S - 1)
+        def _():
+            values = self.buffer.at[slot, j, VALUES]
+            token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+            values[...] = jnp.where(token <= room, values[...], 0)
 
     def _ids(self, item):
         """The item's page ids; to the end of its last block, and in a block beyond, no page (P)."""

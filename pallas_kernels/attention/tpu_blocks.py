@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pallas_kernels.tpu import LANES, SUBLANES, Chip
 
-_LATENCY = 2e-6  # of a copy from HBM, in seconds: what is under way must cover it
+LATENCY = 2e-6  # of a copy from HBM, in seconds: what is under way must cover it
 _BLOCK_TOKENS = 1024
 ROWS = 3
 """Items whose page ids and last_loaded are in scalar memory: one arrives, one is in use, one leaves."""
@@ -33,7 +33,7 @@ def choose_blocks(chip: Chip, page_size: int, head_dim: int, itemsize: int, capa
     least = max(LANES // page_size, 1)
     pages = max(min(_BLOCK_TOKENS // page_size, -(-capacity // least) * least), least)
     size = pages * page_bytes(page_size, head_dim, itemsize)
-    needed = min(chip.bandwidth * _LATENCY, chip.vmem // 2)
+    needed = min(chip.bandwidth * LATENCY, chip.vmem // 2)
     return Blocks(pages, max(min(int(needed // size) + 1, -(-capacity // pages)), 1))
 
 

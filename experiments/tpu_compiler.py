@@ -1,6 +1,6 @@
 """The real TPU compiler, on a machine without a TPU.
 
-Needs the package of tpu-compiler.txt on the path, which `make test` puts there.
+Needs the package libtpu, of tests/pallas_kernels/tpu-compiler.txt, on the path: `make test` puts it there.
 """
 
 import os
