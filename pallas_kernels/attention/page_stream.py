@@ -76,18 +76,17 @@ class PageStream:
 
         @pl.when(self.step == 0)
         def _():
-            # What a block lacks at the end of an item is then finite: it gets weight 0, and 0 * NaN is NaN.
-            @pl.loop(0, self.slots)
-            def _(slot):
-                @pl.loop(0, self.blocks.pages)
-                def _(j):
-                    self.buffer[slot, j] = jnp.zeros(self.buffer.shape[2:], self.buffer.dtype)
-
             self.next_slot[0] = 0
             self._start_rows(self.item)
             self._wait_for_rows(self.item)
 
-            self._issue_first(self.item, self.blocks.ahead, 0)
+            @pl.loop(0, self.slots)
+            def _(slot):
+                # What a block lacks at the end of an item has weight 0, and 0 * NaN is NaN: let it be finite.
+                partial = self._pages_of(self.item, slot) < self.blocks.pages
+                pl.when(partial)(lambda: self._clear_slot(slot))
+                issued = (slot < self.blocks.ahead) & (slot < self.item.blocks)
+                pl.when(issued)(lambda: self._issue(self.item, slot, slot))
 
         self.base = self.next_slot[0]
         self.count = self.item.blocks
@@ -98,7 +97,10 @@ class PageStream:
         @pl.when(self.next.exists & (early > 0))
         def _():
             self._wait_for_rows(self.next)
-            self._issue_first(self.next, early, self._slot(self.count))
+
+            @pl.loop(0, jnp.minimum(early, self.next.blocks))
+            def _(index):
+                self._issue(self.next, index, self._slot(self.count + index))
 
         return self.count
 
@@ -124,7 +126,7 @@ class PageStream:
         if self.dense:
             return
         self._row_out(self.item).start()
-        previous = Item(self, self.step - 1)
+        previous = Item(self, jnp.maximum(self.step - 1, 0))
         pl.when(self.step > 0)(lambda: self._row_out(previous).wait())
         pl.when(self.step == self.steps - 1)(lambda: self._row_out(self.item).wait())
 
@@ -140,12 +142,10 @@ class PageStream:
         block = self.buffer.at[slot, many]
         pltpu.make_async_copy(self.pages.at[0, 0, many], block, self.arrived.at[slot]).wait()
 
-    def _issue_first(self, item, number, slot):
-        """Issues the first blocks of an item, into the slots from `slot` on."""
-
-        @pl.loop(0, jnp.minimum(number, item.blocks))
-        def _(index):
-            self._issue(item, index, lax.rem(slot + index, self.slots))
+    def _clear_slot(self, slot):
+        @pl.loop(0, self.blocks.pages)
+        def _(j):
+            self.buffer[slot, j] = jnp.zeros(self.buffer.shape[2:], self.buffer.dtype)
 
     def _issue(self, item, index, slot):
         """Has the pages of a block copied; none if the item has no such block."""
