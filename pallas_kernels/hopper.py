@@ -4,7 +4,6 @@ Hopper only (H100, H200): they use its tensor memory accelerator (TMA) and its w
 (wgmma).
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,20 +49,6 @@ def chip() -> str:
     """The name of the chip that tuned sizes go by; an H100 where there is none."""
     kind = jax.devices()[0].device_kind
     return next((name for name in ("H100", "H200") if name in kind), "H100")
-
-
-def operation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Traces and lowers an operation once for all layers that call it with the same shapes.
-
-    Args:
-      function: takes arrays as positional, all else as keyword arguments.
-    """
-    static = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    return jax.jit(function, static_argnames=static)
 
 
 def kernel(

@@ -2,7 +2,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.dispatch import by_sequence, dispatch
 
 
@@ -53,7 +54,11 @@ def retro_attention(
     return dispatch(
         "retro_attention",
         implementation,
-        {"xla": reference.retro_attention, "mosaic_gpu": mosaic_gpu.retro_attention},
+        {
+            "xla": reference.retro_attention,
+            "mosaic_gpu": mosaic_gpu.retro_attention,
+            "mosaic_tpu": mosaic_tpu.retro_attention,
+        },
         (by_sequence(2, 1, 1, 1, 1, None, 2, 2), by_sequence(2, 2, 1)),
         q,
         pages,
@@ -92,7 +97,11 @@ def dense_attention(
     return dispatch(
         "dense_attention",
         implementation,
-        {"xla": reference.dense_attention, "mosaic_gpu": mosaic_gpu.dense_attention},
+        {
+            "xla": reference.dense_attention,
+            "mosaic_gpu": mosaic_gpu.dense_attention,
+            "mosaic_tpu": mosaic_tpu.dense_attention,
+        },
         (by_sequence(2, 1, None), *by_sequence(2)),
         q,
         pages,

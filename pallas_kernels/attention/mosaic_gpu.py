@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.blocks import Blocks, choose_blocks
 from pallas_kernels.attention.thread_block import LOWEST, attend_to_split
-from pallas_kernels.hopper import LOG2E, TILE_ROWS, check_support, kernel, matrix, operation, row_layout
+from pallas_kernels.hopper import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
+from pallas_kernels.operation import operation
 
 
 @operation

@@ -21,8 +21,8 @@ from pallas_kernels.hopper import (
     kernel,
     matrix,
     num_multiprocessors,
-    operation,
 )
+from pallas_kernels.operation import operation
 from pallas_kernels.selection.compaction import write_pages
 from pallas_kernels.selection.scores import SCORES
 from pallas_kernels.selection.threshold import chosen, count, find_threshold

@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.hopper import check_support, kernel, operation, row_layout
+from pallas_kernels.hopper import check_support, kernel, row_layout
 from pallas_kernels.layout import KEYS, VALUES
+from pallas_kernels.operation import operation
 from pallas_kernels.update.streaming import STREAMING
 
 MAX_TOKENS = 32

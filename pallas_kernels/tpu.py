@@ -1,0 +1,121 @@
+"""What the Mosaic TPU kernels share: the chips, and what the kernels support.
+
+Compiling offline for another chip than the default device's goes by JAX's own switch:
+`jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`, with a mesh of that chip's devices, while tracing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+HEAD_DIMS = (64, 128, 256)
+PAGE_SIZES = (16, 32, 64, 128)
+LANES, SUBLANES = 128, 8
+"""Of a vector register: a tile of 32-bit values."""
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of TPU. All but `cores` is per TensorCore.
+
+    Attributes:
+      name: as Google Cloud has it.
+      bandwidth: of HBM, in bytes a second.
+      clock: instruction bundles a second.
+      vmem: bytes of vector memory that a kernel may use.
+      smem: bytes of scalar memory that a kernel may use.
+      cores: TensorCores that the parallel axis of a grid is spread over: those of one JAX device.
+    """
+
+    name: str
+    bandwidth: float
+    clock: float
+    vmem: int
+    smem: int
+    cores: int
+
+    @property
+    def bytes_per_bundle(self) -> float:
+        """What HBM delivers while one instruction bundle issues."""
+        return self.bandwidth / self.clock
+
+
+_SMEM = _MIB - 16 * 1024  # what the compiler keeps for itself stays free
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 1228e9 / 2, 1.05e9, 14 * _MIB, _SMEM, 2),
+        Chip("v5e", 819e9, 1.50e9, 64 * _MIB, _SMEM, 1),
+        Chip("v5p", 2765e9 / 2, 1.75e9, 32 * _MIB, _SMEM, 2),
+        Chip("v6e", 1638e9, 1.75e9, 64 * _MIB, _SMEM, 1),
+        Chip("tpu7x", 7380e9 / 2, 2.20e9, 32 * _MIB, _SMEM, 1),
+    )
+}
+"""By name. Bandwidth and cores: the page of each chip at https://cloud.google.com/tpu/docs. Memory sizes:
+`jax.experimental.pallas.tpu.get_tpu_info_for_chip`; half of VMEM is left to XLA, less on a v4. A clock is
+published for v4 only; it equals the peak in bfloat16 over what the matrix units do in a cycle (four of
+128 x 128), and the others are derived so (v6e, tpu7x: as much as four of 256 x 256)."""
+
+_OF_VERSION = {
+    pltpu.ChipVersion.TPU_V4: "v4",
+    pltpu.ChipVersion.TPU_V5E: "v5e",
+    pltpu.ChipVersion.TPU_V5P: "v5p",
+    pltpu.ChipVersion.TPU_V6E: "v6e",
+    pltpu.ChipVersion.TPU_7X: "tpu7x",
+}
+
+
+def chip() -> Chip:
+    """The chip that the kernel is traced for; a v5e where there is none.
+
+    Raises:
+      NotImplementedError: a TPU that is not in `CHIPS`.
+    """
+    try:
+        version = pltpu.get_tpu_info().chip_version
+    except ValueError:  # no TPU: the interpreter
+        return CHIPS["v5e"]
+    if version not in _OF_VERSION:
+        raise NotImplementedError(f"TPU {version} has no Mosaic TPU kernels ({', '.join(CHIPS)})")
+    return CHIPS[_OF_VERSION[version]]
+
+
+def check_support(operation: str, dtype: Any, head_dim: int, page_size: int) -> None:
+    """Refuses what no kernel here supports.
+
+    Raises:
+      NotImplementedError: naming the value and what is supported.
+    """
+    if dtype not in DTYPES:
+        names = ", ".join(jnp.dtype(d).name for d in DTYPES)
+        raise NotImplementedError(
+            f"{operation}: dtype {jnp.dtype(dtype).name} has no Mosaic TPU kernel ({names})"
+        )
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"{operation}: head_dim {head_dim} has no Mosaic TPU kernel {HEAD_DIMS}")
+    if page_size not in PAGE_SIZES:
+        raise NotImplementedError(f"{operation}: page_size {page_size} has no Mosaic TPU kernel {PAGE_SIZES}")
+
+
+def check_memory(operation: str, chip: Chip, *, vmem: int, smem: int) -> None:
+    """Refuses shapes whose buffers do not fit, before the compiler would.
+
+    Args:
+      operation: its name.
+      chip: that the kernel is traced for.
+      vmem: bytes of vector memory that the kernel needs.
+      smem: bytes of scalar memory that it needs.
+
+    Raises:
+      NotImplementedError: naming what is needed and the limit.
+    """
+    for kind, needed, limit in (("VMEM", vmem, chip.vmem), ("SMEM", smem, chip.smem)):
+        if needed > limit:
+            raise NotImplementedError(
+                f"{operation}: needs {needed} bytes of {kind}, and a {chip.name} has {limit}; "
+                "use smaller shapes or implementation='xla'"
+            )
