@@ -69,15 +69,23 @@ def _order(keys_ref, newest, sink_pages):
     lax.fori_loop(0, keys_ref.shape[0] // _ROWS, order, None)
 
 
+def _wide(values):
+    """[8, 1] to a register, [8, 128]."""
+    return jnp.broadcast_to(values, (SUBLANES, LANES))
+
+
 def _count(keys_ref, steps, newest):
     """How many pages have a key of `step` or more: [8, 1] for each of `steps`[8, 1]."""
     chunks = lax.div(newest, jnp.int32(CHUNK * LANES)) + 1
-    steps = [jnp.concatenate([jnp.broadcast_to(step, (SUBLANES, LANES))] * CHUNK) for step in steps]
+    steps = [_wide(step) for step in steps]
 
     def count(index, totals):
-        keys = keys_ref[_chunk(index)]
-        more = [(keys >= step).astype(jnp.float32).reshape(CHUNK, SUBLANES, LANES) for step in steps]
-        return [total + jnp.sum(values, axis=0) for total, values in zip(totals, more, strict=True)]
+        totals = list(totals)
+        for tile in range(CHUNK):
+            keys = keys_ref[pl.ds(pl.multiple_of(index * _ROWS, _ROWS) + tile * SUBLANES, SUBLANES)]
+            for place, step in enumerate(steps):
+                totals[place] += jnp.where(keys >= step, 1.0, 0.0)
+        return totals
 
     totals = lax.fori_loop(0, chunks, count, [jnp.zeros((SUBLANES, LANES))] * len(steps))
     return [jnp.sum(total, axis=1, keepdims=True) for total in totals]
@@ -95,8 +103,8 @@ def _search(keys_ref, newest, budget, heads):
         digit = sum((count >= budget).astype(jnp.int32) for count in counts)
         exact = sum((count == budget).astype(jnp.int32) for count in counts)
         undecided = jnp.max(jnp.where((head < heads) & (exact == 0), 1, 0))
-        shift_left = jnp.where(shift > 0, undecided, 0)
-        return threshold + (digit << shift), jnp.maximum(shift - _BITS, 0), shift_left
+        left = jnp.where(shift > 0, undecided, 0)
+        return threshold + (digit << shift), jnp.maximum(shift - _BITS, 0), left
 
     carry = jnp.full((SUBLANES, 1), _LOWEST, jnp.int32), jnp.int32(32 - _BITS), jnp.int32(1)
     return lax.while_loop(lambda carry: carry[2] > 0, narrow, carry)[0]
@@ -120,8 +128,8 @@ def _product(a, b, contract=0):
 
 def _mark(keys_ref, chosen_ref, upto_ref, threshold, above, budget):
     """Writes 1 to `chosen` for each chosen page, and to all lanes of a tile in `upto` how many up to its end."""
-    threshold = jnp.concatenate([jnp.broadcast_to(threshold, (SUBLANES, LANES))] * CHUNK)
-    wanted = budget.astype(jnp.float32) - above  # ties at the threshold
+    threshold = jnp.concatenate([_wide(threshold)] * CHUNK)
+    wanted = jnp.concatenate([_wide(budget.astype(jnp.float32) - above)] * CHUNK)  # ties at the threshold
     sums = jnp.concatenate([_triangle(jnp.less_equal), jnp.ones((LANES, LANES), jnp.bfloat16)], axis=1)
 
     def along_tiles(carry, totals):
@@ -139,7 +147,7 @@ def _mark(keys_ref, chosen_ref, upto_ref, threshold, above, budget):
         counted = _product(tie, sums)
         within, total = counted[:, :LANES], counted[:, LANES:]
         ties, after = along_tiles(ties, total)
-        few = after - total + within <= jnp.concatenate([jnp.broadcast_to(wanted, (SUBLANES, LANES))] * CHUNK)
+        few = after - total + within <= wanted
         chosen = jnp.where((keys > threshold) | ((tie > 0) & few), 1.0, 0.0)
         upto, after = along_tiles(upto, _product(chosen, sums[:, LANES:]))
         chosen_ref[_chunk(index)] = chosen

@@ -19,7 +19,7 @@ from pallas_kernels.selection.choice import CHUNK, choose, scratch_of
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
-_BLOCK_SECONDS = 1e-6
+_BLOCK_SECONDS = 1.5e-6
 """Of streaming: a block that takes longer hides what a step of the grid costs, and the latency of its copy."""
 
 
@@ -130,7 +130,7 @@ def _row_bytes(statistics):
 
 def _pages_per_block(bandwidth, heads, statistics):
     wanted = int(_BLOCK_SECONDS * bandwidth) // (heads * _row_bytes(statistics))
-    return max(1, min(wanted, statistics.shape[2]) // LANES) * LANES
+    return max(1, pl.cdiv(min(wanted, statistics.shape[2]), LANES)) * LANES
 
 
 def _bytes(shape, dtype):
