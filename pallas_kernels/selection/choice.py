@@ -37,7 +37,9 @@ def choose(ids_ref, keys_ref, chosen_ref, upto_ref, ranks_ref, newest, budget, h
     Args:
       ids_ref: page_ids[heads, places], places a multiple of 128; 0 beyond the budget.
       keys_ref: the bits of the scores.
-      chosen_ref, upto_ref, ranks_ref: scratch.
+      chosen_ref: scratch.
+      upto_ref: scratch.
+      ranks_ref: scratch.
       newest: the last page.
       budget: how many to choose, at most newest + 1.
       heads: KV heads, at most 8.
@@ -117,7 +119,7 @@ def _triangle(before):
 
 
 def _product(a, b, contract=0):
-    """a @ b, or a @ b.T with `contract` 1; exact for whole numbers up to 256."""
+    """The matrix product of a and b, or b.T with `contract` 1; exact for whole numbers up to 256."""
     return lax.dot_general(
         a.astype(jnp.bfloat16),
         b.astype(jnp.bfloat16),
@@ -127,7 +129,7 @@ def _product(a, b, contract=0):
 
 
 def _mark(keys_ref, chosen_ref, upto_ref, threshold, above, budget):
-    """Writes 1 to `chosen` for each chosen page, and to all lanes of a tile in `upto` how many up to its end."""
+    """Writes 1 to `chosen` for chosen pages, and to all lanes of a tile in `upto` how many up to its end."""
     threshold = jnp.concatenate([_wide(threshold)] * CHUNK)
     wanted = jnp.concatenate([_wide(budget.astype(jnp.float32) - above)] * CHUNK)  # ties at the threshold
     sums = jnp.concatenate([_triangle(jnp.less_equal), jnp.ones((LANES, LANES), jnp.bfloat16)], axis=1)

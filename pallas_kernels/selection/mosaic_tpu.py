@@ -1,8 +1,8 @@
 """Page selection on TPUs, in one launch: scores on the matrix unit, then the set of the best, no sorting.
 
 Statistics stream through VMEM in blocks of several KV heads and pages, up to the newest page of any sequence.
-Every score of `SCORES` is linear in them, so two matrix products give a block's. They stay in VMEM, a head to a
-sublane and pages along the lanes; after the last block `choose` finds the best ones of all heads at once.
+Every score of `SCORES` is linear in them, so two matrix products give a block's. They stay in VMEM, a head to
+a sublane and pages along the lanes; after the last block `choose` finds the best ones of all heads at once.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 _BLOCK_SECONDS = 1.5e-6
-"""Of streaming: a block that takes longer hides what a step of the grid costs, and the latency of its copy."""
+"""Of streaming a block: enough to hide what a step of the grid costs, and the latency of its copy."""
 
 
 @operation

@@ -1,4 +1,4 @@
-"""Page update on TPUs, in place: copies the touched pages to VMEM, changes rows, copies them back with statistics.
+"""Page update on TPUs, in place: the touched pages come to VMEM, and go back with their statistics.
 
 A page of all KV heads comes in one copy. The copies of all sequences of a grid step are in flight together,
 since at a few tokens it is latency that counts.
@@ -13,12 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.layout import KEYS
+from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import operation
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
-MAX_TOKENS = 32
-"""Tokens of one update: each is looked for in every row of the touched pages."""
+_ROWS = 16
+"""Rows of a page that are changed together: those of a register in bfloat16."""
 
 
 @operation
@@ -37,11 +37,7 @@ def update_pages(
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
     check_support("update_pages", pages.dtype, D, S)
-    if T > MAX_TOKENS:
-        raise NotImplementedError(
-            f"update_pages: {T} tokens are more than the Mosaic TPU kernel's {MAX_TOKENS}"
-        )
-    # One vector per page: pages become the rows, which is how XLA lays the array out. Their copies are of 8 rows.
+    # One vector per page: pages become the rows, which is how XLA lays the array out. Copies are of 8 rows.
     rows = 1 if statistics is None or statistics.shape[3] == 2 else SUBLANES
     if P % rows:
         raise NotImplementedError(
@@ -54,11 +50,18 @@ def update_pages(
     target = chip()
     lanes = max(D, LANES) * pages.dtype.itemsize
     page_bytes, slice_bytes = 2 * K * S * lanes, K * max(rows, 2) * lanes
-    token_bytes = 4 * T * -(-K // SUBLANES) * SUBLANES * lanes
+    token_bytes = 4 * T * _padded(K, _ROWS) * lanes
     sequence_bytes = touched * page_bytes + slices * slice_bytes + token_bytes
     together = _sequences_per_step(B, sequence_bytes, target)
-    check_memory("update_pages", target, vmem=together * sequence_bytes, smem=4 * B * (T + 1) + 4096)
+    smem = 4 * (SUBLANES * _padded(B, LANES) + _padded(B, SUBLANES) * _padded(T, LANES))
+    check_memory("update_pages", target, vmem=together * sequence_bytes, smem=smem)
 
+    positions = start[:, None] + jnp.arange(T)
+    end = jnp.max(jnp.where(write, positions + 1, 0), axis=1)
+    first = jnp.maximum(start // S, 0)
+    last = jnp.where(end > 0, jnp.minimum(-(-end // S), P), 0)
+    spans = jnp.stack([first, last, end])
+    positions = jnp.where(write & (positions >= 0) & (positions < P * S), positions, -1)
     scratch = [pltpu.VMEM((together, touched, K, 2, S, D), pages.dtype)]
     state = [pages]
     if statistics is not None:
@@ -68,7 +71,7 @@ def update_pages(
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     tokens = pl.BlockSpec((together, T, K, D), lambda step, *_: (step, 0, 0, 0))
     launch = pl.pallas_call(
-        lambda *refs: _body(refs, together, touched, slices, rows, kind),
+        lambda *refs: _body(refs, together, rows, kind),
         name="update_pages",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -79,9 +82,7 @@ def update_pages(
         ),
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in state],
         input_output_aliases={4 + index: index for index in range(len(state))},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=target.vmem
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=target.vmem),
         cost_estimate=pl.CostEstimate(
             flops=0,
             bytes_accessed=B * (2 * touched * page_bytes + 2 * slices * slice_bytes + token_bytes // 2),
@@ -90,102 +91,111 @@ def update_pages(
         interpret=interpret,
     )
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)
-    pages, *rest = launch(start, write.astype(jnp.int32), k, v, *state)
+    pages, *rest = launch(spans, positions, k, v, *state)
     return pages, None if statistics is None else rest[0].reshape(statistics.shape)
+
+
+def _padded(size, tile):
+    return -(-size // tile) * tile
 
 
 def _sequences_per_step(batch, sequence_bytes, target):
     """How many sequences fit VMEM at once, but no core goes without."""
-    fit = [count for count in range(1, batch + 1) if batch % count == 0 and count * sequence_bytes <= target.vmem]
+    counts = [count for count in range(1, batch + 1) if batch % count == 0]
+    fit = [count for count in counts if count * sequence_bytes <= target.vmem]
     return max([count for count in fit if batch // count % target.cores == 0], default=max(fit, default=1))
 
 
-def _body(refs, together, touched, slices, rows, kind):
-    start_ref, write_ref, k_ref, v_ref, *refs = refs
-    *refs, arrived = refs
-    if len(refs) == 3:
-        _, pages_ref, buffer_ref = refs
-        statistics_ref = rows_ref = None
-    else:
-        _, _, pages_ref, statistics_ref, buffer_ref, rows_ref = refs
-    T, S, P = k_ref.shape[1], pages_ref.shape[4], pages_ref.shape[2]
+def _body(refs, together, rows, kind):
+    spans_ref, positions_ref, k_ref, v_ref, *refs, arrived = refs
+    arrays = len(refs) // 3  # pages alone, or statistics too: as they come, as they go, and in VMEM
+    pages_ref, *statistics_ref = refs[arrays : 2 * arrays]
+    buffer_ref, *fresh_ref = refs[2 * arrays :]
+    heads, page_size = pages_ref.shape[1], pages_ref.shape[4]
 
-    def span(index):
-        """A sequence, its start and end, and its first touched page and the one after the last."""
-        b = pl.program_id(0) * together + index
-        start, end = start_ref[b], jnp.int32(0)
-        for t in range(T):
-            end = jnp.where(write_ref[b, t] > 0, start + t + 1, end)
-        first = jnp.maximum(lax.div(start + P * S, jnp.int32(S)) - P, 0)  # rounds down where start is negative
-        last = jnp.minimum(lax.div(end + (S - 1), jnp.int32(S)), P)
-        return b, start, end, first, jnp.where(end > 0, last, first)
-
-    def for_pages(index, step):
-        """Calls `step(page, slot)` for a sequence's touched pages; slots count from 0."""
-        _, _, _, first, last = span(index)
-        lax.fori_loop(first, last, lambda page, _: step(page, page - first), None)
-
-    def copies(index, act, back):
-        """Starts or waits for the copies of a sequence, to VMEM or back."""
-        b, _, _, first, last = span(index)
-
-        def transfer(ref, place, buffer):
-            pair = (buffer, ref.at[b, :, place]) if back else (ref.at[b, :, place], buffer)
-            act(pltpu.make_async_copy(*pair, arrived))
-
-        for_pages(index, lambda page, slot: transfer(pages_ref, page, buffer_ref.at[index, slot]))
-        if statistics_ref is None:
-            return
-        if rows == 1:
-            if back:
-                for_pages(index, lambda page, slot: transfer(statistics_ref, page, rows_ref.at[index, slot]))
-            return
-        lowest = lax.div(first, jnp.int32(rows))
-
-        def transfer_slice(number, _):
-            place = pl.ds(pl.multiple_of(number * rows, rows), rows)
-            transfer(statistics_ref, place, rows_ref.at[index, number - lowest])
-
-        number = lax.div(last + (rows - 1), jnp.int32(rows))
-        lax.fori_loop(lowest, jnp.where(last > first, number, lowest), transfer_slice, None)
-
-    def change(index):
-        b, start, end, first, _ = span(index)
-
-        def change_page(page, slot):
-            entries = [ref[index].astype(jnp.float32) for ref in (k_ref, v_ref)]
-            row = lax.broadcasted_iota(jnp.int32, pages_ref.shape[4:], 0) + page * S
-            here = [(row == start + t) & (write_ref[b, t] > 0) for t in range(T)]
-            for head in range(pages_ref.shape[1]):
-                for which, entry in enumerate(entries):
-                    place = buffer_ref.at[index, slot, head, which]
-                    values = place[...].astype(jnp.float32)
-                    for t in range(T):
-                        values = jnp.where(here[t], entry[t, head : head + 1], values)
-                    place[...] = values.astype(place.dtype)
-                    if which != KEYS or statistics_ref is None:
-                        continue
-                    fresh = _STATISTICS[kind](values, row < end)
-                    if rows == 1:
-                        rows_ref[index, slot, head] = fresh.astype(place.dtype)
-                    else:
-                        base = lax.div(first, jnp.int32(rows))
-                        place = rows_ref.at[index, lax.div(page, jnp.int32(rows)) - base, head]
-                        old = place[...].astype(jnp.float32)
-                        number = lax.broadcasted_iota(jnp.int32, old.shape, 0)
-                        fresh = jnp.where(number == lax.rem(page, jnp.int32(rows)), fresh, old)
-                        place[...] = fresh.astype(place.dtype)
-
-        for_pages(index, change_page)
+    def sequence(index):
+        return pl.program_id(0) * together + index
 
     def for_sequences(step):
         lax.fori_loop(0, together, lambda index, _: step(index), None)
 
-    for_sequences(lambda index: copies(index, lambda copy: copy.start(), back=False))
-    for_sequences(lambda index: copies(index, lambda copy: copy.wait(), back=False))
-    for_sequences(change)
-    for_sequences(lambda index: copies(index, lambda copy: copy.start(), back=True))
-    for_sequences(lambda index: copies(index, lambda copy: copy.wait(), back=True))
+    def for_pages(index, step, rows=1):
+        """Calls `step(number, slot)` for a sequence's touched slices of `rows` pages; slots count from 0."""
+        first, last = (spans_ref[bound, sequence(index)] for bound in range(2))
+        lowest = lax.div(first, jnp.int32(rows))
+        end = jnp.where(last > first, lax.div(last + (rows - 1), jnp.int32(rows)), lowest)
+        lax.fori_loop(lowest, end, lambda number, _: step(number, number - lowest), None)
+
+    def copies(act, *, back):
+        """Starts or waits for all copies to VMEM, or back."""
+
+        def copy(there, here):
+            act(pltpu.make_async_copy(*((here, there) if back else (there, here)), arrived))
+
+        def copy_statistics(index, there, here):
+            def copy_slice(number, slot):
+                place = number if rows == 1 else pl.ds(pl.multiple_of(number * rows, rows), rows)
+                copy(there.at[sequence(index), :, place], here.at[index, slot])
+
+            for_pages(index, copy_slice, rows)
+
+        def copy_sequence(index):
+            def copy_page(page, slot):
+                copy(pages_ref.at[sequence(index), :, page], buffer_ref.at[index, slot])
+
+            for_pages(index, copy_page)
+            if statistics_ref and (back or rows > 1):  # those of other pages in the slice stay
+                copy_statistics(index, *statistics_ref, *fresh_ref)
+
+        for_sequences(copy_sequence)
+
+    def write_tokens(index):
+        first = spans_ref[0, sequence(index)]
+        row = lax.broadcasted_iota(jnp.int32, (_ROWS, k_ref.shape[-1]), 0)
+
+        def write(t, _):
+            position = positions_ref[sequence(index), t]
+
+            @pl.when(position >= 0)
+            def _():
+                slot = lax.div(position, jnp.int32(page_size)) - first
+                offset = lax.rem(position, jnp.int32(page_size))
+                start = pl.multiple_of(lax.div(offset, jnp.int32(_ROWS)) * _ROWS, _ROWS)
+                here = row == offset - start
+                for which, entries_ref in ((KEYS, k_ref), (VALUES, v_ref)):
+                    entries = entries_ref[index, t].astype(jnp.float32)
+                    for head in range(heads):
+                        place = buffer_ref.at[index, slot, head, which, pl.ds(start, _ROWS)]
+                        values = jnp.where(here, entries[head : head + 1], place[...].astype(jnp.float32))
+                        place[...] = values.astype(place.dtype)
+
+        lax.fori_loop(0, k_ref.shape[1], write, None)
+
+    def compute_statistics(index):
+        first, end = spans_ref[0, sequence(index)], spans_ref[2, sequence(index)]
+        row = lax.broadcasted_iota(jnp.int32, pages_ref.shape[4:], 0)
+
+        def compute(page, slot):
+            valid = row + page * page_size < end
+            number = lax.div(page, jnp.int32(rows)) - lax.div(first, jnp.int32(rows))
+            for head in range(heads):
+                keys = buffer_ref[index, slot, head, KEYS].astype(jnp.float32)
+                fresh = _STATISTICS[kind](keys, valid)
+                place = fresh_ref[0].at[index, number, head]
+                if rows > 1:  # only this page's row of the slice
+                    own = lax.broadcasted_iota(jnp.int32, place.shape, 0) == lax.rem(page, jnp.int32(rows))
+                    fresh = jnp.where(own, fresh, place[...].astype(jnp.float32))
+                place[...] = fresh.astype(place.dtype)
+
+        for_pages(index, compute)
+
+    copies(lambda copy: copy.start(), back=False)
+    copies(lambda copy: copy.wait(), back=False)
+    for_sequences(write_tokens)
+    if fresh_ref:
+        for_sequences(compute_statistics)
+    copies(lambda copy: copy.start(), back=True)
+    copies(lambda copy: copy.wait(), back=True)
 
 
 def _min_max(keys, valid):
