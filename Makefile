@@ -15,8 +15,11 @@ TEXT := experiments/texts/portrait_of_a_lady.txt
 DEMO_OUT ?= runs/demo
 FLAGS ?=
 CUDA_COMPILER := $(CURDIR)/.cache/cuda-compiler
-# Its packages are for Linux only; elsewhere the tests that need them skip.
-COMPILERS := $(if $(filter Linux,$(shell uname -s)),$(CUDA_COMPILER)/.ready)
+TPU_COMPILER := $(CURDIR)/.cache/tpu-compiler
+# Their packages are for Linux only, that for TPUs on x86; elsewhere the tests that need them skip.
+SYSTEM := $(shell uname -sm)
+COMPILERS := $(if $(filter Linux,$(SYSTEM)),$(CUDA_COMPILER)/.ready)
+COMPILERS += $(if $(findstring Linux x86_64,$(SYSTEM)),$(TPU_COMPILER)/.ready)
 
 .PHONY: demo test lint format clean
 .DEFAULT_GOAL := demo
@@ -29,9 +32,9 @@ demo: $(READY)
 	$(BIN)/retro-jax compare smollm2-135m --text $(TEXT) --tokens 1280 --prompt-tokens 512 \
 	  --budget-tokens 128 --windows 1 4 --bin-tokens 256 --out $(DEMO_OUT)
 
-# The tests compile every GPU kernel by the real compilers, which lie outside the environment that programs run in.
+# The tests compile every kernel by the real compilers, which lie outside the environment that programs run in.
 test: lint $(COMPILERS)
-	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_COMPILER) $(BIN)/python -m pytest $(FLAGS)
+	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_COMPILER):$(TPU_COMPILER) $(BIN)/python -m pytest $(FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -45,9 +48,9 @@ clean:
 	rm -rf .venv .uv-bootstrap .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(CUDA_COMPILER)/.ready: tests/pallas_kernels/cuda-compiler.txt $(READY)
-	rm -rf $(CUDA_COMPILER)
-	"$(UV)" pip install --quiet --python $(BIN)/python --no-deps --target $(CUDA_COMPILER) -r $<
+$(CURDIR)/.cache/%-compiler/.ready: tests/pallas_kernels/%-compiler.txt $(READY)
+	rm -rf $(@D)
+	"$(UV)" pip install --quiet --python $(BIN)/python --no-deps --target $(@D) -r $<
 	@touch $@
 
 $(READY): pyproject.toml uv.lock .python-version $(UV)

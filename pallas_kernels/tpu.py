@@ -55,10 +55,10 @@ CHIPS = {
         Chip("tpu7x", 7380e9 / 2, 2.20e9, 32 * _MIB, _SMEM, 1),
     )
 }
-"""By name. Bandwidth and TensorCores: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, the page of
-each chip. VMEM and SMEM: `jax.experimental.pallas.tpu.get_tpu_info_for_chip`; half of VMEM is left to XLA, less on
-a v4. A clock is published for v4 only; it equals the peak in bfloat16 over what the matrix units do in a cycle
-(four of 128 x 128), and the others are derived so (v6e, tpu7x: as much as four of 256 x 256)."""
+"""By name. Bandwidth and cores: the page of each chip at https://cloud.google.com/tpu/docs. Memory sizes:
+`jax.experimental.pallas.tpu.get_tpu_info_for_chip`; half of VMEM is left to XLA, less on a v4. A clock is
+published for v4 only; it equals the peak in bfloat16 over what the matrix units do in a cycle (four of
+128 x 128), and the others are derived so (v6e, tpu7x: as much as four of 256 x 256)."""
 
 _OF_VERSION = {
     pltpu.ChipVersion.TPU_V4: "v4",

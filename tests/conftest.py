@@ -1,9 +1,14 @@
-"""Set before any import of JAX: four devices on the CPU, and run-time checks of shape annotations."""
+"""Set before any import of JAX: devices, compilers, and run-time checks of shape annotations."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+
+from tests.pallas_kernels import tpu_compiler
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    tpu_compiler.without_a_tpu()
 
 import pytest
 from jaxtyping import install_import_hook

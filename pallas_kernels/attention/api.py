@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import mosaic_gpu, reference
+from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.dispatch import dispatch
 
 
@@ -53,7 +53,11 @@ def retro_attention(
     return dispatch(
         "retro_attention",
         implementation,
-        {"xla": reference.retro_attention, "mosaic_gpu": mosaic_gpu.retro_attention},
+        {
+            "xla": reference.retro_attention,
+            "mosaic_gpu": mosaic_gpu.retro_attention,
+            "mosaic_tpu": mosaic_tpu.retro_attention,
+        },
         q,
         pages,
         page_ids,
@@ -91,7 +95,11 @@ def dense_attention(
     return dispatch(
         "dense_attention",
         implementation,
-        {"xla": reference.dense_attention, "mosaic_gpu": mosaic_gpu.dense_attention},
+        {
+            "xla": reference.dense_attention,
+            "mosaic_gpu": mosaic_gpu.dense_attention,
+            "mosaic_tpu": mosaic_tpu.dense_attention,
+        },
         q,
         pages,
         positions,

@@ -1,0 +1,285 @@
+"""The stream of pages that a TPU core attends to: one block after the other, across all its items.
+
+An item is a sequence and KV head. Its page ids and its row of last_loaded lie in scalar memory while its
+pages are issued: a copy for each page, which brings keys and values. One wait takes a whole block, since a
+semaphore counts what arrived. Blocks of the next item are issued while the last ones of this are attended to.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention.tpu_blocks import ROWS, Blocks, row_sizes
+from pallas_kernels.layout import VALUES
+from pallas_kernels.tpu import LANES, SUBLANES
+
+
+class PageStream:
+    """What the body of the kernel sees of it.
+
+    Args:
+      pages: in HBM, [B, K, P, 2, S, D].
+      positions: in SMEM, [B, W].
+      selection: page_ids[B, K, C] in HBM, counts[B, K] in SMEM and last_loaded[B, K, P] in HBM, which is
+        updated; or None for all pages up to the newest position.
+      scratch: what `scratch` asked for.
+      blocks: how the work is cut.
+    """
+
+    def __init__(self, pages, positions, selection, scratch, blocks: Blocks):
+        self.pages, self.positions, self.blocks = pages, positions, blocks
+        self.dense = selection is None
+        self.buffer, self.arrived, self.state, *scratch = scratch
+        if not self.dense:
+            self.page_ids, self.counts, self.last_loaded = selection
+            self.all_ids, self.all_loaded, self.row_arrived, self.row_left = scratch
+        self.K, self.P, _, self.S, _ = pages.shape[1:]
+        self.slots = blocks.ahead + 1
+        core, self.step = pl.program_id(0), pl.program_id(1)
+        self.steps = pl.num_programs(1)
+        self.first = core * self.steps
+        self.item = Item(self, self.step)
+        self.next = Item(self, jnp.minimum(self.step + 1, self.steps - 1), self.step + 1 < self.steps)
+
+    @staticmethod
+    def scratch(blocks: Blocks, pages, selection) -> list:
+        """The memory that a stream works in."""
+        P, _, S, D = pages.shape[2:]
+        slots = blocks.ahead + 1
+        common = [
+            pltpu.VMEM((slots, blocks.pages, 2, S, D), pages.dtype),
+            pltpu.SemaphoreType.DMA((slots,)),
+            pltpu.SMEM((1 + slots,), jnp.int32),
+        ]
+        if selection is None:
+            return common
+        return [
+            *common,
+            *(pltpu.SMEM((ROWS * size,), jnp.int32) for size in row_sizes(blocks, selection[0].shape[-1], P)),
+            pltpu.SemaphoreType.DMA((ROWS, 2)),
+            pltpu.SemaphoreType.DMA((ROWS,)),
+        ]
+
+    def begin(self):
+        """Has the item's first blocks issued; the number of its blocks."""
+
+        @pl.when(self.step == 0)
+        def _():
+            # What a block lacks at the end of an item is then finite: it gets weight 0, and 0 * NaN is NaN.
+            @pl.loop(0, self.slots)
+            def _(slot):
+                @pl.loop(0, self.blocks.pages)
+                def _(j):
+                    self.buffer[slot, j] = jnp.zeros(self.buffer.shape[2:], self.buffer.dtype)
+
+            self.state[0] = 0
+            self._start_rows(self.item)
+            self._wait_for_rows(self.item)
+
+            self._issue_first(self.item, self.blocks.ahead, 0)
+
+        self.base = self.state[0]
+        self.count = self.item.blocks
+        pl.when(self.next.exists)(lambda: self._start_rows(self.next))
+        # A short item leaves room for more of the next one.
+        early = jnp.maximum(self.blocks.ahead - self.count, 0)
+
+        @pl.when(self.next.exists & (early > 0))
+        def _():
+            self._wait_for_rows(self.next)
+            self._issue_first(self.next, early, self._slot(self.count))
+
+        return self.count
+
+    def next_block(self, index):
+        """Waits for a block of the item: a Ref[pages, 2, S, D]."""
+        slot = self._slot(index)
+        self._wait(index, slot)
+        self._clear_unwritten(index, slot)
+        wanted = index + self.blocks.ahead == self.count
+        pl.when(self.next.exists & wanted)(lambda: self._wait_for_rows(self.next))
+        return self.buffer.at[slot]
+
+    def issue_ahead(self, index):
+        """Issues the block that takes the place of the predecessor of block `index`."""
+        ahead = index + self.blocks.ahead
+        of_next = ahead >= self.count
+        item = self.item.or_else(of_next, self.next)
+        self._issue(item, jnp.where(of_next, ahead - self.count, ahead), self._slot(ahead))
+
+    def end(self):
+        """Hands over to the next item, and has last_loaded written back."""
+        self.state[0] = self._slot(self.count)
+        if self.dense:
+            return
+        self._row_out(self.item).start()
+        previous = Item(self, self.step - 1)
+        pl.when(self.step > 0)(lambda: self._row_out(previous).wait())
+        pl.when(self.step == self.steps - 1)(lambda: self._row_out(self.item).wait())
+
+    def _slot(self, index):
+        """The place in the ring of the item's block `index`, or of those that follow it."""
+        return lax.rem(self.base + index, self.slots)
+
+    def _pages_of(self, item, index):
+        return jnp.clip(item.count - index * self.blocks.pages, 0, self.blocks.pages)
+
+    def _wait(self, index, slot):
+        many = pl.ds(0, self._pages_of(self.item, index))
+        block = self.buffer.at[slot, many]
+        pltpu.make_async_copy(self.pages.at[0, 0, many], block, self.arrived.at[slot]).wait()
+
+    def _issue_first(self, item, number, slot):
+        """Issues the first blocks of an item, into the slots from `slot` on."""
+
+        @pl.loop(0, jnp.minimum(number, item.blocks))
+        def _(index):
+            self._issue(item, index, lax.rem(slot + index, self.slots))
+
+    def _issue(self, item, index, slot):
+        """Has the pages of a block copied; none if the item has no such block."""
+        if self.dense:
+            self._issue_run(item, index, slot)
+        else:
+            self._issue_pages(item, index, slot)
+
+    def _issue_run(self, item, index, slot):
+        """Consecutive pages are one copy."""
+        count = self._pages_of(item, index)
+        source = self.pages.at[item.b, item.head, pl.ds(index * self.blocks.pages, count)]
+        copy = pltpu.make_async_copy(source, self.buffer.at[slot, pl.ds(0, count)], self.arrived.at[slot])
+        pl.when(count > 0)(copy.start)
+
+    def _issue_pages(self, item, index, slot):
+        """A copy for each page."""
+        ids, target, arrived = self._ids(item), self.buffer.at[slot], self.arrived.at[slot]
+        source = self.pages.at[item.b, item.head]
+        there = self._pages_of(item, index) > 0
+        start = jnp.where(there, index * self.blocks.pages, ids.shape[0] - self.blocks.pages)
+        furthest = jnp.uint32(0)  # unsigned, the maximum is one instruction
+        for j in range(self.blocks.pages):
+            page = ids[start + j]
+            furthest = jnp.maximum(furthest, page.astype(jnp.uint32))
+            pl.when(page < self.P)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
+        self.state[1 + slot] = furthest.astype(jnp.int32)
+
+    def horizon(self, index):
+        """Of each token of a block, the position beyond which a slot sees it, in all sublanes.
+
+        That is, after its page was last loaded, and not before the token. Records the load of the pages.
+        """
+        if self.dense:
+            tokens = self.blocks.pages * self.S
+            return index * tokens - 1 + lax.broadcasted_iota(jnp.int32, (SUBLANES, tokens), 1)
+        ids, loaded = self._ids(self.item), self._loaded(self.item)
+        shape = SUBLANES, LANES
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        together = max(LANES // self.S, 1)  # pages whose tokens fill the lanes
+        horizon = []
+        for first in range(0, self.blocks.pages, together):
+            page_of, loaded_of = (jnp.zeros(shape, jnp.int32) for _ in range(2))
+            for j in range(first, first + together):
+                page = ids[index * self.blocks.pages + j]
+                before = loaded[page]
+                loaded[page] = self.item.newest
+                page_of = jnp.where(lane >= (j - first) * self.S, page, page_of)
+                loaded_of = jnp.where(lane >= (j - first) * self.S, before, loaded_of)
+            before_token = page_of * self.S + lane % self.S - 1
+            horizon.append(jnp.maximum(before_token, loaded_of))
+        return jnp.concatenate(horizon, axis=1)
+
+    def _clear_unwritten(self, index, slot):
+        """Zeroes values beyond the newest position, which may be NaN: 0 * NaN is NaN."""
+        newest, S, pages = self.item.newest, self.S, self.blocks.pages
+        last = (index + 1) * pages - 1 if self.dense else self.state[1 + slot]
+
+        @pl.when(last * S + S - 1 > newest)
+        def _():
+            @pl.loop(0, self._pages_of(self.item, index))
+            def _(j):
+                page = index * pages + j
+                if not self.dense:
+                    page = self._ids(self.item)[page]
+                room = newest - page * S
+
+                @pl.when(room < S - 1)
+                def _():
+                    values = self.buffer.at[slot, j, VALUES]
+                    token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+                    values[...] = jnp.where(token <= room, values[...], 0)
+
+    def _ids(self, item):
+        """The item's page ids; to the end of its last block, and in a block beyond, no page (P)."""
+        return self._row(self.all_ids, item)
+
+    def _loaded(self, item):
+        """The item's last_loaded, and an entry for no page."""
+        return self._row(self.all_loaded, item)
+
+    def _row(self, ref, item):
+        size = ref.shape[0] // ROWS
+        return ref.at[pl.ds(pl.multiple_of(item.row * size, LANES), size)]
+
+    def _rows(self, item):
+        """The copies of an item's page ids and last_loaded to scalar memory."""
+        ids = self._ids(item).at[pl.ds(0, self.page_ids.shape[-1])]
+        loaded = self._loaded(item).at[pl.ds(0, self.last_loaded.shape[-1])]
+        arrived = self.row_arrived.at[item.row]
+        return (
+            pltpu.make_async_copy(self.page_ids.at[item.b, item.head], ids, arrived.at[0]),
+            pltpu.make_async_copy(self.last_loaded.at[item.b, item.head], loaded, arrived.at[1]),
+        )
+
+    def _row_out(self, item):
+        target = self.last_loaded.at[item.b, item.head]
+        source = self._loaded(item).at[pl.ds(0, target.shape[0])]
+        return pltpu.make_async_copy(source, target, self.row_left.at[item.row])
+
+    def _start_rows(self, item):
+        if not self.dense:
+            for copy in self._rows(item):
+                copy.start()
+
+    def _wait_for_rows(self, item):
+        if self.dense:
+            return
+        for copy in self._rows(item):
+            copy.wait()
+        ids, pages = self._ids(item), self.blocks.pages
+        for j in range(pages):
+            ids[item.count + j] = self.P
+            ids[ids.shape[0] - pages + j] = self.P
+
+
+class Item:
+    """A sequence and KV head: run-time scalars.
+
+    Args:
+      stream: whose step it is.
+      step: of the stream's core.
+      exists: whether it is one; if not, it has no pages.
+    """
+
+    def __init__(self, stream: PageStream, step, exists=True):
+        index = stream.first + step
+        self.exists = exists
+        self.b, self.head = lax.div(index, jnp.int32(stream.K)), lax.rem(index, jnp.int32(stream.K))
+        self.row = lax.rem(step, jnp.int32(ROWS))
+        slots = [stream.positions[self.b, slot] for slot in range(stream.positions.shape[1])]
+        self.newest = functools.reduce(jnp.maximum, slots)
+        if stream.dense:
+            count = lax.div(self.newest + stream.S, jnp.int32(stream.S))
+        else:
+            count = stream.counts[self.b, self.head]
+        self.count = jnp.where(exists, count, 0)
+        self.blocks = lax.div(self.count + (stream.blocks.pages - 1), jnp.int32(stream.blocks.pages))
+
+    def or_else(self, condition, other: "Item") -> "Item":
+        """The other item if the condition holds."""
+        item = object.__new__(Item)
+        for name in ("b", "head", "row", "newest", "count", "blocks"):
+            setattr(item, name, jnp.where(condition, getattr(other, name), getattr(self, name)))
+        return item

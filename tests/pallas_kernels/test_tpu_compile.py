@@ -1,0 +1,118 @@
+"""The TPU kernels of attention through the real TPU compiler for every chip, on a machine without a TPU."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.attention import mosaic_tpu as attention
+from pallas_kernels.attention.tpu_blocks import Blocks
+from pallas_kernels.tpu import CHIPS, HEAD_DIMS, PAGE_SIZES
+from tests.pallas_kernels import tpu_compiler
+from tests.pallas_kernels.tpu_compiler import compile_for
+
+pytestmark = [
+    pytest.mark.skipif(
+        not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test"
+    ),
+    pytest.mark.timeout(240),
+]
+B, K, TOKENS = 2, 8, 16384
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def retro_shapes(window, group, dim, page_size, dtype=jnp.bfloat16, B=B, K=K, tokens=TOKENS, places=None):
+    """Shapes of the arguments of `retro_attention`."""
+    P, N = tokens // page_size, K * group
+    return (
+        shape(B, window, N, dim, dtype=dtype),
+        shape(B, K, P, 2, page_size, dim, dtype=dtype),
+        shape(B, K, places or P // 8, dtype=jnp.int32),
+        shape(B, K, dtype=jnp.int32),
+        shape(B, K, P, dtype=jnp.int32),
+        shape(B, window, dtype=jnp.int32),
+        shape(B, window - 1, N, dim, dtype=jnp.float32),
+        shape(B, window - 1, N, dtype=jnp.float32),
+    )
+
+
+ROWS = itertools.cycle([(4, 4), (1, 1), (16, 4), (2, 8), (3, 5)])  # (window, group)
+CHIP = itertools.cycle(CHIPS)
+SHAPES = [
+    *(
+        (next(CHIP), dim, page_size, *next(ROWS), dtype)
+        for dtype, dim, page_size in itertools.product((jnp.bfloat16, jnp.float32), HEAD_DIMS, PAGE_SIZES)
+    ),
+    *((chip, 128, 32, 4, 4, jnp.bfloat16) for chip in CHIPS),
+]
+
+
+@pytest.mark.parametrize(("chip", "dim", "page_size", "window", "group", "dtype"), SHAPES)
+def test_retro_attention(chip, dim, page_size, window, group, dtype):
+    shapes = retro_shapes(window, group, dim, page_size, dtype)
+    executable = compile_for(chip, attention.retro_attention, *shapes, donate=4, row_major=dim == 64)
+    assert "tpu_custom_call" in executable.as_text()
+    memory = executable.memory_analysis()
+    loaded = shapes[4]
+    assert memory.alias_size_in_bytes == loaded.size * 4  # in place
+    queries_and_outputs = 4 * B * K * -(-window * group // 8) * 8 * (max(dim, 128) + 128) * 4
+    assert memory.temp_size_in_bytes < queries_and_outputs + (1 << 16)
+    cost = executable.cost_analysis()
+    read = B * K * (shapes[2].shape[-1] * 2 * page_size * dim) * jnp.dtype(dtype).itemsize
+    assert cost["bytes accessed"] >= read
+    assert cost["flops"] >= 2 * read / jnp.dtype(dtype).itemsize * window * group
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 128), (8, 64)])
+def test_dense_attention(chip, tokens, dim):
+    pages = shape(B, K, TOKENS // 16, 2, 16, dim)
+    q, positions = shape(B, tokens, 4 * K, dim), shape(B, tokens, dtype=jnp.int32)
+    executable = compile_for(chip, attention.dense_attention, q, pages, positions, row_major=dim == 64)
+    assert "tpu_custom_call" in executable.as_text()
+    assert executable.memory_analysis().temp_size_in_bytes < pages.size // 8
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_rows_of_64_take_128_lanes_in_memory(chip):
+    """By default JAX would avoid that by another order of axes, and every call would copy the cache."""
+    shapes = retro_shapes(4, 4, 64, 16)
+    pages = 2 * shapes[1].size
+    by_default, row_major = (
+        compile_for(chip, attention.retro_attention, *shapes, donate=4, row_major=choice).memory_analysis()
+        for choice in (False, True)
+    )
+    assert row_major.argument_size_in_bytes >= 2 * pages
+    assert row_major.temp_size_in_bytes < pages // 8
+    assert by_default.temp_size_in_bytes >= 2 * pages
+
+
+def test_rows_of_pages_off_the_lanes():
+    """Their row of last_loaded is padded to whole lanes, and so copied, but nothing else is."""
+    shapes = retro_shapes(4, 4, 128, 16, tokens=16 * 1000, places=77)
+    executable = compile_for("v5e", attention.retro_attention, *shapes, donate=4)
+    assert executable.memory_analysis().temp_size_in_bytes < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("shapes", "blocks", "message"),
+    [
+        (retro_shapes(4, 4, 128, 16), Blocks(64, 1000), "needs .* bytes of VMEM, and a v5e has 67108864"),
+        (
+            retro_shapes(4, 4, 128, 16, B=1, K=1, tokens=1 << 21),
+            None,
+            "needs .* bytes of SMEM, and a v5e has 1032192",
+        ),
+        (retro_shapes(4, 4, 128, 8), None, "page_size 8 has no Mosaic TPU kernel"),
+        (retro_shapes(4, 4, 128, 16, jnp.float16), None, "dtype float16 has no Mosaic TPU kernel"),
+    ],
+    ids=["VMEM", "SMEM", "alignment", "dtype"],
+)
+def test_what_does_not_fit_is_refused_before_it_is_compiled(shapes, blocks, message):
+    with pytest.raises(NotImplementedError, match=message):
+        compile_for("v5e", functools.partial(attention.retro_attention, blocks=blocks), *shapes)

@@ -1,0 +1,56 @@
+"""The real TPU compiler, on a machine without a TPU.
+
+Needs the package of tpu-compiler.txt on the path, which `make test` puts there.
+"""
+
+import os
+from importlib.util import find_spec
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+"""The smallest of each chip in `pallas_kernels.tpu.CHIPS`."""
+
+
+def without_a_tpu() -> None:
+    """Keeps the compiler from looking for TPUs; call it before JAX is imported."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # tests run in several processes
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def installed() -> bool:
+    """Whether the compiler is there."""
+    return find_spec("libtpu") is not None
+
+
+def compile_for(chip, function, *shapes, donate=(), row_major=False):
+    """What `function` of arrays of these shapes becomes for one device of a chip, by name.
+
+    Unless they are to be `row_major`, arrays lie in memory as JAX lays them out by default.
+    """
+    import jax
+    from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
+    from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    device = topology.devices[0]
+    sharding = SingleDeviceSharding(device)
+
+    def on_device(x):
+        place = Format(Layout(tuple(range(x.ndim))), sharding) if row_major else sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    with use_abstract_mesh(Mesh([device], ("device",)).abstract_mesh):
+        return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(on_device, shapes)).compile()
