@@ -151,8 +151,11 @@ def _vectors(statistics_ref, head, interpret):
     if statistics_ref.dtype == jnp.float32:
         rows = statistics_ref.reshape(heads * block * 2, D)
         return [rows[pl.ds(head * block * 2 + z, block, stride=2)] for z in range(2)]
-    # The two vectors of a page share 32-bit words, the first in the lower halves.
-    words = statistics_ref.bitcast(jnp.uint32).reshape(heads, block, D)[head]
+    # The two vectors of a page share 32-bit words, the first in the lower halves. Rows are of 128 such words.
+    parts = D // LANES if D > LANES else 1
+    rows = statistics_ref.bitcast(jnp.uint32).reshape(heads * block * parts, D // parts)
+    words = [rows[pl.ds(head * block * parts + part, block, stride=parts)] for part in range(parts)]
+    words = jnp.concatenate(words, axis=1)
     halves = [words << 16, words & jnp.uint32(0xFFFF0000)]
     return [pltpu.bitcast(half, jnp.float32).astype(jnp.bfloat16) for half in halves]
 

@@ -1,59 +1,23 @@
 """Selection and update through the real TPU compiler for every chip, on a machine without a TPU."""
 
 import functools
-import os
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, SingleDeviceSharding
 
 from pallas_kernels.selection import mosaic_tpu as selection
 from pallas_kernels.tpu import CHIPS
 from pallas_kernels.update import mosaic_tpu as update
+from tests.pallas_kernels import tpu_compiler
+from tests.pallas_kernels.tpu_compiler import compile_for
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu on the path"),
+    pytest.mark.skipif(
+        not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test"
+    ),
     pytest.mark.timeout(120),
 ]
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "tpu7x": "tpu7x:2x2x1",
-}
-# The compiler asks for a TPU's machine otherwise, and locks it.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-@pytest.fixture(params=CHIPS)
-def compiled(request):
-    """Compiles a function of shapes for a chip."""
-    os.environ.update(ENVIRONMENT)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[request.param])
-    device = topology.devices[0]
-    mesh = Mesh(np.array([device]), ("device",)).abstract_mesh
-
-    def compile_for_chip(function, *shapes, donate=()):
-        sharding = SingleDeviceSharding(device)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-        with jax.sharding.use_abstract_mesh(mesh):
-            executable = jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
-        assert "tpu_custom_call" in executable.as_text()
-        return executable
-
-    return compile_for_chip
 
 
 def shape(*sizes, dtype=jnp.bfloat16):
@@ -75,8 +39,9 @@ SELECTIONS = [  # batch, KV heads, group, pages, page size, head_dim, score, red
 ]
 
 
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("case", SELECTIONS)
-def test_selection(compiled, case):
+def test_selection(chip, case):
     B, K, group, pages, page_size, dim, score, group_reduce, dtype = case
     statistics = shape(B, K, pages, 2 if score == "bounds" else 1, dim, dtype=dtype)
     function = functools.partial(
@@ -87,10 +52,13 @@ def test_selection(compiled, case):
         group_reduce=group_reduce,
         sink_pages=1,
     )
-    executable = compiled(function, shape(B, K * group, dim, dtype=dtype), statistics, *[integers(B)] * 2)
-    assert executable.cost_analysis()["flops"] >= 2 * group * statistics.size
-    if dim >= 128:  # XLA lays shorter vectors out with pages along the lanes, and copies them
-        assert executable.memory_analysis().temp_size_in_bytes < 2**18
+    q = shape(B, K * group, dim, dtype=dtype)
+    executable = compile_for(chip, function, q, statistics, *[integers(B)] * 2, row_major=dim == 64)
+    assert "tpu_custom_call" in executable.as_text()
+    assert executable.memory_analysis().temp_size_in_bytes < 2**18
+    cost = executable.cost_analysis()
+    assert cost["flops"] >= 2 * group * statistics.size
+    assert cost["bytes accessed"] >= statistics.size * statistics.dtype.itemsize
 
 
 UPDATES = [  # batch, KV heads, pages, page size, head_dim, tokens, statistics, dtype
@@ -103,19 +71,19 @@ UPDATES = [  # batch, KV heads, pages, page size, head_dim, tokens, statistics, 
 ]
 
 
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("case", UPDATES)
-def test_update(compiled, case):
+def test_update(chip, case):
     B, K, P, page_size, dim, tokens, kind, dtype = case
     pages = shape(B, K, P, 2, page_size, dim, dtype=dtype)
     vectors = 2 if kind == "min_max" else 1
     statistics = shape(B, K, P, vectors, dim, dtype=dtype) if kind else None
     k = v = shape(B, tokens, K, dim, dtype=dtype)
     function = functools.partial(update.update_pages, kind=kind or "min_max")
-    executable = compiled(
-        function, pages, statistics, k, v, integers(B), shape(B, tokens, dtype=jnp.bool_), donate=(0, 1)
-    )
+    arguments = pages, statistics, k, v, integers(B), shape(B, tokens, dtype=jnp.bool_)
+    executable = compile_for(chip, function, *arguments, donate=(0, 1), row_major=dim == 64)
+    assert "tpu_custom_call" in executable.as_text()
     memory = executable.memory_analysis()
     state = [array for array in (pages, statistics) if array is not None]
     assert memory.alias_size_in_bytes >= sum(array.size * array.dtype.itemsize for array in state)
-    if dim >= 128:
-        assert memory.temp_size_in_bytes < 2**20
+    assert memory.temp_size_in_bytes < 2**20

@@ -9,6 +9,7 @@ INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 def races_found(function, *args, interpret=INTERPRET, **kwargs):
     """What a kernel computes, and whether the interpreter found a race."""
+    pltpu.reset_tpu_interpret_mode_state()
     result = jax.block_until_ready(function(*args, interpret=interpret, **kwargs))
     return result, interpret_pallas_call.races.races_found
 
