@@ -3,7 +3,6 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.dispatch import dispatch
 from pallas_kernels.dispatch import by_sequence, dispatch
 
 

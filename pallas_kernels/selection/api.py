@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
-from pallas_kernels.selection import mosaic_gpu, reference
+from pallas_kernels.selection import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 
 
@@ -53,6 +53,12 @@ def select_pages(
         raise ValueError(
             f"capacity {capacity} is not within 1..{statistics.shape[2]}, the pages of the cache"
         )
+    candidates = {"xla": reference.select_pages, "mosaic_tpu": mosaic_tpu.select_pages}
+    if (
+        implementation == "mosaic_gpu"
+    ):  # by name only until its last version was compared with this one on a GPU
+        candidates["mosaic_gpu"] = mosaic_gpu.select_pages
+
     return dispatch(
         "select_pages",
         implementation,

@@ -4,7 +4,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.statistics import STATISTICS
-from pallas_kernels.update import mosaic_gpu, reference
+from pallas_kernels.update import mosaic_gpu, mosaic_tpu, reference
 
 
 def update_pages(
@@ -49,7 +49,11 @@ def update_pages(
     return dispatch(
         "update_pages",
         implementation,
-        {"xla": reference.update_pages, "mosaic_gpu": mosaic_gpu.update_pages},
+        {
+            "xla": reference.update_pages,
+            "mosaic_gpu": mosaic_gpu.update_pages,
+            "mosaic_tpu": mosaic_tpu.update_pages,
+        },
         (by_sequence(1, 1, 2, 2, None, None), by_sequence(1, 1)),
         pages,
         statistics,

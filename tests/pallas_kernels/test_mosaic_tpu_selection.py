@@ -1,0 +1,120 @@
+"""The TPU kernel of page selection in the interpreter, against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.selection import mosaic_tpu, reference
+from tests.pallas_kernels.tpu_interpreter import run
+
+pytestmark = pytest.mark.timeout(120)
+S = 16
+
+
+def random_statistics(rng, lengths, heads, pages, score, dim):
+    """Statistics[B, K, P, Z, D] of sequences of `lengths` tokens: some pages alike, NaN beyond the newest."""
+    vectors = 2 if score == "bounds" else 1
+    statistics = np.sort(rng.standard_normal((len(lengths), heads, pages, vectors, dim)), axis=3)
+    alike = pages // 5
+    statistics[:, :, alike : 2 * alike] = statistics[:, :, 2 * alike : 3 * alike]
+    for b, length in enumerate(lengths):
+        statistics[b, :, -(-length // S) :] = np.nan
+    return statistics
+
+
+def assert_selects_what_the_reference_does(q, statistics, lengths, budgets, **arguments):
+    arguments = {"page_size": S, "capacity": max(*budgets, 1), **arguments}
+    inputs = q, statistics, jnp.asarray(lengths, jnp.int32) - 1, jnp.asarray(budgets, jnp.int32)
+    ids, counts = run(mosaic_tpu.select_pages, *inputs, **arguments)
+    arguments.pop("block", None)
+    expected_ids, expected = jax.jit(functools.partial(reference.select_pages, **arguments))(*inputs)
+    np.testing.assert_array_equal(counts, expected)
+    assert ids.shape == expected_ids.shape
+    rows = [np.asarray(array).reshape(-1, array.shape[-1]) for array in (ids, expected_ids)]
+    for row, expected_row, count in zip(*rows, np.asarray(counts).ravel(), strict=True):
+        assert row[:count].tolist() == sorted(expected_row[:count].tolist())
+
+
+@pytest.mark.parametrize(
+    ("score", "group_reduce", "group", "sink_pages", "heads", "pages", "dim", "dtype"),
+    [
+        ("bounds", "mean", 3, 1, 2, 152, 64, jnp.bfloat16),
+        ("bounds", "max", 9, 0, 3, 300, 128, jnp.bfloat16),
+        ("mean_key", "mean", 1, 2, 9, 130, 64, jnp.bfloat16),
+        ("bounds", "max", 1, 2, 1, 40, 256, jnp.float32),
+        ("mean_key", "max", 4, 1, 2, 256, 128, jnp.float32),
+    ],
+)
+@pytest.mark.parametrize("shares", [(0.3, 0.6, 1.0), (1.0, 0.05, 0.0)])
+def test_selection_equals_the_reference(
+    score, group_reduce, group, sink_pages, heads, pages, dim, dtype, shares
+):
+    rng = np.random.default_rng(group)
+    lengths = [pages * S - 5, pages * S // 2 + 1, 3]
+    budgets = [
+        min(-(-length // S), sink_pages + 1 + int(share * pages)) * (share > 0)
+        for length, share in zip(lengths, shares, strict=True)
+    ]
+    q = jnp.asarray(rng.standard_normal((3, heads * group, dim)), dtype)
+    statistics = random_statistics(rng, lengths, heads, pages, score, dim)
+    assert_selects_what_the_reference_does(
+        q,
+        jnp.asarray(statistics, dtype),
+        lengths,
+        budgets,
+        score=score,
+        group_reduce=group_reduce,
+        sink_pages=sink_pages,
+    )
+
+
+def test_more_pages_than_one_chunk_or_block_and_more_places_than_a_tile():
+    rng = np.random.default_rng(0)
+    lengths = [1299 * S + 2, 700 * S]
+    statistics = random_statistics(rng, lengths, 1, 1300, "bounds", 64)
+    q = jnp.asarray(rng.standard_normal((2, 2, 64)), jnp.bfloat16)
+    arguments = {"score": "bounds", "group_reduce": "mean", "sink_pages": 1, "block": 256}
+    statistics = jnp.asarray(statistics, jnp.bfloat16)
+    assert_selects_what_the_reference_does(q, statistics, lengths, [333, 45], **arguments)
+
+
+def test_ties_go_to_the_lower_page():
+    """All pages score alike, or there are eight scores, of both signs and zero."""
+    scores = np.array([0.0, -1.0, 2.0, -3.0, 1.0, -0.5, -2.0, 0.25] * 20)
+    scores = np.stack([np.full(160, 0.5), scores, scores])[:, None, :, None, None]
+    assert_selects_what_the_reference_does(
+        jnp.ones((3, 1, 64), jnp.bfloat16),
+        jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16),
+        [150 * S, 160 * S, 160 * S],
+        [37, 30, 110],
+        score="mean_key",
+        group_reduce="mean",
+        sink_pages=0,
+    )
+
+
+def test_selection_refuses_what_it_does_not_support():
+    def select(dim=64, pages=40, page_size=16, dtype=jnp.bfloat16):
+        return mosaic_tpu.select_pages(
+            jnp.zeros((1, 2, dim), dtype),
+            jax.ShapeDtypeStruct((1, 2, pages, 2, dim), dtype),
+            jnp.zeros(1, jnp.int32),
+            jnp.ones(1, jnp.int32),
+            page_size=page_size,
+            capacity=4,
+            score="bounds",
+            group_reduce="mean",
+            sink_pages=1,
+        )
+
+    for message, arguments in [
+        ("dtype float16 has no Mosaic TPU kernel", {"dtype": jnp.float16}),
+        (r"head_dim 96 has no Mosaic TPU kernel \(64, 128, 256\)", {"dim": 96}),
+        ("page_size 8 has no Mosaic TPU kernel", {"page_size": 8}),
+        (r"needs \d+ bytes of VMEM, and a v5e has \d+", {"pages": 2**20}),
+    ]:
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(functools.partial(select, **arguments))

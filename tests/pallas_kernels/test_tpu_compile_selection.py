@@ -1,0 +1,89 @@
+"""Selection and update through the real TPU compiler for every chip, on a machine without a TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.selection import mosaic_tpu as selection
+from pallas_kernels.tpu import CHIPS
+from pallas_kernels.update import mosaic_tpu as update
+from tests.pallas_kernels import tpu_compiler
+from tests.pallas_kernels.tpu_compiler import compile_for
+
+pytestmark = [
+    pytest.mark.skipif(
+        not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test"
+    ),
+    pytest.mark.timeout(120),
+]
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def integers(*sizes):
+    return shape(*sizes, dtype=jnp.int32)
+
+
+SELECTIONS = [  # batch, KV heads, group, pages, page size, head_dim, score, reduction, dtype
+    (1, 8, 4, 2048, 16, 128, "bounds", "mean", jnp.bfloat16),
+    (2, 8, 4, 8192, 16, 128, "bounds", "max", jnp.bfloat16),
+    (1, 8, 4, 8192, 16, 128, "mean_key", "mean", jnp.bfloat16),
+    (4, 3, 3, 300, 32, 64, "bounds", "mean", jnp.bfloat16),
+    (1, 32, 1, 1000, 128, 256, "bounds", "mean", jnp.bfloat16),
+    (2, 2, 9, 513, 64, 128, "bounds", "max", jnp.float32),
+    (1, 1, 8, 40, 16, 256, "mean_key", "max", jnp.float32),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_selection(chip, case):
+    B, K, group, pages, page_size, dim, score, group_reduce, dtype = case
+    statistics = shape(B, K, pages, 2 if score == "bounds" else 1, dim, dtype=dtype)
+    function = functools.partial(
+        selection.select_pages,
+        page_size=page_size,
+        capacity=-(-pages // 7),
+        score=score,
+        group_reduce=group_reduce,
+        sink_pages=1,
+    )
+    q = shape(B, K * group, dim, dtype=dtype)
+    executable = compile_for(chip, function, q, statistics, *[integers(B)] * 2, row_major=dim == 64)
+    assert "tpu_custom_call" in executable.as_text()
+    assert executable.memory_analysis().temp_size_in_bytes < 2**18
+    cost = executable.cost_analysis()
+    assert cost["flops"] >= 2 * group * statistics.size
+    assert cost["bytes accessed"] >= statistics.size * statistics.dtype.itemsize
+
+
+UPDATES = [  # batch, KV heads, pages, page size, head_dim, tokens, statistics, dtype
+    (1, 8, 2048, 16, 128, 4, "min_max", jnp.bfloat16),
+    (8, 8, 8192, 16, 128, 1, "mean_key", jnp.bfloat16),
+    (2, 9, 300, 32, 256, 16, "min_max", jnp.bfloat16),
+    (1, 32, 256, 128, 128, 32, None, jnp.bfloat16),
+    (3, 2, 512, 64, 128, 8, "mean_key", jnp.float32),
+    (2, 8, 64, 16, 64, 4, "min_max", jnp.float32),
+]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("case", UPDATES)
+def test_update(chip, case):
+    B, K, P, page_size, dim, tokens, kind, dtype = case
+    pages = shape(B, K, P, 2, page_size, dim, dtype=dtype)
+    vectors = 2 if kind == "min_max" else 1
+    statistics = shape(B, K, P, vectors, dim, dtype=dtype) if kind else None
+    k = v = shape(B, tokens, K, dim, dtype=dtype)
+    function = functools.partial(update.update_pages, kind=kind or "min_max")
+    arguments = pages, statistics, k, v, integers(B), shape(B, tokens, dtype=jnp.bool_)
+    executable = compile_for(chip, function, *arguments, donate=(0, 1), row_major=dim == 64)
+    assert "tpu_custom_call" in executable.as_text()
+    memory = executable.memory_analysis()
+    state = [array for array in (pages, statistics) if array is not None]
+    assert memory.alias_size_in_bytes >= sum(array.size * array.dtype.itemsize for array in state)
+    assert memory.temp_size_in_bytes < 2**20
