@@ -53,16 +53,14 @@ def select_pages(
         raise ValueError(
             f"capacity {capacity} is not within 1..{statistics.shape[2]}, the pages of the cache"
         )
-    candidates = {"xla": reference.select_pages, "mosaic_tpu": mosaic_tpu.select_pages}
-    if (
-        implementation == "mosaic_gpu"
-    ):  # by name only until its last version was compared with this one on a GPU
-        candidates["mosaic_gpu"] = mosaic_gpu.select_pages
-
     return dispatch(
         "select_pages",
         implementation,
-        {"xla": reference.select_pages, "mosaic_gpu": mosaic_gpu.select_pages},
+        {
+            "xla": reference.select_pages,
+            "mosaic_gpu": mosaic_gpu.select_pages,
+            "mosaic_tpu": mosaic_tpu.select_pages,
+        },
         (by_sequence(1, 1, None, None), by_sequence(1, 1)),
         q,
         statistics,
