@@ -27,11 +27,17 @@ _logger = logging.getLogger(__name__)
 
 
 def kernels_of_device() -> str | None:
-    """The implementation whose kernels run on the default device, if there is one."""
+    """The implementation whose kernels run on the devices that are traced for, if there is one.
+
+    These are the devices of the mesh that is set, which may be absent ones that are compiled for, else the
+    default device.
+    """
     device = jax.devices()[0]
-    if device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9."):
-        return "mosaic_gpu"
-    return "mosaic_tpu" if device.platform == "tpu" else None
+    traced_for = jax.sharding.get_abstract_mesh().abstract_device or device
+    if traced_for.platform == "tpu":
+        return "mosaic_tpu"
+    hopper = str(getattr(device, "compute_capability", "")).startswith("9.")
+    return "mosaic_gpu" if traced_for.platform == "gpu" and hopper else None
 
 
 def by_sequence(*heads_axes: int | None) -> tuple[P, ...]:

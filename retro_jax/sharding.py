@@ -70,8 +70,20 @@ def check_mesh(model: ModelConfig, mesh: Mesh, batch: int) -> None:
             )
 
 
+def params_sharding(params: Params, mesh: Mesh) -> Params:
+    """Where each weight lies on a mesh: heads and hidden channels over `model`, the rest on every device."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, _params_spec(path)), params)
+
+
+def state_sharding(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where each part of a decode state lies on a mesh: sequences over `data`, KV heads over `model`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, _STATE.get(_name(path), P("data"))), state
+    )
+
+
 def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
-    """Weights placed on the mesh: heads and hidden channels over `model`, the rest on every device.
+    """Weights placed on the mesh as by `params_sharding`.
 
     Raises:
       ValueError: see `check_mesh`.
@@ -82,19 +94,14 @@ def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
             f"vocab_size {model.vocab_size} does not divide over {mesh.shape['model']} devices of mesh axis "
             "'model'; use another mesh"
         )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, _params_spec(path))), params
-    )
+    return jax.device_put(params, params_sharding(params, mesh))
 
 
 def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeState:
-    """A decode state placed on the mesh: sequences over `data`, KV heads over `model`.
+    """A decode state placed on the mesh as by `state_sharding`.
 
     Raises:
       ValueError: see `check_mesh`.
     """
     check_mesh(model, mesh, state.length.shape[0])
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, _STATE.get(_name(path), P("data")))),
-        state,
-    )
+    return jax.device_put(state, state_sharding(state, mesh))
