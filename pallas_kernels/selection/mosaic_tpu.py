@@ -19,8 +19,8 @@ from pallas_kernels.selection.choice import CHUNK, choose, scratch_of
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
-_BLOCK_SECONDS = 1.5e-6
-"""Of streaming a block: enough to hide what a step of the grid costs, and the latency of its copy."""
+_BLOCK_SECONDS = 1e-6
+"""Of streaming a block: it hides the latency of the next one's copy, and what a step of the grid costs."""
 
 
 @operation
@@ -129,8 +129,9 @@ def _row_bytes(statistics):
 
 
 def _pages_per_block(bandwidth, heads, statistics):
-    wanted = int(_BLOCK_SECONDS * bandwidth) // (heads * _row_bytes(statistics))
-    return max(1, pl.cdiv(min(wanted, statistics.shape[2]), LANES)) * LANES
+    wanted = pl.cdiv(int(_BLOCK_SECONDS * bandwidth), heads * _row_bytes(statistics))
+    half = pl.cdiv(statistics.shape[2], 2)  # so that one block is scored while another arrives
+    return pl.cdiv(min(wanted, half), LANES) * LANES
 
 
 def _bytes(shape, dtype):

@@ -1,5 +1,6 @@
 """The TPU kernel of page selection in the interpreter, against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.selection import mosaic_tpu, reference
-from tests.pallas_kernels.tpu_interpreter import run
+from tests.pallas_kernels.tpu_interpreter import INTERPRET, run
 
 pytestmark = pytest.mark.timeout(120)
 S = 16
@@ -29,7 +30,8 @@ def assert_selects_what_the_reference_does(q, statistics, lengths, budgets, **ar
     arguments = {"page_size": S, "capacity": max(*budgets, 1), **arguments}
     inputs = q, statistics, jnp.asarray(lengths, jnp.int32) - 1, jnp.asarray(budgets, jnp.int32)
     ids, counts = run(mosaic_tpu.select_pages, *inputs, **arguments)
-    arguments.pop("block", None)
+    for name in ("block", "interpret"):
+        arguments.pop(name, None)
     expected_ids, expected = jax.jit(functools.partial(reference.select_pages, **arguments))(*inputs)
     np.testing.assert_array_equal(counts, expected)
     assert ids.shape == expected_ids.shape
@@ -79,6 +81,21 @@ def test_more_pages_than_one_chunk_or_block_and_more_places_than_a_tile():
     arguments = {"score": "bounds", "group_reduce": "mean", "sink_pages": 1, "block": 256}
     statistics = jnp.asarray(statistics, jnp.bfloat16)
     assert_selects_what_the_reference_does(q, statistics, lengths, [333, 45], **arguments)
+
+
+def test_two_cores_share_the_sequences():
+    rng = np.random.default_rng(0)
+    lengths = [200 * S, 2, 77 * S + 1, 150 * S]
+    assert_selects_what_the_reference_does(
+        jnp.asarray(rng.standard_normal((4, 4, 64)), jnp.bfloat16),
+        jnp.asarray(random_statistics(rng, lengths, 2, 200, "mean_key", 64), jnp.bfloat16),
+        lengths,
+        [40, 1, 30, 150],
+        score="mean_key",
+        group_reduce="max",
+        sink_pages=1,
+        interpret=dataclasses.replace(INTERPRET, num_cores_or_threads=2),
+    )
 
 
 def test_ties_go_to_the_lower_page():

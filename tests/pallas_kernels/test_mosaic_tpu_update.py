@@ -1,5 +1,6 @@
 """The TPU kernel of the page update in the interpreter, against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.update import mosaic_tpu, reference
 from tests.pallas_kernels.inputs import random_cache
-from tests.pallas_kernels.tpu_interpreter import races_found, run
+from tests.pallas_kernels.tpu_interpreter import INTERPRET, races_found, run
 
 pytestmark = pytest.mark.timeout(120)
 PAGES = 16
@@ -30,8 +31,8 @@ def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype):
     return [*arrays, jnp.asarray(start), jnp.asarray(write)]
 
 
-def assert_updates_as_the_reference_does(inputs, kind):
-    got = run(mosaic_tpu.update_pages, *inputs, kind=kind or "min_max")
+def assert_updates_as_the_reference_does(inputs, kind, **options):
+    got = run(mosaic_tpu.update_pages, *inputs, kind=kind or "min_max", **options)
     expected = jax.jit(functools.partial(reference.update_pages, kind=kind or "min_max"))(*inputs)
     np.testing.assert_array_equal(*(np.asarray(pages[0], np.float32) for pages in (got, expected)))
     if kind is None:
@@ -79,11 +80,12 @@ def test_only_the_tokens_to_write_are_written():
     assert_updates_as_the_reference_does(inputs, "min_max")
 
 
-def test_several_steps_of_the_grid(monkeypatch):
+def test_several_steps_of_the_grid_on_two_cores(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "_sequences_per_step", lambda batch, *_: 2)
+    two = dataclasses.replace(INTERPRET, num_cores_or_threads=2)
     rng = np.random.default_rng(1)
     inputs = random_update(rng, [40, 33, 1, 16, 17, 50], 3, 16, 1, 64, "mean_key", jnp.bfloat16)
-    assert_updates_as_the_reference_does(inputs, "mean_key")
+    assert_updates_as_the_reference_does(inputs, "mean_key", interpret=two)
 
 
 def test_the_interpreter_finds_a_copy_that_nobody_waits_for(monkeypatch):
@@ -100,7 +102,7 @@ def test_the_interpreter_finds_a_copy_that_nobody_waits_for(monkeypatch):
     copy = pltpu.make_async_copy
     monkeypatch.setattr(mosaic_tpu.pltpu, "make_async_copy", Unawaited)
     inputs = random_update(np.random.default_rng(0), [47], 5, 16, 3, 64, "min_max", jnp.bfloat16)
-    eager = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
+    eager = dataclasses.replace(INTERPRET, dma_execution_mode="eager")
     _, races = races_found(mosaic_tpu.update_pages.__wrapped__, *inputs, kind="min_max", interpret=eager)
     assert races
 
