@@ -54,3 +54,45 @@ def compile_for(chip, function, *shapes, donate=(), row_major=False):
 
     with use_abstract_mesh(Mesh([device], ("device",)).abstract_mesh):
         return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(on_device, shapes)).compile()
+
+
+def compile_step(chip, devices, model, config, batch=1, capacity=32768):
+    """What a decode step becomes, its cache donated, with KV heads spread over `devices` devices of a chip.
+
+    Args:
+      chip: name in `TOPOLOGIES`.
+      devices: how many; at most those of the topology.
+      model: a `ModelConfig`.
+      config: a `DecodeConfig`.
+      batch: sequences.
+      capacity: tokens that the cache has room for.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+    import models
+    from retro_jax import decode_step, init_state
+    from retro_jax.sharding import check_mesh, params_sharding, state_sharding
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    mesh = Mesh([topology.devices[:devices]], ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    check_mesh(model, mesh, batch)
+
+    def step(params, state, tokens):
+        return decode_step(params, model, config, state, tokens)
+
+    def placed(shapes, shardings):
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+        )
+
+    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
+    state = jax.eval_shape(lambda: init_state(model, config, batch, capacity))
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    with use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(step, donate_argnums=1).lower(
+            placed(params, params_sharding(params, mesh)), placed(state, state_sharding(state, mesh)), tokens
+        )
+    return lowered.compile()
