@@ -13,6 +13,7 @@ import tyro
 from experiments import chat
 from experiments.bench_decode import BenchDecode
 from experiments.bench_kernels import BenchKernels
+from experiments.bench_tpu import BenchTpuStatic
 from experiments.compare import Texts, compare, configurations, identity, summary
 from experiments.estimates import estimate
 from experiments.flags import (
@@ -225,6 +226,7 @@ class Compare(TextCommand):
 Bench = (
     Annotated[BenchDecode, tyro.conf.subcommand("decode")]
     | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
+    | Annotated[BenchTpuStatic, tyro.conf.subcommand("tpu-static")]
 )
 
 Commands = (

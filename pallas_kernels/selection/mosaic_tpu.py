@@ -46,8 +46,8 @@ def select_pages(
     K, P, Z = statistics.shape[1:4]
     check_support("select_pages", statistics.dtype, D, page_size)
     target = chip()
-    heads = _heads_per_step(B, K, target.cores)
-    block = block or _pages_per_block(target.bandwidth, heads, statistics)
+    heads = heads_per_step(B, K, target.cores)
+    block = block or pages_per_block(target.bandwidth, heads, statistics)
     tiles = pl.cdiv(pl.cdiv(P, block) * block // LANES, CHUNK) * CHUNK
     places = pl.cdiv(capacity, LANES) * LANES
     scratch = scratch_of(heads, tiles)
@@ -117,7 +117,7 @@ def select_pages(
     return ids.reshape(B, K, capacity), jnp.broadcast_to(counts[:, None], (B, K))
 
 
-def _heads_per_step(batch, kv_heads, cores):
+def heads_per_step(batch, kv_heads, cores):
     """KV heads that are searched together: as many as a register has sublanes, but no core goes without."""
     fit = [heads for heads in range(1, SUBLANES + 1) if kv_heads % heads == 0]
     return max([heads for heads in fit if batch * kv_heads // heads % cores == 0], default=fit[-1])
@@ -128,10 +128,14 @@ def _row_bytes(statistics):
     return statistics.shape[3] * max(statistics.shape[4], LANES) * statistics.dtype.itemsize
 
 
-def _pages_per_block(bandwidth, heads, statistics):
+def pages_per_block(bandwidth, heads, statistics):
+    """Pages of each head that arrive at once: enough to hide the latency of the next ones' copy."""
     wanted = pl.cdiv(int(_BLOCK_SECONDS * bandwidth), heads * _row_bytes(statistics))
-    half = pl.cdiv(statistics.shape[2], 2)  # so that one block is scored while another arrives
-    return pl.cdiv(min(wanted, half), LANES) * LANES
+    pages = statistics.shape[2]
+    half = pl.cdiv(pages, 2)  # so that one block is scored while another arrives
+    block = pl.cdiv(min(wanted, half), LANES) * LANES
+    whole = [size for size in range(LANES, block + 1, LANES) if pages % size == 0 and 2 * size >= block]
+    return max(whole, default=block)  # a last block that is cut short costs loops of its own
 
 
 def _bytes(shape, dtype):
