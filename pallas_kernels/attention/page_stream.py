@@ -195,7 +195,7 @@ class PageStream:
             for j in range(first, first + together):
                 page = ids[index * self.blocks.pages + j]
                 before = loaded[page]
-                loaded[page] = self.item.newest
+                loaded[page] = self.positions[self.item.b, self.positions.shape[1] - 1]
                 page_of = jnp.where(lane >= (j - first) * self.S, page, page_of)
                 loaded_of = jnp.where(lane >= (j - first) * self.S, before, loaded_of)
             before_token = page_of * self.S + lane % self.S - 1
