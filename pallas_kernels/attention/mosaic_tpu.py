@@ -25,6 +25,8 @@ from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chi
 
 MAX_ROWS = 128
 """Slots times heads of a group."""
+SPARE_VMEM = 4 << 20
+"""Bytes beside the kernel's own buffers, for what the compiler keeps in VMEM: scores, weights, spills."""
 LOG2E = 1.4426950408889634
 LOWEST = -1e30
 """Of a running maximum: finite, so that its difference to -inf is not NaN."""
@@ -111,12 +113,9 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
     rows = -(-W * N // K // SUBLANES) * SUBLANES
     blocks = blocks or choose_blocks(target, S, D, pages.dtype.itemsize, capacity)
     name = "dense_attention" if selection is None else "retro_attention"
-    check_memory(
-        name,
-        target,
-        vmem=vmem_bytes(blocks, S, D, pages.dtype.itemsize, rows, cached is not None),
-        smem=smem_bytes(blocks, B, W, K, P, None if selection is None else capacity),
-    )
+    vmem = vmem_bytes(blocks, S, D, pages.dtype.itemsize, rows, cached is not None)
+    smem = smem_bytes(blocks, B, W, K, P, None if selection is None else capacity)
+    check_memory(name, target, vmem=vmem, smem=smem)
     cores = target.cores if B * K % target.cores == 0 else 1
     steps = B * K // cores
 
@@ -165,7 +164,7 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             disable_bounds_checks=True,
-            vmem_limit_bytes=target.vmem,
+            vmem_limit_bytes=min(vmem + SPARE_VMEM, target.vmem),
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * read * S * D * rows,

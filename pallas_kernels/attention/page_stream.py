@@ -186,6 +186,7 @@ class PageStream:
             tokens = self.blocks.pages * self.S
             return index * tokens - 1 + lax.broadcasted_iota(jnp.int32, (SUBLANES, tokens), 1)
         ids, loaded = self._ids(self.item), self._loaded(self.item)
+        step = self.positions[self.item.b, self.positions.shape[1] - 1]  # of the newest slot
         shape = SUBLANES, LANES
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
         together = max(LANES // self.S, 1)  # pages whose tokens fill the lanes
@@ -195,7 +196,7 @@ class PageStream:
             for j in range(first, first + together):
                 page = ids[index * self.blocks.pages + j]
                 before = loaded[page]
-                loaded[page] = self.item.newest
+                loaded[page] = step
                 page_of = jnp.where(lane >= (j - first) * self.S, page, page_of)
                 loaded_of = jnp.where(lane >= (j - first) * self.S, before, loaded_of)
             before_token = page_of * self.S + lane % self.S - 1

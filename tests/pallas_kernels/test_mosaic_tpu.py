@@ -78,6 +78,19 @@ def test_retro_attention_equals_the_reference(window, group, page_size, dim, dty
     assert_equals_the_reference(inputs, result)
 
 
+def test_no_slot_sees_pages_beyond_its_position_and_a_slot_without_a_query_none():
+    inputs = list(inputs_of([40, 70], 2, 2, 16, 64, jnp.float32))
+    pages, page_ids, counts = (np.asarray(x).copy() for x in inputs[1:4])
+    page_ids[:, :, :3], counts[:] = [9, 0, 2], 3  # page 9 lies beyond both sequences
+    written = np.arange(PAGES * 16).reshape(PAGES, 16) < np.asarray([40, 70])[:, None, None]
+    pages[:] = np.where(written[:, None, :, None, :, None], 0.5, np.nan)
+    inputs[1:4] = (jnp.asarray(x) for x in (pages, page_ids, counts))
+    inputs[5] = inputs[5].at[1, -1].set(-1)
+    result, races = run(attention.retro_attention, *inputs, blocks=Blocks(8, 1))
+    assert not races
+    assert_equals_the_reference(inputs, result)
+
+
 def test_each_of_two_cores_takes_half_of_the_items(monkeypatch):
     monkeypatch.setattr(attention, "chip", lambda: CHIPS["v5p"])
     inputs = inputs_of([99, 40, 2], 2, 2, 16, 64, jnp.float32)
