@@ -9,10 +9,12 @@ loop depth. The loop over blocks is the deepest one with matrix products. Its bu
 behind a forward branch, up to where it lands: what is there happens about once an item, not once a block.
 The loop around it is counted alike, and what blocks do once an item is added.
 
-`python -m experiments.tpu_schedule` prints the table for the attention kernel.
+`python -m experiments.tpu_schedule` prints the table for the attention kernel, `... costs` what tests hold
+it to.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -149,7 +151,7 @@ def measure(bundles: list[Bundle], pages: int) -> Schedule:
 def compile_attention(
     chip, page_size, window, context, head_dim=128, kv_heads=8, group=4, pages=None, ahead=None
 ):
-    """Compiles retrospective attention of one sequence for a chip, in bfloat16."""
+    """Retrospective attention of one sequence compiled for a chip, in bfloat16."""
     import jax
     import jax.numpy as jnp
 
@@ -161,7 +163,7 @@ def compile_attention(
 
     P, K, W, N, D = context // page_size, kv_heads, window, kv_heads * group, head_dim
     blocks = None if pages is None else Blocks(pages, ahead)
-    tpu_compiler.compile_for(
+    return tpu_compiler.compile_for(
         chip,
         lambda *arguments: retro_attention(*arguments, blocks=blocks),
         shape(1, W, N, D),
@@ -176,6 +178,7 @@ def compile_attention(
     )
 
 
+@functools.cache
 def attention(chip: str, page_size: int, window: int, context: int = 32768, **arguments) -> Schedule:
     """The schedule of retrospective attention; arguments as those of `compile_attention`."""
     from pallas_kernels.attention.tpu_blocks import choose_blocks
@@ -210,12 +213,34 @@ def predict(chip: str, schedule: Schedule, pages: int, page_bytes: int, items: i
     return Prediction(issue, items * pages * page_bytes / CHIPS[chip].bandwidth, LATENCY)
 
 
+def costs(chip: str) -> dict:
+    """What attention of a window of 4 costs at a chip's own page size: bundles, and bytes of memory."""
+    from pallas_kernels.attention.tpu_blocks import choose_blocks, vmem_bytes
+
+    page_size, window, context, group, head_dim = CHIPS[chip].page_size, 4, 32768, 4, 128
+    schedule = attention(chip, page_size, window)
+    blocks = choose_blocks(CHIPS[chip], page_size, head_dim, 2, context // page_size // 4)
+    memory = compile_attention(chip, page_size, window, context).memory_analysis()
+    return {
+        "page_size": page_size,
+        "bundles_per_page": schedule.page,
+        "bundles_per_item": schedule.item,
+        "spills": schedule.spills,
+        "vmem_bytes": vmem_bytes(blocks, page_size, head_dim, 2, window * group, cached=True),
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
 def main() -> None:
     """Prints the table, or compiles what the parent process asks for."""
     if len(sys.argv) == 3:
         tpu_compiler.without_a_tpu()
         module, function = sys.argv[1].split(":")
         getattr(import_module(module), function)(**json.loads(sys.argv[2]))
+        return
+    if sys.argv[1:] == ["costs"]:
+        tpu_compiler.without_a_tpu()
+        print(json.dumps({chip: costs(chip) for chip in CHIPS}, indent=2))
         return
     print("| chip | page | window | bundles a page | a block | an item | spills | HBM delivers a page in |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

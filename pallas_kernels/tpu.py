@@ -29,6 +29,8 @@ class Chip:
       vmem: bytes of vector memory that a kernel may use.
       smem: bytes of scalar memory that a kernel may use.
       cores: TensorCores that the parallel axis of a grid is spread over: those of one JAX device.
+      page_size: the smallest at which a window of 4 waits for HBM about as long as it issues, or longer, at
+        head_dim 128 in bfloat16; `retro-jax bench tpu-static` predicts it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Chip:
     vmem: int
     smem: int
     cores: int
+    page_size: int
 
     @property
     def bytes_per_bundle(self) -> float:
@@ -48,11 +51,11 @@ _SMEM = _MIB - 16 * 1024  # what the compiler keeps for itself stays free
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 1228e9 / 2, 1.05e9, 14 * _MIB, _SMEM, 2),
-        Chip("v5e", 819e9, 1.50e9, 64 * _MIB, _SMEM, 1),
-        Chip("v5p", 2765e9 / 2, 1.75e9, 32 * _MIB, _SMEM, 2),
-        Chip("v6e", 1638e9, 1.75e9, 64 * _MIB, _SMEM, 1),
-        Chip("tpu7x", 7380e9 / 2, 2.20e9, 32 * _MIB, _SMEM, 1),
+        Chip("v4", 1228e9 / 2, 1.05e9, 14 * _MIB, _SMEM, 2, 16),
+        Chip("v5e", 819e9, 1.50e9, 64 * _MIB, _SMEM, 1, 16),
+        Chip("v5p", 2765e9 / 2, 1.75e9, 32 * _MIB, _SMEM, 2, 32),
+        Chip("v6e", 1638e9, 1.75e9, 64 * _MIB, _SMEM, 1, 32),
+        Chip("tpu7x", 7380e9 / 2, 2.20e9, 32 * _MIB, _SMEM, 1, 64),
     )
 }
 """By name. Bandwidth and cores: the page of each chip at https://cloud.google.com/tpu/docs. Memory sizes:

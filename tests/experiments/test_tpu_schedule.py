@@ -1,9 +1,13 @@
 """Counting of bundles, and what the attention kernel costs on each chip at the page size that suits it."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from experiments import tpu_compiler, tpu_schedule
 from experiments.tpu_schedule import Schedule, measure, parse, predict
+from pallas_kernels.tpu import CHIPS
 
 SCHEDULE = """
 = control target key start
@@ -60,6 +64,15 @@ def test_attention_is_bound_by_memory(chip, page_size):
         assert prediction.time < 1.25 * prediction.memory
         times.append(prediction.time)
     assert times[1] < 1.03 * times[0]
+
+
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test")
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_costs_are_those_that_were_committed(chip):
+    """A change that moves them writes them anew: python -m experiments.tpu_schedule costs."""
+    committed = json.loads(Path(__file__).with_name("tpu_costs.json").read_text())
+    assert tpu_schedule.costs(chip) == committed[chip]
 
 
 def test_a_compiler_that_fails_is_reported():
