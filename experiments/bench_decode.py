@@ -29,6 +29,7 @@ from experiments.tables import markdown
 from experiments.transformers_export import export
 from retro_jax import DecodeConfig, Model, decode_step, init_state
 from retro_jax.generate import run_prefill
+from retro_jax.sharding import mesh_of
 
 REFERENCE = Path(__file__).with_name("transformers_reference.py")
 WARM_UP_STEPS = 3
@@ -195,7 +196,7 @@ class BenchDecode(Command):
         rng = np.random.default_rng(self.seed)
         ids = rng.integers(model.config.vocab_size, size=(self.batch, self.context), dtype=np.int32)
         capacity = self.context + WARM_UP_STEPS + self.rounds * self.steps
-        with Progress() as progress:
+        with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             # The reference first: an interpreter that fails should do so before the long prefills.
             reference = Transformers(self.reference, model, ids) if self.reference else None
             contestants: list[Contestant] = [

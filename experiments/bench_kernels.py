@@ -38,6 +38,7 @@ from experiments.provenance import provenance
 from experiments.results import finite, write_bytes, write_json
 from experiments.roofline import roofline_figure
 from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
+from retro_jax import make_mesh
 
 """The kernels that are tried first on each backend, as by `pallas_kernels.dispatch`."""
 
@@ -141,7 +142,7 @@ class BenchKernels(Output):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         implementations = self.implementations or tuple(dict.fromkeys([kernels_of_device() or "xla", "xla"]))
         dims = Dimensions(self.kv_heads, self.group, self.head_dim, self.page_size, self.dtype)
-        with Progress() as progress:
+        with Progress() as progress, jax.set_mesh(make_mesh(1, 1)):
             values = self._measure(dims, implementations, progress)
         report = kernel_report(values)
         if self.out is not None:

@@ -15,6 +15,7 @@ from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, prompt_ids
 from retro_jax.metrics import Metrics
 from retro_jax.prefill import extend
 from retro_jax.sampling import Sampling, sample, sequence_keys
+from retro_jax.sharding import beside_weights, under_mesh_of_weights
 from retro_jax.state import DecodeState, init_state
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +48,7 @@ class Generation:
     pending: np.ndarray
 
 
+@under_mesh_of_weights
 def generate(
     model: Model,
     prompts: Sequence[Prompt],
@@ -165,7 +167,8 @@ def _state_for(
     used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)
     needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
     if previous is None:
-        return init_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
+        state = init_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
+        return beside_weights(state, model.params, model.config)
     if config != previous.config:
         raise ValueError(f"the previous turn was decoded by {previous.config}; this one must be too")
     check_capacity(model.config, needed, previous.state.capacity)

@@ -12,6 +12,7 @@ from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.generate import Progress, run_prefill
 from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids
 from retro_jax.metrics import Metrics
+from retro_jax.sharding import beside_weights, under_mesh_of_weights
 from retro_jax.state import init_state
 
 _teacher_force = jax.jit(teacher_force, static_argnames=("model", "config"), donate_argnames="state")
@@ -31,6 +32,7 @@ class Score:
     metrics: Metrics | None
 
 
+@under_mesh_of_weights
 def score(
     model: Model,
     token_ids: np.ndarray,
@@ -68,7 +70,7 @@ def score(
         raise ValueError(f"steps_per_call {steps_per_call} must be at least 1")
     capacity = check_capacity(model.config, total, capacity)
 
-    state = init_state(model.config, config, batch, capacity)
+    state = beside_weights(init_state(model.config, config, batch, capacity), model.params, model.config)
     state, logits = run_prefill(model, config, state, list(ids[:, :prompt_tokens]), progress)
     nll = [np.asarray(negative_log_likelihood(logits, jnp.asarray(ids[:, prompt_tokens])))[:, None]]
     calls = []

@@ -3,10 +3,16 @@
 Arguments placed by these functions make `jax.jit` compile the pure functions for the whole mesh. A KV head,
 its pages, its page selection and its query heads stay on one device; the only communication is the sum of
 the output projections, as in any tensor-parallel transformer. Call them under `jax.set_mesh(mesh)` so that
-kernels, which XLA cannot partition, know the mesh too; without it operations on pages run through XLA.
+kernels, which XLA cannot partition, know the mesh too; without it operations on pages run through XLA
+wherever there are several devices. `generate` and `score` do so by themselves.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -70,6 +76,26 @@ def check_mesh(model: ModelConfig, mesh: Mesh, batch: int) -> None:
             )
 
 
+def mesh_of(params: Params) -> Mesh:
+    """The mesh that weights were placed on; the one of their device where they lie on one."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return sharding.mesh
+    (device,) = sharding.device_set
+    return Mesh(np.array([[device]]), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def under_mesh_of_weights(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a model that runs under the mesh of its weights."""
+
+    @functools.wraps(function)
+    def on_mesh(model, *args, **kwargs):
+        with jax.set_mesh(mesh_of(model.params)):
+            return function(model, *args, **kwargs)
+
+    return on_mesh
+
+
 def params_sharding(params: Params, mesh: Mesh) -> Params:
     """Where each weight lies on a mesh: heads and hidden channels over `model`, the rest on every device."""
     return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, _params_spec(path)), params)
@@ -105,3 +131,9 @@ def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeSta
     """
     check_mesh(model, mesh, state.length.shape[0])
     return jax.device_put(state, state_sharding(state, mesh))
+
+
+def beside_weights(state: DecodeState, params: Params, model: ModelConfig) -> DecodeState:
+    """A decode state placed on the mesh of the weights, where they are spread over one."""
+    mesh = mesh_of(params)
+    return state if mesh.size == 1 else shard_state(state, model, mesh)

@@ -224,6 +224,20 @@ def test_sharded_is_unsharded(method, mesh_shape):
     assert pages.sharding.shard_shape(pages.shape)[:2] == (4 // mesh_shape[0], 2 // mesh_shape[1])
 
 
+def test_a_model_on_a_mesh_generates_and_scores_there():
+    model, ids = tiny(3), token_ids(2, 40)
+    mesh = rj.make_mesh(2, 2)
+    sharded = rj.Model(model.config, rj.shard_params(model.params, model.config, mesh), None)
+    prompts, config = [row.tolist() for row in ids], sparse(3, 8)
+    expected = rj.generate(model, prompts, config, 12, stop_tokens=[])
+    result = rj.generate(sharded, prompts, config, 12, stop_tokens=[])
+    assert result.tokens == expected.tokens
+    pages = result.state.layers[-1].pages
+    assert pages.sharding.shard_shape(pages.shape)[:2] == (1, 1)
+    on_mesh, alone = (rj.score(each, ids, config, 20).nll for each in (sharded, model))
+    np.testing.assert_allclose(on_mesh, alone, atol=ATOL)
+
+
 @pytest.mark.parametrize("method", ("full", "retro"))
 def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
     """The references stand in for kernels, which a CPU does not run, and see a device's own part."""
