@@ -21,7 +21,7 @@ SYSTEM := $(shell uname -sm)
 COMPILERS := $(if $(filter Linux,$(SYSTEM)),$(CUDA_COMPILER)/.ready)
 COMPILERS += $(if $(findstring Linux x86_64,$(SYSTEM)),$(TPU_COMPILER)/.ready)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test tpu lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -35,6 +35,10 @@ demo: $(READY)
 # The tests compile every kernel by the real compilers, which lie outside the environment that programs run in.
 test: lint $(COMPILERS)
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_COMPILER):$(TPU_COMPILER) $(BIN)/python -m pytest $(FLAGS)
+
+# On a TPU VM: adds what JAX needs to use its chips.
+tpu: $(READY)
+	"$(UV)" pip install --quiet --python $(BIN)/python --no-deps -r tests/pallas_kernels/tpu-compiler.txt
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -160,8 +160,8 @@ def static_report(values: dict) -> str:
     where = ["chip", "page", "context", "method"]
     parts = [
         f"# Predicted decode steps, {values['model']}",
-        f"bfloat16, budget {values['budget']}, batch {values['batch']}, KV heads over "
-        f"{values['devices']} devices; milliseconds a step in all layers. A lower bound from bytes and "
+        f"bfloat16, budget {values['budget']}, batch {values['batch']}, devices that share "
+        f"the KV heads: {values['devices']}. Milliseconds a step in all layers, a lower bound from bytes and "
         "compiled schedules: sums over devices, launches, stalls and small operations are not in it.",
         markdown([*where, *PARTS, "step", "bound by"], steps),
         "Attention of one sparse layer on one device: what it reads (MB), bundles that a TensorCore "

@@ -1,6 +1,6 @@
-"""Every supported configuration of the Hopper kernels against the reference, on a Hopper GPU, by hand:
+"""Every supported configuration of a device's kernels against the reference, on a Hopper GPU or TPU, by hand:
 
-    JAX_DEFAULT_MATMUL_PRECISION=highest python -m tests.pallas_kernels.on_hopper --out report.json
+    JAX_DEFAULT_MATMUL_PRECISION=highest python -m tests.pallas_kernels.on_device --out report.json
 
 Random ragged inputs, NaN in everything unwritten, each call twice. Exits with 1 if anything differs.
 """
@@ -18,18 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.provenance import provenance
-from pallas_kernels.attention import mosaic_gpu as attention
+from pallas_kernels import hopper, kernels_of_device, tpu
+from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
-from pallas_kernels.selection import mosaic_gpu as selection
+from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
-from pallas_kernels.update import mosaic_gpu as update
+from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
 from tests.pallas_kernels.inputs import random_cache, random_retro_inputs
 
-HEAD_DIMS, PAGE_SIZES, B, K = (64, 128, 256), (16, 32, 64), 5, 2
+B, K = 5, 2
 ROWS = [(1, 1), (4, 4), (16, 4), (2, 8), (3, 5), (1, 16), (8, 8), (5, 3), (4, 1)]  # (window, group)
-DTYPES = (jnp.bfloat16, jnp.float16)
+KERNELS = kernels_of_device()
+if KERNELS is None:
+    sys.exit(f"there are no kernels for {jax.devices()[0].device_kind}")
+attention, selection, update = (getattr(api, KERNELS) for api in (attention_api, selection_api, update_api))
+SUPPORTED = hopper if KERNELS == "mosaic_gpu" else tpu
 
 
 def relative(got, expected):
@@ -183,12 +188,12 @@ class Update:
 def configurations():
     """Every supported head_dim and page size, the other sizes taking turns."""
     rows = itertools.cycle(ROWS)
-    dtypes = itertools.cycle(DTYPES)
+    dtypes = itertools.cycle(SUPPORTED.DTYPES)
     scores = itertools.cycle(itertools.product(SCORES, GROUP_REDUCE))
     tokens = itertools.cycle(
         [(1, "min_max"), (4, "min_max"), (4, "mean_key"), (17, "min_max"), (16, "mean_key")]
     )
-    for dim, page_size in itertools.product(HEAD_DIMS, PAGE_SIZES):
+    for dim, page_size in itertools.product(SUPPORTED.HEAD_DIMS, SUPPORTED.PAGE_SIZES):
         for _ in range(2):
             yield Attention(dim, page_size, *next(rows), next(dtypes))
         yield Dense(dim, page_size, *next(rows), next(dtypes))
