@@ -1,7 +1,7 @@
 """SnapKV (arXiv 2404.14469): the last queries of a prompt vote on what is left of it; then the cache grows.
 
 The budget is that of the first decoded token; every page from there on is kept, so later steps load more. How
-many is not known beforehand: through XLA every step makes room for all pages of the cache, through kernels not.
+many is not known beforehand, so every step through XLA, not through kernels, makes room for all pages.
 
 Differences from the original: pages are kept instead of tokens. The votes of `observation` queries are pooled
 by summing them over each page, in place of a pooling over neighbouring tokens, which has the same purpose:
