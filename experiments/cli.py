@@ -186,16 +186,23 @@ class Score(TextCommand):
 
 @dataclass(kw_only=True)
 class Compare(TextCommand):
-    """Run full attention, Quest and RetroAttention over the same text, and show what the sparse ones lose.
+    """Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.
 
     Writes a table, JSON and a picture, and each run's value for every token. Each run is saved when it is
-    finished: the same command continues where it was stopped, and more windows or sink pages add rows.
+    finished: the same command continues where it was stopped, and more windows, sink pages, methods or scores
+    add rows.
     """
 
     windows: tuple[int, ...] = (4,)
     """Window sizes of RetroAttention; 1 is Quest, which always runs."""
     sink_pages: tuple[int, ...] = (1,)
     """Numbers of first pages that are always loaded; every window runs with each."""
+    methods: tuple[str, ...] = ()
+    """Further methods: streaming, tova, h2o, snapkv."""
+    scores: tuple[str, ...] = ("bounds",)
+    """What Quest and RetroAttention select by: bounds, mean_key, oracle, random; every window with each."""
+    evict: tuple[str, ...] = ()
+    """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens."""
     no_overwrite: Flag[bool] = False
     """Also run the widest window without overwriting keys and values, which must give Quest's numbers."""
     out: Path | None = None
@@ -204,7 +211,15 @@ class Compare(TextCommand):
 
     def run(self) -> None:
         """Runs what the folder does not have yet, then writes and prints the comparison."""
-        configs = configurations(self.config.config(), self.windows, self.sink_pages, self.no_overwrite)
+        configs = configurations(
+            self.config.config(),
+            self.windows,
+            self.sink_pages,
+            self.no_overwrite,
+            methods=self.methods,
+            scores=self.scores,
+            evict=self.evict,
+        )
         model = self.load()
         ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
         texts = Texts(names, ids, self.prompt_tokens)

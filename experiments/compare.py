@@ -1,4 +1,4 @@
-"""Full attention, Quest and RetroAttention over the same texts, teacher-forced through the decode path."""
+"""Methods, windows and scores over the same texts, teacher-forced through the decode path."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +13,10 @@ from experiments.provenance import provenance
 from experiments.results import ResultsFolder, Run, run_name
 from experiments.text import digest
 from retro_jax import DecodeConfig, Model, score
+from retro_jax.methods import METHODS
+from retro_jax.selectors import SELECTORS
 
-VARIED = ("method", "window", "sink_pages", "overwrite")
+VARIED = ("method", "window", "sink_pages", "overwrite", "score", "statistics", "evict")
 """The fields in which the runs of one comparison differ."""
 
 
@@ -42,7 +44,8 @@ class Row:
         run: the run.
         nll: negative log-likelihood per token.
         excess: the same less full attention's.
-        ratio: excess over the excess of Quest with the same sink pages; None if that is not there.
+        ratio: excess over the excess of Quest with the same sink pages, score and eviction; None if that is
+            not there.
         by_position: excess in each bin of positions.
         quest_difference: the largest difference of one token's value from that Quest's, None as above.
     """
@@ -56,30 +59,52 @@ class Row:
 
 
 def configurations(
-    common: DecodeConfig, windows: Sequence[int], sink_pages: Sequence[int], no_overwrite: bool
+    common: DecodeConfig,
+    windows: Sequence[int],
+    sink_pages: Sequence[int],
+    no_overwrite: bool,
+    *,
+    methods: Sequence[str] = (),
+    scores: Sequence[str] = ("bounds",),
+    evict: Sequence[str] = (),
 ) -> list[DecodeConfig]:
-    """Returns the configurations to run: full, then Quest and RetroAttention for each number of sink pages.
+    """Returns the configurations to run: full, then Quest and RetroAttention, then other methods.
 
     Args:
-        common: the fields that all share; its method, window, sink pages and overwriting are replaced.
+        common: the fields that all share; those in `VARIED` are replaced.
         windows: window sizes; 1 is Quest, which always runs.
         sink_pages: numbers of first pages that are always loaded.
         no_overwrite: whether the widest window also runs without overwriting keys and values.
+        methods: others than full, Quest and RetroAttention.
+        scores: by which Quest and RetroAttention select.
+        evict: eviction rules with which Quest and RetroAttention also run.
 
     Raises:
-        ValueError: a window or a number of sink pages is not possible, or no list may be empty.
+        ValueError: a value is not possible, or no list may be empty.
     """
-    if not windows or not sink_pages:
-        raise ValueError("--windows and --sink-pages need at least one number each")
+    if not windows or not sink_pages or not scores:
+        raise ValueError("--windows, --sink-pages and --scores need at least one value each")
+    others = [name for name, method in METHODS.items() if not method.dense and not method.scored]
+    for name in methods:
+        if name not in others:
+            raise ValueError(
+                f"--methods has {name!r}; use {', '.join(others)} (full attention, Quest and RetroAttention "
+                "run anyway)"
+            )
     wider = sorted(set(windows) - {1})
     configs = [_full(common)]
-    for sinks in dict.fromkeys(sink_pages):
-        quest = replace(common, method="quest", window=None, sink_pages=sinks, overwrite=True)
-        configs.append(quest)
-        configs += [replace(quest, method="retro", window=window) for window in wider]
-        if no_overwrite:
-            configs.append(replace(quest, method="retro", window=max(wider, default=4), overwrite=False))
-    return configs
+    for sinks in sink_pages:
+        plain = replace(configs[0], sink_pages=sinks)
+        for rule in (None, *evict):
+            for by in scores:
+                quest = replace(plain, method="quest", evict=rule, score=by, statistics=_statistics(by))
+                configs.append(quest)
+                configs += [replace(quest, method="retro", window=window) for window in wider]
+                if no_overwrite:
+                    widest = max(wider, default=4)
+                    configs.append(replace(quest, method="retro", window=widest, overwrite=False))
+        configs += [replace(plain, method=name) for name in methods]
+    return list(dict.fromkeys(configs))
 
 
 def identity(model_name: str, model: Model, texts: Texts, common: DecodeConfig) -> dict:
@@ -130,7 +155,7 @@ def rows(
     result = []
     for run in runs:
         excess = nll[run.name] - nll["full"]
-        quest = run_name(replace(_full(run.config), method="quest", sink_pages=run.config.sink_pages))
+        quest = run_name(replace(run.config, method="quest", window=None, overwrite=True))
         compared = run.config.method != "full" and quest in nll
         result.append(
             Row(
@@ -187,4 +212,10 @@ def _row_values(row: Row) -> dict:
 
 def _full(config: DecodeConfig) -> DecodeConfig:
     # Full attention has no sink pages to choose; 0 is within any budget.
-    return replace(config, method="full", window=None, sink_pages=0, overwrite=True)
+    plain = {"window": None, "overwrite": True, "score": "bounds", "statistics": "min_max", "evict": None}
+    return replace(config, method="full", sink_pages=0, **plain)
+
+
+def _statistics(score: str) -> str:
+    # An unknown score is refused by the configuration that gets it.
+    return (score in SELECTORS and SELECTORS[score].statistics) or "min_max"

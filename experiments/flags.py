@@ -37,6 +37,9 @@ class CommonConfigFlags(ConfigFlags):
     window: Hidden[int | None] = None
     sink_pages: Hidden[int] = 0
     overwrite: Hidden[bool] = True
+    score: Hidden[str] = "bounds"
+    statistics: Hidden[str] = "min_max"
+    evict: Hidden[str | None] = None
 
 
 @dataclass(frozen=True)

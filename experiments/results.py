@@ -38,11 +38,32 @@ class Run:
 
 
 def run_name(config: DecodeConfig) -> str:
-    """Returns the name of a run by its method, window, sink pages and overwriting."""
+    """Returns the name of a run by the fields in which runs of a comparison differ."""
     if config.method == "full":
         return "full"
-    window = "" if config.window is None else f"-w{config.window}"
-    return f"{config.method}{window}-sinks{config.sink_pages}{'' if config.overwrite else '-no_overwrite'}"
+    parts = [
+        config.method,
+        "" if config.window is None else f"w{config.window}",
+        f"sinks{config.sink_pages}",
+        "" if config.score == "bounds" else config.score,
+        "" if config.evict is None else f"evict_{config.evict}",
+        "" if config.overwrite else "no_overwrite",
+    ]
+    return "-".join(filter(None, parts))
+
+
+def order(config: DecodeConfig) -> tuple:
+    """Returns what runs are sorted by: sink pages; then Quest and RetroAttention first, the window last."""
+    return (
+        config.sink_pages,
+        not config.attention.scored,
+        config.evict or "",
+        config.score != "bounds",
+        config.score,
+        not config.overwrite,
+        config.slots,
+        config.method,
+    )
 
 
 class ResultsFolder:
@@ -112,17 +133,9 @@ class ResultsFolder:
             )
 
     def runs(self) -> list[Run]:
-        """Reads every finished run: full attention first, then by sink pages, window and overwriting."""
+        """Reads every finished run, full attention first, then in the order of `order`."""
         found = [self.load(file.stem) for file in (self.path / "runs").glob("*.npz")]
-        return sorted(
-            found,
-            key=lambda run: (
-                run.config.method != "full",
-                run.config.sink_pages,
-                not run.config.overwrite,
-                run.config.window or 1,
-            ),
-        )
+        return sorted(found, key=lambda run: (run.config.method != "full", *order(run.config)))
 
     def _file(self, name: str) -> Path:
         return self.path / "runs" / f"{name}.npz"

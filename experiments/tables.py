@@ -9,7 +9,15 @@ from experiments.compare import Row, rows
 from experiments.estimates import BLOCK, Estimate, estimate, position_bins
 from experiments.results import Run
 
-NAMES = {"full": "full", "quest": "Quest", "retro": "Retro"}
+NAMES = {
+    "full": "full",
+    "quest": "Quest",
+    "retro": "Retro",
+    "streaming": "StreamingLLM",
+    "tova": "TOVA",
+    "h2o": "H2O",
+    "snapkv": "SnapKV",
+}
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -32,10 +40,15 @@ def number(value: Estimate, digits: int = 4) -> str:
 
 
 def label(run: Run) -> str:
-    """Returns a run's method in words, without its sink pages."""
-    return NAMES.get(run.config.method, run.config.method) + (
-        "" if run.config.overwrite else " (no overwriting)"
-    )
+    """Returns a run's method in words, without its window and sink pages."""
+    config = run.config
+    parts = [
+        "" if config.score == "bounds" else config.score,
+        "" if config.evict is None else f"{NAMES.get(config.evict, config.evict)} evicts",
+        "" if config.overwrite else "no overwriting",
+    ]
+    about = ", ".join(filter(None, parts))
+    return NAMES.get(config.method, config.method) + (f" ({about})" if about else "")
 
 
 def comparison_table(comparison: Sequence[Row], bins: Sequence[tuple[int, int]]) -> str:
@@ -75,7 +88,8 @@ def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> s
         f"Settings: {settings}.",
         "Excess is negative log-likelihood (nats per token) over full attention on the same tokens, for the "
         "whole text and for ranges of positions; ± is one standard error, from the means of blocks of "
-        f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same sink pages. "
+        f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same sink pages, score "
+        "and eviction. "
         "*Exposure* is the pages that a query has attended to in the end over those of its own step. "
         "*KV MB/step* is what one step loads of keys, values and page statistics for one text.",
         comparison_table(rows(runs, bins, prompt), bins),

@@ -13,10 +13,17 @@ together, so one copy brings both. Layers are separate arrays: a kernel aliases 
 and updates it in place, which a slice of a stacked cache would not allow.
 """
 
-from pallas_kernels.attention import dense_attention, merge, retro_attention
+from pallas_kernels.attention import (
+    attend_pages,
+    attention_mass,
+    dense_attention,
+    merge,
+    retro_attention,
+    selected_mass,
+)
 from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
 from pallas_kernels.layout import KEYS, VALUES, pages_for
-from pallas_kernels.selection import GROUP_REDUCE, SCORES, select_pages
+from pallas_kernels.selection import GROUP_REDUCE, SCORES, choose_pages, page_scores, select_pages
 from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.update import update_pages
 
@@ -27,11 +34,16 @@ __all__ = [
     "SCORES",
     "STATISTICS",
     "VALUES",
+    "attend_pages",
+    "attention_mass",
+    "choose_pages",
     "dense_attention",
     "kernels_of_device",
     "merge",
+    "page_scores",
     "pages_for",
     "retro_attention",
     "select_pages",
+    "selected_mass",
     "update_pages",
 ]

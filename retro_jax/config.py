@@ -6,8 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from models.config import ModelConfig
-from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
-from retro_jax.methods import METHODS, Method
+from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, STATISTICS, pages_for
+from retro_jax.methods import METHODS, Eviction, Method
+from retro_jax.selectors import SELECTORS
+
+EVICTS = ("tova", "h2o")
+"""Methods whose eviction rule "quest" and "retro" can have: those that judge a page by what it is worth."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,10 @@ class DecodeConfig:
 
     method: str = "retro"
     """What attention past the dense layers does: "full" (every page), "quest" (the pages that score best
-    for the newest query) or "retro" (Quest, and every loaded page also revises the last queries)."""
+    for the newest query), "retro" (Quest, and every loaded page also revises the last queries); or what
+    remains after evicting pages for good: "streaming" (sink pages and recent ones), "tova" (what the newest
+    query attends to least goes), "h2o" (what all queries attended to most stays, and recent pages) or
+    "snapkv" (the end of the prompt decides what stays of it; then the cache grows)."""
     window: int | None = None
     """Queries that one step serves, the newest included. None: the method's own, 4 for "retro" and 1
     for the others, which take no other."""
@@ -42,7 +49,16 @@ class DecodeConfig:
     statistics: str = "min_max"
     """What is kept per page: "min_max" (Quest's bounds) or "mean_key"."""
     score: str = "bounds"
-    """How a page is scored: "bounds" (needs "min_max" statistics) or "mean_key" (needs "mean_key")."""
+    """How "quest" and "retro" score a page: "bounds" (needs "min_max" statistics) or "mean_key" (needs
+    "mean_key"); for analysis, "oracle" (its exact attention, which reads every key) or "random"."""
+    score_seed: int = 0
+    """Of the score "random"."""
+    evict: str | None = None
+    """A method whose rule takes pages away from "quest" and "retro" for good: "tova" or "h2o"."""
+    cache_tokens: int | None = None
+    """Tokens that `evict` leaves in each sparse layer; at least the budget."""
+    observation: int = 32
+    """Last queries of the prompt by whose attention "snapkv" compresses it."""
     overwrite: bool = True
     """Write the corrected keys and values of past queries over the stale ones. Without it RetroAttention
     generates what Quest generates."""
@@ -57,25 +73,30 @@ class DecodeConfig:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is below 1; a window of 1 serves the newest query only")
         if self.window not in (None, 1) and not METHODS[self.method].revises:
+            why = ""
+            if METHODS[self.method].eviction:
+                why = " (every page that it still has was there for the earlier queries too)"
             raise ValueError(
-                f"method {self.method!r} serves only the newest query, window {self.window} was asked for; "
-                "use method 'retro' or window None"
+                f"method {self.method!r} serves only the newest query, window {self.window} was asked for"
+                f"{why}; use method 'retro' or window None"
             )
-        for name, low in (("page_size", 1), ("dense_layers", 0), ("sink_pages", 0), ("prefill_chunk", 1)):
+        lowest = {"page_size": 1, "dense_layers": 0, "sink_pages": 0, "prefill_chunk": 1, "observation": 1}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} is below {low}")
         self._check_parts()
         self._check_budget()
+        self._check_eviction()
 
     def _check_parts(self):
         if self.statistics not in STATISTICS:
             raise ValueError(
                 f"statistics {self.statistics!r} are unknown; use one of {', '.join(STATISTICS)}"
             )
-        if self.score not in SCORES:
-            raise ValueError(f"score {self.score!r} is unknown; use one of {', '.join(SCORES)}")
-        needed = SCORES[self.score].statistics
-        if needed != self.statistics:
+        if self.score not in SELECTORS:
+            raise ValueError(f"score {self.score!r} is unknown; use one of {', '.join(SELECTORS)}")
+        needed = SELECTORS[self.score].statistics
+        if needed not in (None, self.statistics):
             raise ValueError(
                 f"score {self.score!r} reads {needed!r} statistics, the cache would keep "
                 f"{self.statistics!r}; set statistics={needed!r}"
@@ -101,10 +122,51 @@ class DecodeConfig:
                 f"{(forced - 1) * self.page_size}"
             )
 
+    def _check_eviction(self):
+        if self.method == "snapkv":
+            tokens = self.budget_floor if self.budget_tokens is None else self.budget_tokens
+            always = self.sink_pages + 1 + pages_for(self.observation, self.page_size)
+            if pages_for(tokens, self.page_size) < always:
+                raise ValueError(
+                    f"a budget of {tokens} tokens is below the {always} pages of {self.page_size} tokens "
+                    f"that 'snapkv' may have to keep for observation={self.observation} and "
+                    f"sink_pages={self.sink_pages}; lower observation or raise the budget"
+                )
+        if self.evict is None:
+            return
+        if not METHODS[self.method].scored:
+            raise ValueError(
+                f"evict {self.evict!r} was asked for with method {self.method!r}, which selects no pages; "
+                "use method 'quest' or 'retro'"
+            )
+        if self.evict not in EVICTS:
+            raise ValueError(f"evict {self.evict!r} is not possible; use one of {', '.join(EVICTS)}")
+        name = "budget_floor" if self.budget_tokens is None else "budget_tokens"
+        if self.cache_tokens is None or self.cache_tokens < getattr(self, name):
+            raise ValueError(
+                f"cache_tokens {self.cache_tokens} is below {name} {getattr(self, name)}; set how many "
+                f"tokens evict={self.evict!r} leaves"
+            )
+
     @property
     def attention(self) -> Method:
         """The method itself."""
         return METHODS[self.method]
+
+    @property
+    def eviction(self) -> Eviction | None:
+        """The rule by which pages leave the cache."""
+        return METHODS[self.evict or self.method].eviction
+
+    @property
+    def kept_statistics(self) -> str | None:
+        """The kind of page statistic that the cache must keep; None if nothing reads one."""
+        return SELECTORS[self.score].statistics if self.attention.scored else None
+
+    @property
+    def scored_vectors(self) -> int:
+        """Vectors of head_dim that are read of each page to score it."""
+        return SELECTORS[self.score].vectors(self.page_size) if self.attention.scored else 0
 
     @property
     def slots(self) -> int:
@@ -126,8 +188,22 @@ class DecodeConfig:
         share = jnp.round(self.budget * context.astype(jnp.float32)).astype(jnp.int32)
         return -(-jnp.maximum(share, self.budget_floor) // self.page_size)
 
+    def kept_pages(self, budgets: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Pages that eviction leaves where a step may load `budgets` pages."""
+        if self.evict is None:
+            return budgets
+        return jnp.full_like(budgets, pages_for(self.cache_tokens, self.page_size))
+
+    def max_kept_pages(self, num_pages: int) -> int:
+        """The most pages that eviction leaves of a cache of `num_pages` pages."""
+        if self.evict is None:
+            return self.max_selected_pages(num_pages)
+        return min(pages_for(self.cache_tokens, self.page_size), num_pages)
+
     def max_selected_pages(self, num_pages: int) -> int:
         """C, the static number of places for selected pages in a cache of `num_pages` pages."""
+        if self.eviction and self.eviction.grows:
+            return num_pages
         tokens = self.budget_tokens
         if tokens is None:  # one more token than the share, whichever way float32 rounds it
             tokens = max(int(self.budget * num_pages * self.page_size) + 1, self.budget_floor)

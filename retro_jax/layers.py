@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 from models import transformer
 from models.config import ModelConfig
 from models.transformer import LayerParams
-from pallas_kernels import dense_attention, retro_attention, update_pages
+from pallas_kernels import attend_pages, dense_attention, retro_attention, update_pages
 from retro_jax.config import DecodeConfig
+from retro_jax.methods import Query
 from retro_jax.state import DecodeState, LayerState, OutputCache
 
 
@@ -62,7 +63,8 @@ def dense_layer(
     """A layer with full attention for T consecutive tokens from position `start` on.
 
     Writes keys and values of the valid ones. In a sparse layer, which prefill runs densely, page statistics
-    follow. `implementation` is that of the operations on pages.
+    follow, and what eviction carries; pages that were evicted earlier stay away. `implementation` is that of
+    the operations on pages.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
     q, k, v = transformer.qkv(layer, model, x, positions)
@@ -76,9 +78,15 @@ def dense_layer(
         kind=config.statistics,
         implementation=implementation,
     )
-    o = dense_attention(q, pages, positions, implementation=implementation)
+    cache = cache.replace(pages=pages, statistics=statistics)
+    if cache.kept is None:
+        o = dense_attention(q, pages, positions, implementation=implementation)
+    else:
+        o = attend_pages(q, pages, positions, cache.kept.alive)
+        if config.eviction.observe:
+            cache = cache.replace(kept=config.eviction.observe(config, cache, q, positions))
     x = transformer.attention_output(layer, x, o)
-    return transformer.mlp(layer, model, x), cache.replace(pages=pages, statistics=statistics)
+    return transformer.mlp(layer, model, x), cache
 
 
 @jax.named_scope("retro_layer")
@@ -90,6 +98,7 @@ def retro_layer(
     x: Float[Array, "B W M"],
     slots: Slots,
     write: Bool[Array, "B W"],
+    index: int,
 ) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, "B W"]]:
     """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
 
@@ -101,6 +110,7 @@ def retro_layer(
       x: hidden states of all slots as the layer below now sees them.
       slots: positions, validity and budgets.
       write: slots whose keys and values are written, over stale ones where there are any.
+      index: which layer of the model it is.
 
     Returns:
       The corrected hidden states, the new state, and how many pages each slot newly attended to (mean over
@@ -123,7 +133,8 @@ def retro_layer(
     cache = cache.replace(pages=pages, statistics=statistics)
 
     # Select pages for the newest query; one load of them serves the window.
-    page_ids, counts = config.attention.select(config, cache, q[:, -1], positions[:, -1], slots.budgets)
+    query = Query(q[:, -1], positions[:, -1], slots.budgets, index)
+    page_ids, counts, kept = config.attention.select(config, cache, query)
     attended = newly_attended(page_ids, counts, cache.last_loaded, positions, config.page_size)
     o, lse, last_loaded = retro_attention(
         q,
@@ -145,7 +156,7 @@ def retro_layer(
     )
     x = transformer.attention_output(layer, x, o)
     x = transformer.mlp(layer, model, x)
-    return x, cache.replace(last_loaded=last_loaded, outputs=outputs), attended
+    return x, cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept), attended
 
 
 def newly_attended(

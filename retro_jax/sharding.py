@@ -29,6 +29,9 @@ _STATE = {
     "last_loaded": P("data", "model"),
     "o": P("data", None, "model"),
     "lse": P("data", None, "model"),
+    "alive": P("data", "model"),
+    "mass": P("data", "model"),
+    "queries": P("data", None, "model"),
 }
 
 

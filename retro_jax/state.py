@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from models.config import ModelConfig
 from pallas_kernels import STATISTICS
 from retro_jax.config import DecodeConfig
+from retro_jax.methods import Kept
 
 
 @flax.struct.dataclass
@@ -28,15 +29,17 @@ class LayerState:
 
     Attributes:
       pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning.
-      statistics: per page, of the kind that the configuration names.
+      statistics: per page, of the kind that the configuration names; None if its score reads none.
       last_loaded: the position whose step loaded the page last, -1 if none did.
       outputs: the output cache.
+      kept: what eviction carries; None for a configuration that evicts nothing.
     """
 
     pages: Float[Array, "B K P 2 S D"]
     statistics: Float[Array, "B K P Z D"] | None = None
     last_loaded: Int[Array, "B K P"] | None = None
     outputs: OutputCache | None = None
+    kept: Kept | None = None
 
 
 @flax.struct.dataclass
@@ -107,14 +110,19 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
         if dense:
             return LayerState(pages)
+        statistics = None
+        if config.kept_statistics:
+            vectors = STATISTICS[config.kept_statistics].vectors
+            statistics = jnp.zeros((B, K, P, vectors, D), model.dtype)
         return LayerState(
             pages=pages,
-            statistics=jnp.zeros((B, K, P, STATISTICS[config.statistics].vectors, D), model.dtype),
+            statistics=statistics,
             last_loaded=jnp.full((B, K, P), -1, jnp.int32),
             outputs=OutputCache(
                 o=jnp.zeros((B, W - 1, N, D), jnp.float32),
                 lse=jnp.full((B, W - 1, N), -jnp.inf, jnp.float32),
             ),
+            kept=config.eviction.init(config, model, B, P) if config.eviction else None,
         )
 
     dense = config.num_dense_layers(model)

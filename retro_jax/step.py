@@ -6,7 +6,6 @@ from jaxtyping import Array, Bool, Float, Int
 from models import transformer
 from models.config import ModelConfig
 from models.transformer import Params
-from pallas_kernels import STATISTICS
 from retro_jax.config import DecodeConfig
 from retro_jax.layers import dense_layer, retro_layer, window_slots
 from retro_jax.state import DecodeState, StepMetrics
@@ -54,10 +53,11 @@ def decode_step(
     x = jnp.concatenate([state.hidden, x], axis=1)
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
     attended = [jnp.zeros(slots.valid.shape)]
-    for index, (layer, cache) in enumerate(zip(params.layers[dense:], state.layers[dense:], strict=True)):
+    sparse = zip(params.layers[dense:], state.layers[dense:], strict=True)
+    for index, (layer, cache) in enumerate(sparse, start=dense):
         # In the first sparse layer only the newest token's keys and values are new.
-        write = slots.valid if config.overwrite and index > 0 else slots.newest
-        x, cache, pages = retro_layer(layer, model, config, cache, x, slots, write)
+        write = slots.valid if config.overwrite and index > dense else slots.newest
+        x, cache, pages = retro_layer(layer, model, config, cache, x, slots, write, index)
         layers.append(cache)
         attended.append(pages)
 
@@ -86,10 +86,10 @@ def _metrics(
 
     context = jnp.where(active, state.length + 1, 0)
     scored = -(-context // config.page_size)
+    if config.evict:
+        scored = jnp.minimum(scored, config.kept_pages(scored))
     vector = model.head_dim * jnp.dtype(model.dtype).itemsize * model.num_kv_heads
-    vectors = dense * 2 * context + sparse * (
-        2 * config.page_size * loaded + STATISTICS[config.statistics].vectors * scored
-    )
+    vectors = dense * 2 * context + sparse * (2 * config.page_size * loaded + config.scored_vectors * scored)
     return StepMetrics(
         pages_attended=by_age, pages_loaded=loaded, kv_bytes=vectors.astype(jnp.float32) * vector
     )

@@ -1,6 +1,15 @@
 """Attention of decode queries over pages: dense, sparse and retrospective."""
 
 from pallas_kernels.attention.api import dense_attention, retro_attention
-from pallas_kernels.attention.reference import attend, merge
+from pallas_kernels.attention.mass import attention_mass, selected_mass
+from pallas_kernels.attention.reference import attend, attend_pages, merge
 
-__all__ = ["attend", "dense_attention", "merge", "retro_attention"]
+__all__ = [
+    "attend",
+    "attend_pages",
+    "attention_mass",
+    "dense_attention",
+    "merge",
+    "retro_attention",
+    "selected_mass",
+]

@@ -70,6 +70,11 @@ def rows_of_slots(mask: Bool[Array, "B K W T"], group: int) -> Bool[Array, "B K 
     return jnp.repeat(mask, group, axis=2)
 
 
+def tokens_of_pages(mask: Bool[Array, "B K C"], page_size: int) -> Bool[Array, "B K tokens"]:
+    """A mask by page as a mask by token."""
+    return jnp.repeat(mask, page_size, axis=2)
+
+
 def retro_attention(
     q: Float[Array, "B W N D"],
     pages: Float[Array, "B K P 2 S D"],
@@ -110,7 +115,17 @@ def dense_attention(
     pages: Float[Array, "B K P 2 S D"],
     positions: Int[Array, "B T"],
 ) -> Float[Array, "B T N D"]:
-    """See `pallas_kernels.attention.api.dense_attention`.
+    """See `pallas_kernels.attention.api.dense_attention`."""
+    return attend_pages(q, pages, positions)
+
+
+def attend_pages(
+    q: Float[Array, "B T N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    positions: Int[Array, "B T"],
+    allowed: Bool[Array, "B K P"] | None = None,
+) -> Float[Array, "B T N D"]:
+    """Dense attention, or causal attention over the `allowed` pages only.
 
     Runs block by block up to the last position in use, so that the cost follows the context and not the
     capacity of the cache.
@@ -128,6 +143,8 @@ def dense_attention(
         v = loaded[:, :, :, VALUES].reshape(B, K, -1, D)
         key = first * S + jnp.arange(block * S)
         mask = (key >= index * block * S) & (key <= limit)
+        if allowed is not None:
+            mask &= tokens_of_pages(lax.dynamic_slice_in_dim(allowed, first, block, axis=2), S)[:, :, None]
         return merge(*carry, *attend(rows, k, v, rows_of_slots(mask, N // K)))
 
     empty = jnp.zeros(rows.shape, jnp.float32), jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32)

@@ -20,14 +20,42 @@ def select_pages(
     sink_pages: int,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`."""
-    B, N, D = q.shape
-    K, P = statistics.shape[1:3]
-    scores = SCORES[score].compute(q.reshape(B, K, N // K, D), statistics)
-    scores = GROUP_REDUCE[group_reduce](scores, axis=2)
+    return choose_pages(
+        page_scores(q, statistics, score=score, group_reduce=group_reduce),
+        positions,
+        budgets,
+        page_size=page_size,
+        capacity=capacity,
+        sink_pages=sink_pages,
+    )
 
-    page, newest = jnp.arange(P), (positions // page_size)[:, None, None]
+
+def page_scores(
+    q: Float[Array, "B N D"], statistics: Float[Array, "B K P Z D"], *, score: str, group_reduce: str
+) -> Float[Array, "B K P"]:
+    """The score of every page for the newest query, from its statistics; see `select_pages`."""
+    B, N, D = q.shape
+    K = statistics.shape[1]
+    scores = SCORES[score].compute(q.reshape(B, K, N // K, D), statistics)
+    return GROUP_REDUCE[group_reduce](scores, axis=2)
+
+
+def choose_pages(
+    scores: Float[Array, "B K P"],
+    positions: Int[Array, " B"],
+    budgets: Int[Array, " B"],
+    *,
+    page_size: int,
+    capacity: int,
+    sink_pages: int,
+) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
+    """The budget's best pages of any scores, forced pages among them, as `select_pages` returns them.
+
+    A page that scores -inf is never chosen, unless it is forced.
+    """
+    page, newest = jnp.arange(scores.shape[2]), (positions // page_size)[:, None, None]
     scores = jnp.where((page == newest) | (page < sink_pages), jnp.inf, scores)
     scores = jnp.where(page <= newest, scores, -jnp.inf)
     _, page_ids = lax.top_k(scores, capacity)  # ties to the lower page; forced pages first
-    counts = jnp.minimum(budgets[:, None], newest[:, :, 0] + 1)
-    return page_ids, jnp.broadcast_to(counts, (B, K))
+    counts = jnp.minimum(budgets[:, None], jnp.sum(scores != -jnp.inf, axis=2))
+    return page_ids, counts

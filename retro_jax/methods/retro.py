@@ -1,6 +1,10 @@
-"""RetroAttention (arXiv 2508.09001): Quest's pages, loaded once, also revise the last W-1 queries."""
+"""RetroAttention (arXiv 2508.09001): Quest's pages, loaded once, also revise the last W-1 queries.
+
+With an eviction rule, a past query can still be revised by the pages that are left; what it has merged from a
+page that is gone stays in its output.
+"""
 
 from retro_jax.methods.base import Method
 from retro_jax.methods.quest import best_pages
 
-RETRO = Method(name="retro", select=best_pages, default_window=4, revises=True)
+RETRO = Method(name="retro", select=best_pages, scored=True, default_window=4, revises=True)

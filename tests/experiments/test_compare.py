@@ -69,6 +69,40 @@ def test_more_sink_pages_add_runs(json_command, ids_file, tmp_path, scored):
     assert all(row in second["pooled"] for row in first["pooled"])
 
 
+def test_methods_scores_and_evictions_add_rows(json_command, ids_file, tmp_path, scored):
+    out = tmp_path / "out"
+    first = run(json_command, ids_file, out, "--cache-tokens", 48)
+    scored.clear()
+    more = ("--methods", "streaming", "--scores", "bounds", "oracle", "--evict", "tova")
+    second = run(json_command, ids_file, out, "--cache-tokens", 48, *more)
+    assert len(scored) == 7
+    pooled = {row["run"]: row for row in second["pooled"]}
+    assert list(pooled) == [
+        "full",
+        "quest-sinks1",
+        "retro-w2-sinks1",
+        "quest-sinks1-oracle",
+        "retro-w2-sinks1-oracle",
+        "quest-sinks1-evict_tova",
+        "retro-w2-sinks1-evict_tova",
+        "quest-sinks1-oracle-evict_tova",
+        "retro-w2-sinks1-oracle-evict_tova",
+        "streaming-sinks1",
+    ]
+    assert all(row in second["pooled"] for row in first["pooled"])
+    quest = pooled["quest-sinks1"]["excess"]["mean"]
+    for name, baseline in (("streaming-sinks1", quest), ("quest-sinks1-oracle", None)):
+        row = pooled[name]
+        assert row["ratio"]["mean"] == pytest.approx(
+            row["excess"]["mean"] / (baseline or row["excess"]["mean"])
+        )
+    table = (out / "table.md").read_text()
+    assert "StreamingLLM" in table and "Retro (oracle, TOVA evicts)" in table
+    read = {entry["name"]: entry["kv_bytes_per_step"] for entry in second["runs"]}
+    assert read["streaming-sinks1"] < read["quest-sinks1-evict_tova"] < read["quest-sinks1"]
+    assert read["quest-sinks1"] < read["quest-sinks1-oracle"]
+
+
 def test_an_interrupted_run_leaves_the_finished_ones(
     json_command, command, ids_file, tmp_path, monkeypatch, scored
 ):
@@ -107,7 +141,10 @@ def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, 
         (("--windows", 0), "window 0 is below 1"),
         (("--sink-pages", 4), "budget_tokens 32 is below the 5 pages of 8 tokens"),
         (("--group-reduce", "best"), "group_reduce 'best' is unknown"),
-        (("--score", "mean_key"), "set statistics='mean_key'"),
+        (("--scores", "best"), "score 'best' is unknown; use one of bounds, mean_key, oracle, random"),
+        (("--methods", "tova", "best"), "--methods has 'best'; use streaming, tova, h2o, snapkv"),
+        (("--evict", "tova"), "cache_tokens None is below budget_tokens 32"),
+        (("--methods", "snapkv"), "lower observation or raise the budget"),
     ],
 )
 def test_impossible_settings_are_refused_before_any_run(failure, ids_file, tmp_path, flags, message):

@@ -52,8 +52,30 @@ def test_configurations():
     assert names == ["full", "quest-sinks1", "retro-w2-sinks1", "retro-w8-sinks1"]
     with pytest.raises(ValueError, match="window 0 is below 1"):
         configurations(DecodeConfig(), [0], [1], False)
-    with pytest.raises(ValueError, match="at least one number each"):
+    with pytest.raises(ValueError, match="at least one value each"):
         configurations(DecodeConfig(), [], [1], False)
+
+
+def test_configurations_of_other_methods_scores_and_evictions():
+    common = DecodeConfig(cache_tokens=512)
+    more = {"methods": ["tova", "snapkv"], "scores": ["bounds", "mean_key"], "evict": ["h2o"]}
+    configs = configurations(common, [1, 4], [1], False, **more)
+    assert [run_name(config) for config in configs] == [
+        "full",
+        "quest-sinks1",
+        "retro-w4-sinks1",
+        "quest-sinks1-mean_key",
+        "retro-w4-sinks1-mean_key",
+        "quest-sinks1-evict_h2o",
+        "retro-w4-sinks1-evict_h2o",
+        "quest-sinks1-mean_key-evict_h2o",
+        "retro-w4-sinks1-mean_key-evict_h2o",
+        "tova-sinks1",
+        "snapkv-sinks1",
+    ]
+    assert {config.statistics for config in configs if config.score == "mean_key"} == {"mean_key"}
+    with pytest.raises(ValueError, match=r"--methods has 'quest'; use streaming, tova, h2o, snapkv"):
+        configurations(common, [1], [1], False, methods=["quest"])
 
 
 def test_rows_compare_with_the_quest_of_their_sink_pages(runs):

@@ -1,7 +1,6 @@
 """What follows from the definition of a decode step, each as a test on a small random model."""
 
 import dataclasses
-import functools
 import itertools
 
 import flax.serialization
@@ -12,11 +11,10 @@ import pytest
 
 import models
 import retro_jax as rj
-from models import transformer
 from pallas_kernels.attention import api as attention
 from pallas_kernels.selection import api as selection
 from pallas_kernels.update import api as update
-from tests.retro_jax.tiny import ATOL, begin, force, forced_logits, step, tiny, token_ids
+from tests.retro_jax.tiny import ATOL, begin, first_sparse_qkv, force, forced_logits, step, tiny, token_ids
 
 WINDOWS = (1, 2, 3, 8)
 GROUPS = (1, 3, 4)
@@ -81,9 +79,7 @@ def test_in_the_first_sparse_layer_outputs_are_attention_over_the_union_of_page_
         loaded.append(last == np.asarray(state.length - 1)[:, None, None])
 
     state, _ = force(model, config, state, tokens, steps, observe)
-    q, k, v = (
-        np.asarray(a, np.float64) for a in _first_sparse_qkv(model.params, model.config, tokens, dense)
-    )
+    q, k, v = (np.asarray(a, np.float64) for a in first_sparse_qkv(model.params, model.config, tokens, dense))
     outputs = state.layers[dense].outputs
     for row, length in enumerate(lengths):
         for slot in range(window - 1):
@@ -94,18 +90,6 @@ def test_in_the_first_sparse_layer_outputs_are_attention_over_the_union_of_page_
             np.testing.assert_allclose(outputs.o[row, slot], o, atol=ATOL)
             np.testing.assert_allclose(outputs.lse[row, slot], lse, atol=ATOL)
     assert any(np.any(old & ~new) for old, new in itertools.pairwise(loaded))  # page sets differ
-
-
-@functools.partial(jax.jit, static_argnames=("model", "dense"))
-def _first_sparse_qkv(params, model, tokens, dense):
-    """q, k, v of the first sparse layer for all tokens, by plain dense attention below it."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = transformer.embed(params, tokens)
-    for layer in params.layers[:dense]:
-        q, k, v = transformer.qkv(layer, model, x, positions)
-        x = transformer.attention_output(layer, x, transformer.causal_attention(q, k, v))
-        x = transformer.mlp(layer, model, x)
-    return transformer.qkv(params.layers[dense], model, x, positions)
 
 
 def _attend(q, k, v, pages, position, page_size):

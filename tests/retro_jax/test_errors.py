@@ -32,6 +32,25 @@ CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24)
         ({"score": "cosine"}, r"score 'cosine' is unknown; use one of bounds, mean_key"),
         ({"score": "mean_key"}, r"reads 'mean_key' statistics, .* keep 'min_max'; set statistics='mean_key'"),
         ({"group_reduce": "sum"}, r"group_reduce 'sum' is unknown; use 'mean' or 'max'"),
+        (
+            {"method": "streaming", "window": 2},
+            r"'streaming' serves only the newest query, window 2 .*the earlier queries too.*'retro'",
+        ),
+        ({"method": "snapkv", "observation": 0}, r"observation 0 is below 1"),
+        (
+            {"method": "snapkv", "budget_tokens": 48},
+            r"budget of 48 tokens is below the 4 pages .*observation=32 and sink_pages=1; lower observation",
+        ),
+        (
+            {"method": "tova", "evict": "h2o", "cache_tokens": 512},
+            r"evict 'h2o' .* method 'tova', which selects no pages; use method 'quest' or 'retro'",
+        ),
+        ({"evict": "streaming"}, r"evict 'streaming' is not possible; use one of tova, h2o"),
+        ({"evict": "h2o"}, r"cache_tokens None is below budget_floor 256; set how many tokens evict='h2o'"),
+        (
+            {"evict": "h2o", "budget_tokens": 512, "cache_tokens": 500},
+            r"cache_tokens 500 is below budget_tokens 512",
+        ),
         ({"implementation": "triton"}, r"implementation 'triton' is unknown; use None or one of xla"),
     ),
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 import models
 import retro_jax as rj
-from models import ModelConfig
+from models import ModelConfig, transformer
 
 VOCAB = 96
 ATOL = 1e-5  # float32, logits of order one
@@ -43,11 +43,13 @@ def token_ids(batch: int, length: int, seed: int = 0) -> np.ndarray:
 def begin(model: rj.Model, config: rj.DecodeConfig, tokens: np.ndarray, lengths, capacity: int):
     """The state after prefill of prompts of different lengths out of `tokens`, and the logits.
 
-    Prefill does not depend on the method: it is compiled once for all configurations with the same pages,
-    which are then put into a fresh state of this one.
+    Prefill does not depend on a method that evicts nothing: it is compiled once for all such configurations
+    with the same pages, which are then put into a fresh state of this one.
     """
     lengths = np.asarray(lengths, np.int32)
     prompts = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
+    if config.eviction:
+        return prefill(model.params, model.config, config, prompts, lengths, capacity=capacity)
     plain = rj.DecodeConfig(
         "quest", page_size=config.page_size, dense_layers=0, statistics=config.statistics, score=config.score
     )
@@ -79,3 +81,15 @@ def forced_logits(model, config, tokens, lengths, steps, capacity=None):
     """Logits [steps, B, V] of decoding along `tokens` after prompts of the given lengths."""
     state, _ = begin(model, config, tokens, lengths, capacity or tokens.shape[1])
     return force(model, config, state, tokens, steps)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dense"))
+def first_sparse_qkv(params, model, tokens, dense):
+    """q, k, v of the first sparse layer for all tokens, by plain dense attention below it."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = transformer.embed(params, tokens)
+    for layer in params.layers[:dense]:
+        q, k, v = transformer.qkv(layer, model, x, positions)
+        x = transformer.attention_output(layer, x, transformer.causal_attention(q, k, v))
+        x = transformer.mlp(layer, model, x)
+    return transformer.qkv(params.layers[dense], model, x, positions)

@@ -1,0 +1,41 @@
+"""H2O (arXiv 2306.14048): heavy hitters, which got most attention of all queries so far, and recent tokens.
+
+Half of the pages that fit are recent ones, the others those with most attention, as in the original.
+
+Differences from the original: pages are evicted instead of tokens, by the sum of their tokens' weights; one
+set per KV head, by its group's query heads; sink pages are kept where asked for. The prompt has full
+attention, all of its queries count, and nothing is evicted before its end. The first `dense_layers` layers
+evict nothing.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels import attention_mass
+from retro_jax.methods.base import Method
+from retro_jax.methods.eviction import Eviction, all_alive_with_mass, load_what_is_left
+
+
+def heavy_or_recent(config, kept, query, limits):
+    """The attention that a page got so far; recent pages come before any other."""
+    page, newest = jnp.arange(kept.alive.shape[2]), query.positions // config.page_size
+    recent = jnp.minimum(limits // 2, limits - config.sink_pages)
+    recent = page > (newest - recent)[:, None, None]
+    return jnp.where(recent, jnp.finfo(jnp.float32).max, kept.mass)
+
+
+def observe(config, layer, q, positions):
+    """Adds the attention that all queries of the prompt give."""
+    mass = attention_mass(q, layer.pages, positions, layer.kept.alive, group_reduce=config.group_reduce)
+    return layer.kept.replace(mass=layer.kept.mass + mass)
+
+
+H2O = Method(
+    name="h2o",
+    select=load_what_is_left,
+    eviction=Eviction(
+        init=all_alive_with_mass,
+        priority=heavy_or_recent,
+        observe=observe,
+        attended=lambda before, newest: before + newest,
+    ),
+)

@@ -1,0 +1,61 @@
+"""SnapKV (arXiv 2404.14469): the last queries of a prompt vote on what is left of it; then the cache grows.
+
+The budget is that of the first decoded token; every page from there on is kept, so later steps load more. How
+many is not known beforehand, so every step through XLA, not through kernels, makes room for all pages.
+
+Differences from the original: pages are kept instead of tokens. The votes of `observation` queries are pooled
+by summing them over each page, in place of a pooling over neighbouring tokens, which has the same purpose:
+what lies beside a token that matters is kept with it. One set per KV head, by its group's query heads; sink
+pages are kept where asked for. Later prompts of a conversation are compressed together with what was left of
+earlier ones and with all that was decoded. The first `dense_layers` layers keep everything.
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels import attention_mass
+from retro_jax.methods.base import Method
+from retro_jax.methods.eviction import Eviction, Prompt, all_alive_with_mass, load_what_is_left
+
+
+def init(config, model, batch, pages):
+    """Nothing evicted, nothing observed."""
+    shape = batch, config.observation, model.num_heads, model.head_dim
+    prompt = Prompt(
+        queries=jnp.zeros(shape, model.dtype), at=jnp.full(shape[:2], -1), fresh=jnp.zeros(batch, bool)
+    )
+    return all_alive_with_mass(config, model, batch, pages).replace(prompt=prompt)
+
+
+def votes(config, kept, query, limits):
+    """The votes for a page; the pages of the voters themselves come before any other."""
+    page = jnp.arange(kept.alive.shape[2])
+    first = jnp.min(jnp.where(kept.prompt.at >= 0, kept.prompt.at, jnp.iinfo(jnp.int32).max), axis=1)
+    voters = page >= (first // config.page_size)[:, None, None]
+    return jnp.where(voters, jnp.finfo(jnp.float32).max, kept.mass)
+
+
+def observe(config, layer, q, positions):
+    """Keeps the last queries of the prompt so far, and counts their votes."""
+    kept, prompt = layer.kept, layer.kept.prompt
+    at = jnp.where(prompt.fresh[:, None], prompt.at, -1)  # else they are of an earlier prompt
+    at, queries = jnp.concatenate([at, positions], axis=1), jnp.concatenate([prompt.queries, q], axis=1)
+    new = jnp.sum(positions >= 0, axis=1)
+    last = new[:, None] + jnp.arange(config.observation)
+    at = jnp.take_along_axis(at, last, axis=1)
+    queries = jnp.take_along_axis(queries, last[..., None, None], axis=1)
+    mass = attention_mass(queries, layer.pages, at, kept.alive, group_reduce=config.group_reduce)
+
+    some = new > 0
+    prompt = Prompt(
+        queries=jnp.where(some[:, None, None, None], queries, prompt.queries),
+        at=jnp.where(some[:, None], at, prompt.at),
+        fresh=prompt.fresh | some,
+    )
+    return kept.replace(mass=jnp.where(some[:, None, None], mass, kept.mass), prompt=prompt)
+
+
+SNAPKV = Method(
+    name="snapkv",
+    select=load_what_is_left,
+    eviction=Eviction(init=init, priority=votes, observe=observe, grows=True),
+)

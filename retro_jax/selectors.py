@@ -1,0 +1,72 @@
+"""What pages can be selected by: the names of `DecodeConfig.score`.
+
+Scores of page statistics are `pallas_kernels`', with kernels. The others are for analysis, in plain `jnp`:
+how good a selection could be ("oracle"), and what selecting at all is worth ("random").
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels import SCORES, STATISTICS, attention_mass, page_scores
+from retro_jax.methods.base import Query
+
+if TYPE_CHECKING:
+    from retro_jax.config import DecodeConfig
+    from retro_jax.state import LayerState
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A way to score pages.
+
+    Attributes:
+      statistics: the kind of page statistic that it reads, None for none.
+      scores: (config, layer state, newest query, pages that may be chosen[B, K, P]) -> scores[B, K, P]; those
+        of other pages do not matter.
+      vectors: page size -> vectors of head_dim that it reads for each page.
+    """
+
+    statistics: str | None
+    scores: Callable[["DecodeConfig", "LayerState", Query, Bool[Array, "B K P"]], Float[Array, "B K P"]]
+    vectors: Callable[[int], int]
+
+
+def _by_statistics(score: str) -> Selector:
+    kind = SCORES[score].statistics
+
+    def scores(config, layer, query, allowed):
+        return page_scores(query.q, layer.statistics, score=score, group_reduce=config.group_reduce)
+
+    return Selector(kind, scores, lambda page_size: STATISTICS[kind].vectors)
+
+
+def _oracle(config, layer, query, allowed):
+    """The attention that the newest query would give to each page if it saw all of them."""
+    return attention_mass(
+        query.q[:, None], layer.pages, query.positions[:, None], allowed, group_reduce=config.group_reduce
+    )
+
+
+def _random(config, layer, query, allowed):
+    """Uniform numbers that depend on the seed, layer, position, KV head and page, and on nothing else."""
+    K, P = allowed.shape[1:]
+
+    def number(position, head, page):
+        key = jax.random.key(config.score_seed, impl="threefry2x32")
+        for part in (query.layer, position, head, page):
+            key = jax.random.fold_in(key, part)
+        return jax.random.uniform(key)
+
+    return jnp.vectorize(number)(query.positions[:, None, None], jnp.arange(K)[:, None], jnp.arange(P))
+
+
+SELECTORS: Mapping[str, Selector] = {
+    **{score: _by_statistics(score) for score in SCORES},
+    "oracle": Selector(statistics=None, scores=_oracle, vectors=lambda page_size: page_size),
+    "random": Selector(statistics=None, scores=_random, vectors=lambda page_size: 0),
+}
