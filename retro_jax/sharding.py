@@ -4,15 +4,20 @@ Arguments placed by these functions make `jax.jit` compile the pure functions fo
 its pages, its page selection and its query heads stay on one device; the only communication is the sum of
 the output projections, as in any tensor-parallel transformer. Call them under `jax.set_mesh(mesh)` so that
 kernels, which XLA cannot partition, know the mesh too; without it operations on pages run through XLA.
+`generate` and `score` called under it place their state by themselves.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
 from models.transformer import Params
-from retro_jax.state import DecodeState
+from retro_jax.config import DecodeConfig
+from retro_jax.state import DecodeState, init_state
 
 _COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
 _ROWS = {"wo", "w_down"}
@@ -39,20 +44,25 @@ def _params_spec(path: tuple) -> P:
     return P("model") if name in _CHANNELS else P()
 
 
-def make_mesh(data: int, model: int) -> Mesh:
+def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the first `data` x `model` devices, over whose axes XLA distributes the computation.
+
+    Args:
+      data: devices along the batch.
+      model: devices along the KV heads.
+      devices: to choose from; None: all devices of all hosts.
 
     Raises:
       ValueError: there are not so many devices.
     """
-    devices = jax.device_count()
-    if data < 1 or model < 1 or data * model > devices:
-        raise ValueError(f"{data} x {model} devices were asked for, {devices} are there")
-    chosen = jax.devices()[: data * model]
+    devices = jax.devices() if devices is None else devices
+    if data < 1 or model < 1 or data * model > len(devices):
+        raise ValueError(f"{data} x {model} devices were asked for, {len(devices)} are there")
+    chosen = devices[: data * model]
     return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto,) * 2, devices=chosen)
 
 
-def check_mesh(model: ModelConfig, mesh: Mesh, batch: int) -> None:
+def check_mesh(model: ModelConfig, mesh: Mesh | AbstractMesh, batch: int) -> None:
     """Raises ValueError if the mesh is not one of `make_mesh`, or does not divide batch, heads or widths."""
     if tuple(mesh.shape) != ("data", "model") or set(mesh.axis_types) != {AxisType.Auto}:
         types = tuple(map(str, mesh.axis_types))
@@ -82,9 +92,12 @@ def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
             f"vocab_size {model.vocab_size} does not divide over {mesh.shape['model']} devices of mesh axis "
             "'model'; use another mesh"
         )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, _params_spec(path))), params
-    )
+    return jax.device_put(params, params_shardings(params, mesh))
+
+
+def params_shardings(params: Params, mesh: Mesh | AbstractMesh) -> Params:
+    """How `shard_params` places each weight; `params` may be shapes only."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, _params_spec(path)), params)
 
 
 def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeState:
@@ -94,7 +107,25 @@ def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeSta
       ValueError: see `check_mesh`.
     """
     check_mesh(model, mesh, state.length.shape[0])
+    return jax.device_put(state, state_shardings(state, mesh))
+
+
+def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeState:
+    """How `shard_state` places each array; `state` may be shapes only."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, _STATE.get(_name(path), P("data")))),
-        state,
+        lambda path, _: NamedSharding(mesh, _STATE.get(_name(path), P("data"))), state
     )
+
+
+def new_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> DecodeState:
+    """`init_state`; under `jax.set_mesh` on the mesh, without ever lying on one device as a whole.
+
+    Raises:
+      ValueError: see `init_state` and `check_mesh`.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return init_state(model, config, batch, capacity)
+    check_mesh(model, mesh, batch)
+    make = functools.partial(init_state, model, config, batch, capacity)
+    return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh))()
