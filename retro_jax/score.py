@@ -122,7 +122,7 @@ def _rows(
     if isinstance(token_ids, list) and len({np.shape(row) for row in token_ids}) > 1:
         rows = [check_token_ids(model.config, row, f"text {index}") for index, row in enumerate(token_ids)]
     else:
-        rows = list(np.atleast_2d(check_token_ids(model.config, token_ids, "token_ids")))
+        rows = list(np.atleast_2d(check_token_ids(model.config, np.asarray(token_ids), "token_ids")))
     if any(row.ndim != 1 for row in rows):
         raise ValueError(
             f"token_ids has shape {np.shape(token_ids)}; give [T], [B, T] or a list of [T] of any lengths"
