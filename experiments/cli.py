@@ -29,6 +29,7 @@ from experiments.flags import (
 from experiments.plots import comparison_figure
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
+from experiments.report import Report
 from experiments.results import ResultsFolder, print_json, write_bytes, write_json
 from experiments.run import RunCommands
 from experiments.tables import comparison_report, score_table
@@ -240,6 +241,7 @@ Commands = (
         RunCommands,
         tyro.conf.subcommand("run", description="Run a named configuration: a model, a task, and methods."),
     ]
+    | Annotated[Report, tyro.conf.subcommand("report")]
 )
 
 DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.
