@@ -126,7 +126,7 @@ def read_run(path: Path) -> Measured:
     identity, lines = read_identity(path), read_results(path)
     if not lines:
         raise ValueError(f"{path} has no results yet")
-    starts = read_lines(path.glob("provenance.jsonl"))
+    starts = read_lines(sorted(path.glob("provenance-*.jsonl")))
     return Measured(
         path=path,
         identity=identity,

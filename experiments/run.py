@@ -46,6 +46,8 @@ class Run(Output):
     def run(self) -> None:
         """Runs what the folder does not have yet."""
         self.config.check()
+        if self.distributed and not self.dry_run:
+            jax.distributed.initialize()  # before anything else asks for a device
         plan = make_plan(self.config)
         if self.dry_run:
             if self.json:
@@ -53,8 +55,6 @@ class Run(Output):
             else:
                 print(plan_text(self.config, plan, self.config.configurations()))
             return
-        if self.distributed:
-            jax.distributed.initialize()
         examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
         identity = {
             "name": self.name,
@@ -107,7 +107,7 @@ def work(
     jobs = [
         (batch, label) for batch in make_batches(rows, config.batch) for label in configs
     ]  # methods by turns, so that a run that is stopped can be compared
-    folder.note("provenance.jsonl", {"process": folder.process, "config": code} | provenance())
+    folder.note(f"provenance-{folder.process}.jsonl", {"config": code} | provenance())
     for number, (batch, label) in enumerate(jobs):
         missing = [
             index for index, row in enumerate(batch) if (row.example.id, label, row.sample) not in done

@@ -3,7 +3,7 @@
     config.json           what the run is; written first, never changed
     results-P.jsonl       by host P: one line per (example, method, sample), in the order of the work
     timings-P.jsonl       by host P: one line per batch and method, wall time; for the latency plot
-    provenance.jsonl      one line per start
+    provenance-P.jsonl    by host P: one line per start
 
 A batch's lines are appended in one write and synced. A kill can leave a torn last line, which the next start
 cuts off and computes again; everything before it is whole.

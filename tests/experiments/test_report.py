@@ -26,7 +26,7 @@ def a_run(path, task, lines, name="named", note=True):
         if note:
             folder.note("timings-0.jsonl", {"method": "full", "context": 900, "steps_per_second": 20.0})
             folder.note("timings-0.jsonl", {"method": "quest-128", "context": 900, "steps_per_second": None})
-            folder.note("provenance.jsonl", {"commit": "abc", "device": "cpu: cpu", "versions": {"jax": "9"}})
+            folder.note("provenance-0.jsonl", {"commit": "abc", "device": "cpu: c", "versions": {"jax": "9"}})
     return path
 
 
@@ -76,7 +76,7 @@ def test_page(json_command, tmp_path):
     assert {file.name for file in out.parent.iterdir()} == {"page.md", *names}
     assert all((out.parent / name).read_bytes()[:4] == b"\x89PNG" and f"({name})" in page for name in names)
     assert "| gsm8k " in page and page.index("n = 3") < page.index("n = 6")
-    assert "commit abc, cpu: cpu, jax 9" in page
+    assert "commit abc, cpu: c, jax 9" in page
     methods = values["runs"][0]["methods"]
     assert list(methods) == list(METHODS)
     assert methods["retro-w4-128"]["minus_quest"]["mean"] == pytest.approx(

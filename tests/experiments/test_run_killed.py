@@ -64,7 +64,7 @@ def test_killed_ten_times(whole, tmp_path):
     process.join(60)
     assert process.exitcode == 0
     assert file.read_bytes() == whole
-    starts = (tmp_path / "run" / "provenance.jsonl").read_text().splitlines()
+    starts = (tmp_path / "run" / "provenance-0.jsonl").read_text().splitlines()
     assert len(starts) == 11 and json.loads(starts[0])["versions"]["jax"]
 
 
