@@ -30,7 +30,9 @@ from experiments.flags import (
 from experiments.plots import comparison_figure
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
-from experiments.results import ResultsFolder, finite, write_bytes, write_json
+from experiments.report import Report
+from experiments.results import ResultsFolder, print_json, write_bytes, write_json
+from experiments.run import RunCommands
 from experiments.tables import comparison_report, score_table
 from experiments.text import file_tokens, read_text, read_tokens
 from retro_jax import Generation, Model, generate, score
@@ -252,6 +254,11 @@ Commands = (
         Bench,
         tyro.conf.subcommand("bench", description="Measure speed: of decoding a model, or of its kernels."),
     ]
+    | Annotated[
+        RunCommands,
+        tyro.conf.subcommand("run", description="Run a named configuration: a model, a task, and methods."),
+    ]
+    | Annotated[Report, tyro.conf.subcommand("report")]
 )
 
 DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.
@@ -273,11 +280,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"retro-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-def print_json(values: dict) -> None:
-    """Prints one JSON object."""
-    print(json.dumps(finite(values)))
 
 
 def _read_message() -> str:

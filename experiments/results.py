@@ -82,7 +82,9 @@ class ResultsFolder:
         identity = json.loads(json.dumps(identity))
         file = path / IDENTITY
         if file.exists():
-            _check_same(path, json.loads(file.read_text()), identity)
+            different = differences(json.loads(file.read_text()), identity)
+            if different:
+                raise ValueError(f"{path} holds another comparison ({different}); choose another --out")
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"{path} exists and is not a comparison's folder; choose another --out")
         self.identity = identity
@@ -153,6 +155,11 @@ def write_bytes(path: Path, contents: bytes) -> None:
     partial.replace(path)
 
 
+def print_json(values: dict) -> None:
+    """Prints one JSON object; numbers that are not finite become null."""
+    print(json.dumps(finite(values)))
+
+
 def finite(value):
     """Returns the same JSON value with None for every number that is not finite."""
     match value:
@@ -166,13 +173,12 @@ def finite(value):
             return value
 
 
-def _check_same(path: Path, found: dict, wanted: dict) -> None:
+def differences(found: dict, wanted: dict) -> str:
+    """Returns which values of two JSON objects differ, the first four of them in words; empty if none."""
     found, wanted = _flat(found), _flat(wanted)
     different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if different:
-        changes = "; ".join(f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in different[:4])
-        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-        raise ValueError(f"{path} holds another comparison ({changes}{more}); choose another --out")
+    changes = "; ".join(f"{key} {found.get(key)!r}, not {wanted.get(key)!r}" for key in different[:4])
+    return changes + (f" and {len(different) - 4} more" if len(different) > 4 else "")
 
 
 def _flat(value: dict, prefix: str = "") -> dict:

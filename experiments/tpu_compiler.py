@@ -74,7 +74,7 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
 
     import models
     from retro_jax import decode_step, init_state
-    from retro_jax.sharding import check_mesh, params_sharding, state_sharding
+    from retro_jax.sharding import check_mesh, params_shardings, state_shardings
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     mesh = Mesh([topology.devices[:devices]], ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -93,6 +93,8 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
     with use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(step, donate_argnums=1).lower(
-            placed(params, params_sharding(params, mesh)), placed(state, state_sharding(state, mesh)), tokens
+            placed(params, params_shardings(params, mesh)),
+            placed(state, state_shardings(state, mesh)),
+            tokens,
         )
     return lowered.compile()

@@ -90,11 +90,13 @@ class Forced:
 
     Attributes:
       nll: negative log-likelihood, natural log, of each step's target; 0 where not active.
+      hits: whether the target was the most likely token; False where not active.
       finite: whether all logits of the step were finite.
       metrics: of every step, stacked in front.
     """
 
     nll: Float[Array, "B T"]
+    hits: Bool[Array, "B T"]
     finite: Bool[Array, "B T"]
     metrics: StepMetrics
 
@@ -125,11 +127,13 @@ def teacher_force(
         state, logits = decode_step(params, model, config, state, tokens, active)
         nll = negative_log_likelihood(logits, targets)
         finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
-        return state, (jnp.where(active, nll, 0.0), finite, state.metrics)
+        hits = active & (jnp.argmax(logits, axis=-1) == targets)
+        return state, (jnp.where(active, nll, 0.0), hits, finite, state.metrics)
 
     inputs = tuple(array.swapaxes(0, 1) for array in (tokens, targets, active))
-    state, (nll, finite, metrics) = lax.scan(step, state, inputs)
-    return state, Forced(nll.swapaxes(0, 1), finite.swapaxes(0, 1), metrics)
+    state, outputs = lax.scan(step, state, inputs)
+    nll, hits, finite = (array.swapaxes(0, 1) for array in outputs[:3])
+    return state, Forced(nll, hits, finite, metrics=outputs[3])
 
 
 def negative_log_likelihood(logits: Float[Array, "B V"], targets: Int[Array, " B"]) -> Float[Array, " B"]:

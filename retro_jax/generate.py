@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from models import Model, Tokenizer
 from retro_jax.config import DecodeConfig
@@ -15,8 +15,8 @@ from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, prompt_ids
 from retro_jax.metrics import Metrics
 from retro_jax.prefill import extend
 from retro_jax.sampling import Sampling, sample, sequence_keys
-from retro_jax.sharding import beside_weights, under_mesh_of_weights
-from retro_jax.state import DecodeState, init_state
+from retro_jax.sharding import new_state, under_mesh_of_weights
+from retro_jax.state import DecodeState
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("prefill" or "decode"), the tokens done and their total."""
@@ -56,6 +56,7 @@ def generate(
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
+    keys: Key[Array, " B"] | None = None,
     stop_tokens: Sequence[int] | None = None,
     capacity: int | None = None,
     stream: Callable[[int, str], None] | None = None,
@@ -63,7 +64,7 @@ def generate(
     previous: Generation | None = None,
     steps_per_call: int = 16,
 ) -> Generation:
-    """Generate a continuation of every prompt.
+    """Generate a continuation of every prompt; under `jax.set_mesh` on its devices (see `sharding`).
 
     Args:
       model: from `load_model`.
@@ -71,6 +72,7 @@ def generate(
       config: how to decode.
       max_new_tokens: per sequence.
       sampling: how tokens are chosen; None: greedy.
+      keys: one random key per sequence; None: from `sampling.seed` and the sequence's place in the batch.
       stop_tokens: tokens that end a sequence; None: the tokenizer's end-of-text and end-of-turn tokens.
       capacity: tokens per sequence that the cache holds, for later turns too; None: just enough.
       stream: called with the index of a sequence and the text it has grown by.
@@ -95,7 +97,7 @@ def generate(
     stops = _stop_tokens(model, stop_tokens)
 
     state, logits = run_prefill(model, config, state, ids, progress)
-    keys = sequence_keys(sampling, len(ids))
+    keys = sequence_keys(sampling, len(ids)) if keys is None else keys
     first = np.asarray(sample(logits, sampling, keys, state.length))
     output = _Output(model.tokenizer, config, len(ids), set(stops), stream)
     if not np.isfinite(np.asarray(logits)).all():
@@ -167,8 +169,7 @@ def _state_for(
     used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)
     needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
     if previous is None:
-        state = init_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
-        return beside_weights(state, model.params, model.config)
+        return new_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
     if config != previous.config:
         raise ValueError(f"the previous turn was decoded by {previous.config}; this one must be too")
     check_capacity(model.config, needed, previous.state.capacity)

@@ -1,5 +1,6 @@
 """Teacher-forced log-likelihoods of given text, through the same steps that generate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,32 +13,34 @@ from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.generate import Progress, run_prefill
 from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids
 from retro_jax.metrics import Metrics
-from retro_jax.sharding import beside_weights, under_mesh_of_weights
-from retro_jax.state import init_state
+from retro_jax.sharding import new_state, under_mesh_of_weights
 
 _teacher_force = jax.jit(teacher_force, static_argnames=("model", "config"), donate_argnames="state")
 
 
 @dataclass(frozen=True)
 class Score:
-    """The result of `score`.
+    """The result of `score`; E is the largest number of scored tokens of a text.
 
     Attributes:
-      nll: [B, T - prompt_tokens] float64, negative log-likelihood (natural log) of token prompt_tokens + i
-        given all tokens before it. The first one comes from the prefill, with full attention.
+      nll: [B, E] float64, negative log-likelihood (natural log) of token prompt_tokens + i given all tokens
+        before it; NaN beyond the end of a shorter text. The first one comes from the prefill, with full
+        attention.
+      hits: [B, E], whether that token was the most likely one; False beyond the end.
       metrics: of the decode steps; None if there was none.
     """
 
     nll: np.ndarray
+    hits: np.ndarray
     metrics: Metrics | None
 
 
 @under_mesh_of_weights
 def score(
     model: Model,
-    token_ids: np.ndarray,
+    token_ids: np.ndarray | Sequence[np.ndarray],
     config: DecodeConfig,
-    prompt_tokens: int,
+    prompt_tokens: int | Sequence[int],
     *,
     capacity: int | None = None,
     progress: Progress | None = None,
@@ -45,11 +48,14 @@ def score(
 ) -> Score:
     """How likely the model finds a text when it decodes along it: prompt densely, then step by step.
 
+    Under `jax.set_mesh` on its devices (see `sharding`).
+
     Args:
       model: from `load_model`.
-      token_ids: [T], or [B, T] for a batch of texts of equal length.
+      token_ids: [T], [B, T] for a batch of texts of equal length, or a list of [T] of any lengths.
       config: how to decode.
-      prompt_tokens: tokens at the beginning that are prefilled and not scored, 1..T-1.
+      prompt_tokens: tokens at the beginning that are prefilled and not scored, 1..T-1; one number for all
+        texts or one for each.
       capacity: tokens per sequence that the cache holds; None: just enough.
       progress: called as tokens are done.
       steps_per_call: decode steps of one compiled call.
@@ -60,33 +66,37 @@ def score(
       TypeError: token ids are not whole numbers.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Score up to there.
     """
-    ids = np.atleast_2d(check_token_ids(model.config, token_ids, "token_ids"))
-    if ids.ndim != 2:
-        raise ValueError(f"token_ids has shape {np.shape(token_ids)}; give [T] or [B, T]")
-    batch, total = ids.shape
-    if not 1 <= prompt_tokens < total:
-        raise ValueError(f"prompt_tokens {prompt_tokens} is not within 1..{total - 1} for {total} tokens")
+    rows, prompts = _rows(model, token_ids, prompt_tokens)
     if steps_per_call < 1:
         raise ValueError(f"steps_per_call {steps_per_call} must be at least 1")
-    capacity = check_capacity(model.config, total, capacity)
+    batch, lengths = len(rows), np.array([len(row) for row in rows])
+    capacity = check_capacity(model.config, int(lengths.max()), capacity)
 
-    state = beside_weights(init_state(model.config, config, batch, capacity), model.params, model.config)
-    state, logits = run_prefill(model, config, state, list(ids[:, :prompt_tokens]), progress)
-    nll = [np.asarray(negative_log_likelihood(logits, jnp.asarray(ids[:, prompt_tokens])))[:, None]]
+    state = new_state(model.config, config, batch, capacity)
+    heads = [row[:count] for row, count in zip(rows, prompts, strict=True)]
+    state, logits = run_prefill(model, config, state, heads, progress)
+    firsts = jnp.array([row[count] for row, count in zip(rows, prompts, strict=True)])
+    nll = [np.asarray(negative_log_likelihood(logits, firsts))[:, None]]
+    hits = [np.asarray(jnp.argmax(logits, axis=-1) == firsts)[:, None]]
     calls = []
+    scored = lengths - prompts
 
     def result() -> Score:
         joined = np.concatenate(nll, axis=1).astype(np.float64)
-        return Score(joined, Metrics.gather(calls) if calls else None)
+        inside = np.arange(joined.shape[1]) < scored[:, None]
+        metrics = Metrics.gather(calls) if calls else None
+        return Score(np.where(inside, joined, np.nan), np.concatenate(hits, axis=1) & inside, metrics)
 
     if not np.isfinite(np.asarray(logits)).all():
         raise NonFiniteLogits("the logits after the prompt are not finite", result())
-    steps = total - 1 - prompt_tokens
+    steps = int(scored.max()) - 1
     for begin in range(0, steps, steps_per_call):
         count = min(steps_per_call, steps - begin)
         window = np.zeros((batch, steps_per_call + 1), np.int32)
-        window[:, : count + 1] = ids[:, prompt_tokens + begin : prompt_tokens + begin + count + 1]
-        active = np.broadcast_to(np.arange(steps_per_call) < count, (batch, steps_per_call))
+        for line, row, prompt in zip(window, rows, prompts, strict=True):
+            known = row[prompt + begin : prompt + begin + count + 1]
+            line[: len(known)] = known
+        active = np.arange(steps_per_call) < np.clip(scored - 1 - begin, 0, count)[:, None]
         state, forced = _teacher_force(
             model.params, model.config, config, state, window[:, :-1], window[:, 1:], active
         )
@@ -95,11 +105,34 @@ def score(
             sequence, step = np.argwhere(~finite)[0]
             raise NonFiniteLogits(
                 f"the logits of sequence {sequence} are not finite after token "
-                f"{prompt_tokens + begin + step}",
+                f"{prompts[sequence] + begin + step}",
                 result(),
             )
         nll.append(np.asarray(forced.nll)[:, :count])
+        hits.append(np.asarray(forced.hits)[:, :count])
         calls.append(forced.metrics)
         if progress:
             progress("decode", begin + count, steps)
     return result()
+
+
+def _rows(
+    model: Model, token_ids: np.ndarray | Sequence[np.ndarray], prompt_tokens: int | Sequence[int]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The texts as rows of checked ids, and the number of prompt tokens of each."""
+    if isinstance(token_ids, list) and len({np.shape(row) for row in token_ids}) > 1:
+        rows = [check_token_ids(model.config, row, f"text {index}") for index, row in enumerate(token_ids)]
+    else:
+        rows = list(np.atleast_2d(check_token_ids(model.config, np.asarray(token_ids), "token_ids")))
+    if any(row.ndim != 1 for row in rows):
+        raise ValueError(
+            f"token_ids has shape {np.shape(token_ids)}; give [T], [B, T] or a list of [T] of any lengths"
+        )
+    given = np.atleast_1d(np.asarray(prompt_tokens, int))
+    if given.shape not in ((1,), (len(rows),)):
+        raise ValueError(f"prompt_tokens has {given.size} numbers for {len(rows)} texts; give one for each")
+    prompts = np.broadcast_to(given, (len(rows),))
+    for row, count in zip(rows, prompts, strict=True):
+        if not 1 <= count < len(row):
+            raise ValueError(f"prompt_tokens {count} is not within 1..{len(row) - 1} for {len(row)} tokens")
+    return rows, prompts

@@ -8,17 +8,18 @@ wherever there are several devices. `generate` and `score` do so by themselves.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
 from models.transformer import Params
-from retro_jax.state import DecodeState
+from retro_jax.config import DecodeConfig
+from retro_jax.state import DecodeState, init_state
 
 _COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
 _ROWS = {"wo", "w_down"}
@@ -48,20 +49,25 @@ def _params_spec(path: tuple) -> P:
     return P("model") if name in _CHANNELS else P()
 
 
-def make_mesh(data: int, model: int) -> Mesh:
+def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the first `data` x `model` devices, over whose axes XLA distributes the computation.
+
+    Args:
+      data: devices along the batch.
+      model: devices along the KV heads.
+      devices: to choose from; None: all devices of all hosts.
 
     Raises:
       ValueError: there are not so many devices.
     """
-    devices = jax.device_count()
-    if data < 1 or model < 1 or data * model > devices:
-        raise ValueError(f"{data} x {model} devices were asked for, {devices} are there")
-    chosen = jax.devices()[: data * model]
+    devices = jax.devices() if devices is None else devices
+    if data < 1 or model < 1 or data * model > len(devices):
+        raise ValueError(f"{data} x {model} devices were asked for, {len(devices)} are there")
+    chosen = devices[: data * model]
     return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto,) * 2, devices=chosen)
 
 
-def check_mesh(model: ModelConfig, mesh: Mesh, batch: int) -> None:
+def check_mesh(model: ModelConfig, mesh: Mesh | AbstractMesh, batch: int) -> None:
     """Raises ValueError if the mesh is not one of `make_mesh`, or does not divide batch, heads or widths."""
     if tuple(mesh.shape) != ("data", "model") or set(mesh.axis_types) != {AxisType.Auto}:
         types = tuple(map(str, mesh.axis_types))
@@ -99,20 +105,20 @@ def under_mesh_of_weights(function: Callable[..., Any]) -> Callable[..., Any]:
     return on_mesh
 
 
-def params_sharding(params: Params, mesh: Mesh) -> Params:
-    """Where each weight lies on a mesh: heads and hidden channels over `model`, the rest on every device."""
+def params_shardings(params: Params, mesh: Mesh | AbstractMesh) -> Params:
+    """How `shard_params` places each weight; `params` may be shapes only."""
     return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, _params_spec(path)), params)
 
 
-def state_sharding(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Where each part of a decode state lies on a mesh: sequences over `data`, KV heads over `model`."""
+def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeState:
+    """How `shard_state` places each array; `state` may be shapes only."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: NamedSharding(mesh, _STATE.get(_name(path), P("data"))), state
     )
 
 
 def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
-    """Weights placed on the mesh as by `params_sharding`.
+    """Weights placed on the mesh as by `params_shardings`.
 
     Raises:
       ValueError: see `check_mesh`.
@@ -123,20 +129,28 @@ def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
             f"vocab_size {model.vocab_size} does not divide over {mesh.shape['model']} devices of mesh axis "
             "'model'; use another mesh"
         )
-    return jax.device_put(params, params_sharding(params, mesh))
+    return jax.device_put(params, params_shardings(params, mesh))
 
 
 def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeState:
-    """A decode state placed on the mesh as by `state_sharding`.
+    """A decode state placed on the mesh as by `state_shardings`.
 
     Raises:
       ValueError: see `check_mesh`.
     """
     check_mesh(model, mesh, state.length.shape[0])
-    return jax.device_put(state, state_sharding(state, mesh))
+    return jax.device_put(state, state_shardings(state, mesh))
 
 
-def beside_weights(state: DecodeState, params: Params, model: ModelConfig) -> DecodeState:
-    """A decode state placed on the mesh of the weights, where they are spread over one."""
-    mesh = mesh_of(params)
-    return state if mesh.size == 1 else shard_state(state, model, mesh)
+def new_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> DecodeState:
+    """`init_state`; under `jax.set_mesh` on the mesh, without ever lying on one device as a whole.
+
+    Raises:
+      ValueError: see `init_state` and `check_mesh`.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.size == 1:
+        return init_state(model, config, batch, capacity)
+    check_mesh(model, mesh, batch)
+    make = functools.partial(init_state, model, config, batch, capacity)
+    return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh))()

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,3 +56,15 @@ def failure(command):
         return err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny random model with a tokenizer and a chat template, as a folder."""
+    source = Path(__file__).resolve().parent.parent / "models" / "golden" / "llama3.1-sharded"
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 2048
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -23,7 +23,9 @@ def test_help_explains_every_field(capsys):
     assert "serves only" not in text
 
 
-@pytest.mark.parametrize("name", ["generate", "score", "compare", "bench decode", "bench kernels"])
+@pytest.mark.parametrize(
+    "name", ["generate", "score", "compare", "bench decode", "bench kernels", "run smollm2-recall"]
+)
 def test_help_has_text_for_every_flag(capsys, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit):

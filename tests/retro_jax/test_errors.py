@@ -117,7 +117,8 @@ def test_a_next_turn():
 @pytest.mark.parametrize(
     ("tokens", "options", "error", "message"),
     (
-        (np.zeros((2, 3, 4), int), {}, ValueError, r"shape \(2, 3, 4\); give \[T\] or \[B, T\]"),
+        (np.zeros((2, 3, 4), int), {}, ValueError, r"shape \(2, 3, 4\); give \[T\], \[B, T\] or a list"),
+        (np.zeros((2, 20), int), {"prompt_tokens": (3, 4, 5)}, ValueError, "has 3 numbers for 2 texts"),
         (np.zeros(0, int), {}, ValueError, "token_ids is empty"),
         (np.zeros(20), {}, TypeError, "token_ids has dtype float64"),
         (np.full(20, 96), {}, ValueError, "token id 96, outside the vocabulary"),

@@ -156,3 +156,13 @@ def test_metrics_of_a_generation(model):
     np.testing.assert_array_equal(result.metrics.kv_bytes[:40, 0], vectors * 2 * 16 * 4)
     full = rj.generate(model, [[1, 2, 3]], FULL, 5, stop_tokens=[]).metrics.summary()
     assert full["exposure"] == [None] and full["pages_loaded"] == 0
+
+
+def test_a_sequence_with_its_own_key_samples_the_same_in_any_batch():
+    model, prompts = tiny(3), [row.tolist() for row in token_ids(3, 20)]
+    sampling = rj.Sampling(temperature=1.0)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.array([70, 71, 72]))
+    together = rj.generate(model, prompts, CONFIG, 12, sampling=sampling, keys=keys).tokens
+    backward = rj.generate(model, prompts[::-1], CONFIG, 12, sampling=sampling, keys=keys[::-1]).tokens
+    assert together == backward[::-1]
+    assert rj.generate(model, prompts, CONFIG, 12, sampling=sampling).tokens != together

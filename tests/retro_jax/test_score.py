@@ -82,3 +82,46 @@ def test_generation_stops_at_a_non_finite_logit_with_the_tokens_so_far():
         rj.generate(broken, [[1, 2, 3]], config, 12, steps_per_call=3)
     done = error.value.partial.tokens[0]
     assert done == clean.tokens[0][: len(done)] and len(done) == 5
+
+
+def test_texts_of_different_lengths_score_as_alone():
+    model, tokens = tiny(3), token_ids(3, 60)
+    config = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, window=3, prefill_chunk=16)
+    rows, prompts = [tokens[0, :50], tokens[1, :33], tokens[2, :41]], (20, 29, 40)
+    result = rj.score(model, rows, config, prompt_tokens=prompts, steps_per_call=8)
+    assert result.nll.shape == result.hits.shape == (3, 30)
+    for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        alone = rj.score(model, row, config, prompt_tokens=prompt)
+        count = len(row) - prompt
+        np.testing.assert_allclose(result.nll[index, :count], alone.nll[0], atol=ATOL)
+        np.testing.assert_array_equal(result.hits[index, :count], alone.hits[0])
+        assert np.isnan(result.nll[index, count:]).all() and not result.hits[index, count:].any()
+
+
+def test_hits_are_the_tokens_that_greedy_decoding_would_choose():
+    model, config = tiny(3), rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1)
+    prompt = token_ids(1, 40)[0]
+    chosen = np.array(rj.generate(model, [prompt], config, 12).tokens[0], np.int32)
+    assert rj.score(model, np.concatenate([prompt, chosen]), config, prompt_tokens=40).hits.all()
+    chosen[5] = (chosen[5] + 1) % 96
+    hits = rj.score(model, np.concatenate([prompt, chosen]), config, prompt_tokens=40).hits[0]
+    assert hits[:5].all() and not hits[5]
+
+
+def test_under_a_mesh():
+    model, tokens = tiny(3), token_ids(4, 50)
+    config = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, prefill_chunk=16)
+    prompts = [row[: 20 + 3 * index] for index, row in enumerate(tokens)]
+    expected = rj.score(model, tokens, config, prompt_tokens=21).nll
+    generated = rj.generate(model, prompts, config, 8).tokens
+    mesh = rj.make_mesh(2, 2)
+    with jax.set_mesh(mesh):
+        sharded = rj.Model(model.config, rj.shard_params(model.params, model.config, mesh), None)
+        np.testing.assert_allclose(
+            rj.score(sharded, tokens, config, prompt_tokens=21).nll, expected, atol=ATOL
+        )
+        result = rj.generate(sharded, prompts, config, 8)
+        assert result.tokens == generated
+        assert len(result.state.layers[0].pages.sharding.device_set) == 4
+        with pytest.raises(ValueError, match="batch 3 does not divide over"):
+            rj.score(sharded, tokens[:3], config, prompt_tokens=21)

@@ -1,0 +1,14 @@
+"""LongGenBench with Llama-3.1-8B-Instruct on one device of 80 GB: GSM8K, MMLU and CommonsenseQA.
+
+The paper has n = 15, 30 and 45: pass `--task.n`.
+"""
+
+from experiments.run_config import RunConfig
+from experiments.tasks.longgenbench import READ, LongGenBench
+
+CONFIGS = {
+    f"llama3.1-8b-longgenbench-{source}": RunConfig(
+        model="meta-llama/Llama-3.1-8B-Instruct", task=LongGenBench(source), limit=40, batch=8
+    )
+    for source in READ
+}

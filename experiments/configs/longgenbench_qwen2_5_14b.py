@@ -1,0 +1,14 @@
+"""LongGenBench with Qwen2.5-14B-Instruct on one device of 80 GB: GSM8K, MMLU and CommonsenseQA.
+
+The paper has n = 15, 30 and 45: pass `--task.n`.
+"""
+
+from experiments.run_config import RunConfig
+from experiments.tasks.longgenbench import READ, LongGenBench
+
+CONFIGS = {
+    f"qwen2.5-14b-longgenbench-{source}": RunConfig(
+        model="Qwen/Qwen2.5-14B-Instruct", task=LongGenBench(source), limit=40, batch=4
+    )
+    for source in READ
+}

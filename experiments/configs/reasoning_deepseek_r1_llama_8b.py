@@ -1,0 +1,22 @@
+"""AIME 2024, GPQA-Diamond and LiveCodeBench v5 with DeepSeek-R1-Distill-Llama-8B on one device of 80 GB.
+
+Temperature and top-p are those that the model's authors recommend. LiveCodeBench runs programs that the model
+writes only with `--task.execute`.
+"""
+
+from experiments.flags import SamplingFlags
+from experiments.run_config import RunConfig
+from experiments.tasks.aime24 import AIME24
+from experiments.tasks.gpqa import GPQA
+from experiments.tasks.livecodebench import LiveCodeBench
+
+CONFIGS = {
+    f"deepseek-r1-llama-8b-{name}": RunConfig(
+        model="deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        task=task,
+        sampling=SamplingFlags(temperature=0.6, top_p=0.95),
+        samples=4,
+        batch=8,
+    )
+    for name, task in (("aime24", AIME24()), ("gpqa", GPQA()), ("livecodebench", LiveCodeBench()))
+}

@@ -1,0 +1,36 @@
+"""Runs of SmolLM2-135M that a CPU can do: books, recall, needles, and LongGenBench's form end to end."""
+
+from experiments.run_config import CommonFlags, RunConfig
+from experiments.tasks.longgenbench import LongGenBench
+from experiments.tasks.needles import Needles
+from experiments.tasks.pg19 import PG19
+from experiments.tasks.recall import Recall
+
+MODEL = "smollm2-135m"
+BUDGETS = (128, 256, 512, 0.15)
+DECODE = CommonFlags(budget_floor=64)
+
+CONFIGS = {
+    "smollm2-pg19": RunConfig(
+        model=MODEL, task=PG19(), windows=(2, 4, 8), budgets=BUDGETS, decode=DECODE, batch=2, dtype="float32"
+    ),
+    "smollm2-recall": RunConfig(
+        model=MODEL,
+        task=Recall(pairs=60, questions=30, count=20),
+        windows=(2, 4, 8),
+        budgets=(128, 256, 512),
+        batch=4,
+        dtype="float32",
+    ),
+    "smollm2-needles": RunConfig(
+        model=MODEL, task=Needles(words=600), budgets=(128, 256, 512), batch=4, dtype="float32"
+    ),
+    "smollm2-longgenbench": RunConfig(
+        model=MODEL,
+        task=LongGenBench(n=4, shots=2, tokens_per_answer=96),
+        budgets=(256,),
+        limit=10,
+        batch=2,
+        dtype="float32",
+    ),
+}

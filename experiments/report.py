@@ -1,0 +1,131 @@
+"""The command `report`: one page of tables and plots from the folders of runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from experiments.flags import Flag, Output
+from experiments.report_data import Measured, bootstrap, difference, quest_of, read_run, run_values
+from experiments.report_plots import (
+    budget_plot,
+    excess_plot,
+    exposure_plot,
+    latency_plot,
+    position_plot,
+    questions_groups,
+    questions_plot,
+)
+from experiments.results import print_json, write_bytes
+from experiments.tables import markdown
+from experiments.tasks import TASKS
+
+PLOTS = {
+    "position": (position_plot, "Score by position in the reply"),
+    "excess": (excess_plot, "Excess NLL by position"),
+    "budget": (budget_plot, "By budget"),
+    "exposure": (exposure_plot, "Exposure"),
+    "latency": (latency_plot, "Time of a step"),
+}
+
+
+@dataclass(kw_only=True)
+class Report(Output):
+    """Make one Markdown page with tables and plots from the folders of one or more runs.
+
+    Unfinished runs are shown as far as they are. Intervals are 95% bootstrap intervals over examples;
+    differences are taken on the same examples.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    out: Path
+    """The page, a .md file; its pictures go beside it, named after it."""
+    overwrite: Flag[bool] = False
+    """Replace the page and its pictures if they are there."""
+
+    def run(self) -> None:
+        """Reads the folders and writes the page."""
+        if self.out.suffix != ".md":
+            raise ValueError(f"--out {self.out} is no Markdown page; name it *.md")
+        if not self.folders:
+            raise ValueError("name at least one folder of a run")
+        if self.out.exists() and not self.overwrite:
+            raise ValueError(f"{self.out} exists; choose another --out, or pass --overwrite")
+        runs = [read_run(path) for path in self.folders]
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        page, pictures = make_page(runs, self.out.stem)
+        for name, contents in pictures.items():
+            write_bytes(self.out.parent / name, contents)
+        write_bytes(self.out, page.encode())
+        if self.json:
+            print_json({"page": str(self.out), "runs": [run_values(run) for run in runs]})
+        else:
+            print(page)
+
+
+def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes]]:
+    """The page, and its pictures by file name."""
+    parts = [
+        "# Results",
+        "In brackets: 95% bootstrap intervals over examples. Differences are taken on the same examples. "
+        "*Exposure*: pages that a query has attended to in the end over those of its own step. *KV MB/step*: "
+        "keys, values and page statistics that a step reads for a sequence.",
+    ]
+    pictures = {}
+    if across := questions_plot(runs):
+        pictures[f"{stem}-questions.png"] = across
+        parts += ["## By number of questions", f"![]({stem}-questions.png)"]
+        parts += [_questions_table(group) for group in questions_groups(runs)]
+    for number, run in enumerate(runs, 1):
+        parts += [f"## {run.title}", _about(run), _table(run)]
+        for name, (plot, title) in PLOTS.items():
+            if contents := plot(run):
+                file = f"{stem}-{number}-{name}.png"
+                pictures[file] = contents
+                parts.append(f"![{title}]({file})")
+    return "\n\n".join(parts) + "\n", pictures
+
+
+def _about(run: Measured) -> str:
+    config, made = run.config, run.provenance
+    task = ", ".join(f"{key} {value}" for key, value in config["task"].items() if key != "name")
+    versions = made.get("versions", {})
+    return (
+        f"{config['model']}, task {config['task']['name']} ({task}); {len(run.lines)} results of "
+        f"{len({line['example'] for line in run.lines})} examples. Seed {config['sampling']['seed']}, commit "
+        f"{made.get('commit')}, {made.get('device')}, jax {versions.get('jax')}."
+    )
+
+
+def _table(run: Measured) -> str:
+    metric = TASKS[run.config["task"]["name"]].metric
+    header = ["method", "examples", metric, "- full", "- Quest, same budget", "exposure", "KV MB/step"]
+    body = []
+    for method in run.methods:
+        values, quest = run.by_example(method), quest_of(run, method)
+        full = difference(run, method, "full") if method != "full" else None
+        less = difference(run, method, quest) if quest else None
+        exposure = run.exposure(method)
+        body.append(
+            [
+                method,
+                str(len(values)),
+                bootstrap(list(values.values())).text() if values else "not scored",
+                full.text() if full else "",
+                less.text() if less else "",
+                f"{exposure[-1]:.2f}" if exposure else "",
+                f"{run.mean(method, 'kv_bytes') / 1e6:.2f}",
+            ]
+        )
+    return markdown(header, body)
+
+
+def _questions_table(group: Sequence[Measured]) -> str:
+    header = [group[0].config["task"]["source"], *(f"n = {run.config['task']['n']}" for run in group)]
+    body = []
+    for method in group[0].methods:
+        cells = [list(run.by_example(method).values()) for run in group]
+        body.append([method, *(bootstrap(values).text() if values else "" for values in cells)])
+    return markdown(header, body)

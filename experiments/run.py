@@ -1,0 +1,192 @@
+"""The command `run`: a named configuration, with any field changed, through to its results."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Union
+
+import jax
+import tyro
+
+from experiments.configs import CONFIGS
+from experiments.flags import Flag, NoPrefix, Output
+from experiments.progress import Progress, Rates
+from experiments.provenance import provenance
+from experiments.results import print_json
+from experiments.run_config import RunConfig, default_folder, digest
+from experiments.run_folder import RunFolder, check_folder
+from experiments.run_plan import check_memory, make_plan, plan_text, plan_values
+from experiments.run_work import Row, check_positions, decode_batch, encode, make_batches
+from experiments.tasks import describe
+from retro_jax import Model, load_model, make_mesh, shard_params
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+@dataclass(kw_only=True)
+class Run(Output):
+    """Run a named configuration; the same command continues where it was stopped, by whatever.
+
+    Each result is on the disk as soon as its batch is finished. SIGTERM ends the run after the batch.
+    """
+
+    config: Annotated[RunConfig, NoPrefix]
+    name: tyro.conf.Suppress[str]
+    out: Path | None = None
+    """Folder for the results; None: one under runs/ that is named after the configuration."""
+    dry_run: Flag[bool] = False
+    """Only print what would run, its memory and its cost; load, fetch and compile nothing."""
+    distributed: Flag[bool] = False
+    """Share the work among the hosts that JAX finds (a TPU pod, SLURM, ...), each on its own devices."""
+
+    def run(self) -> None:
+        """Runs what the folder does not have yet."""
+        self.config.check()
+        if self.distributed and not self.dry_run:
+            jax.distributed.initialize()  # before anything else asks for a device
+        plan = make_plan(self.config)
+        if self.dry_run:
+            if self.json:
+                print_json(plan_values(self.config, plan))
+            else:
+                print(plan_text(self.config, plan, self.config.configurations()))
+            return
+        examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
+        identity = {
+            "name": self.name,
+            "config": self.config.identity(),
+            "examples": digest([asdict(example) for example in examples]),
+        }
+        out = self.out or default_folder(self.name, identity)
+        check_folder(out, identity)
+        check_memory(plan)
+        with stop_on_sigterm() as stopping, _mesh(self.config):
+            model = _load(self.config)
+            rows = [
+                encode(model.tokenizer, example, sample)
+                for example in examples
+                for sample in range(self.config.samples)
+            ]
+            check_positions(model.config, rows)
+            with RunFolder(out, identity, jax.process_index()) as folder:
+                finished = work(self.config, model, rows, folder, digest(identity), stopping)
+        if not finished:
+            print(f"retro-jax: stopped by SIGTERM; the same command continues {out}", file=sys.stderr)
+            sys.exit(TERMINATED)
+        if self.json:
+            print_json({"folder": str(out), "results": len(folder.done())})
+        else:
+            print(
+                f"{len(folder.done())} results: {out}\nTables and plots: retro-jax report {out} --out page.md"
+            )
+
+
+def work(
+    config: RunConfig,
+    model: Model,
+    rows: list[Row],
+    folder: RunFolder,
+    code: str,
+    stopping: Callable[[], bool],
+) -> bool:
+    """Decodes every batch by every method that is not finished; returns whether it came to the end.
+
+    Args:
+      config: the run.
+      model: on the mesh, if there is one.
+      rows: all replies to be made.
+      folder: opened.
+      code: the run's digest, kept with each result.
+      stopping: asked before each batch.
+    """
+    configs, done = config.configurations(), folder.done()
+    jobs = [
+        (batch, label) for batch in make_batches(rows, config.batch) for label in configs
+    ]  # methods by turns, so that a run that is stopped can be compared
+    folder.note(f"provenance-{folder.process}.jsonl", {"config": code} | provenance())
+    for number, (batch, label) in enumerate(jobs):
+        missing = [
+            index for index, row in enumerate(batch) if (row.example.id, label, row.sample) not in done
+        ]
+        if not missing or number % jax.process_count() != jax.process_index():
+            continue
+        if stopping():
+            return False
+        with Progress(f"{number + 1}/{len(jobs)} {label}: ") as show:
+            rates, start = Rates(show), time.perf_counter()
+            results = decode_batch(
+                model, configs[label], config.task, batch, config.batch, config.sampling.sampling(), rates
+            )
+        folder.append(
+            [
+                {
+                    "example": batch[index].example.id,
+                    "method": label,
+                    "sample": batch[index].sample,
+                    "config": code,
+                    "seed": config.sampling.seed,
+                }
+                | results[index]
+                for index in missing
+            ]
+        )
+        timing = {"method": label, "batch": config.batch, "seconds": time.perf_counter() - start}
+        context = max(row["prompt_tokens"] + row["tokens"] / 2 for row in results)
+        rate = rates.per_second("decode")
+        folder.note(
+            f"timings-{folder.process}.jsonl", timing | {"context": context, "steps_per_second": rate}
+        )
+    return True
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM is only noted; yields what tells whether it came."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _mesh(config: RunConfig) -> contextlib.AbstractContextManager:
+    """The mesh that a run names, on this host's devices; nothing for one device of one host."""
+    if config.data_devices * config.model_devices == 1 and jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_mesh(config.data_devices, config.model_devices, jax.local_devices()))
+
+
+def _load(config: RunConfig) -> Model:
+    """The model, its weights on the current mesh: read into the host's memory first, for its size.
+
+    Raises:
+      ValueError: it has no tokenizer, or does not divide over the mesh.
+    """
+    mesh = jax.sharding.get_mesh()
+    host = contextlib.nullcontext() if mesh.empty else jax.default_device(jax.local_devices(backend="cpu")[0])
+    with Progress() as progress, host:
+        model = load_model(config.model, dtype=config.dtype, revision=config.revision, progress=progress)
+    if model.tokenizer is None:
+        raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
+    return model if mesh.empty else replace(model, params=shard_params(model.params, model.config, mesh))
+
+
+RunCommands = Union[  # noqa: UP007 (made from the registry)
+    tuple(
+        Annotated[
+            Run,
+            tyro.conf.subcommand(
+                name,
+                default=Run(config=config, name=name),
+                description=f"{describe(config.task)}, {config.model}",
+                prefix_name=False,
+            ),
+        ]
+        for name, config in CONFIGS.items()
+    )
+]

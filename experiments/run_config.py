@@ -1,0 +1,136 @@
+"""What a run is: a model, a task, and the methods that are compared on it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.flags import ConfigFlags, Hidden, NoPrefix, SamplingFlags
+from experiments.tasks import TASKS, AnyTask
+from retro_jax import DecodeConfig
+from retro_jax.methods import METHODS
+
+
+@dataclass(frozen=True)
+class CommonFlags(ConfigFlags):
+    """What all methods of a run share; the hidden fields are what they differ in."""
+
+    method: Hidden[str] = "retro"
+    window: Hidden[int | None] = None
+    budget: Hidden[float] = 0.15
+    budget_tokens: Hidden[int | None] = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run, as a value: every field can be set on the command line.
+
+    The same value gives the same examples, batches and random draws, whatever was finished before.
+    """
+
+    model: str
+    """A preset ("smollm2-135m"), a Hugging Face hub id ("org/name") or folder, or a .gguf file."""
+    task: tyro.conf.AvoidSubcommands[AnyTask]
+    """What is asked; which kind of task it is belongs to the named config."""
+    methods: tuple[str, ...] = ("full", "quest", "retro")
+    """Methods to compare on the same examples."""
+    windows: tuple[int, ...] = (4,)
+    """Window sizes of the methods that revise past queries; each runs with every one."""
+    budgets: tuple[float, ...] = (0.15,)
+    """Budgets of the sparse methods: up to 1 a share of the context, above it tokens."""
+    decode: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
+    sampling: Annotated[SamplingFlags, NoPrefix] = field(default_factory=SamplingFlags)
+    samples: int = 1
+    """Replies to each example; more than one needs a temperature."""
+    limit: int | None = None
+    """Use only so many examples."""
+    batch: int = 1
+    """Sequences that are decoded together; the last batch is filled up with copies."""
+    data_devices: int = 1
+    """Devices of one host over which a batch is spread."""
+    model_devices: int = 1
+    """Devices of one host over which KV heads are spread."""
+    dtype: str | None = None
+    """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def check(self) -> None:
+        """Raises ValueError if a field is out of its range, or two contradict each other."""
+        for name in ("samples", "batch", "data_devices", "model_devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit {self.limit} is below 1; None uses every example")
+        for name in ("methods", "windows", "budgets"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name at least one")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"{self.samples} samples at temperature 0 would all be the same; set a temperature"
+            )
+        if self.batch % self.data_devices:
+            raise ValueError(f"batch {self.batch} does not divide over data_devices {self.data_devices}")
+        self.sampling.sampling()
+        self.configurations()
+        self.task.check()
+
+    def configurations(self) -> dict[str, DecodeConfig]:
+        """How to decode, by label: full once, other methods at each budget, with each window if they revise.
+
+        Raises:
+          ValueError: a method is unknown, or a configuration is not possible.
+        """
+        found = {}
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}")
+            method = METHODS[name]
+            if method.dense:
+                # Full attention has no sink pages to choose; 0 is within any budget.
+                found[name] = self.decode.config(method=name, sink_pages=0)
+                continue
+            for budget in self.budgets:
+                for window in self.windows if method.revises else (None,):
+                    label = f"{name}{'' if window is None else f'-w{window}'}-{budget:g}"
+                    found[label] = self.decode.config(method=name, window=window, **_budget(budget))
+        return found
+
+    @property
+    def task_name(self) -> str:
+        """The task's name in `TASKS`."""
+        return next(name for name, kind in TASKS.items() if kind is type(self.task))
+
+    def identity(self) -> dict:
+        """The values that make this run another than others, for JSON.
+
+        Where the data lies is not among them: a run keeps a digest of the examples made from it.
+        """
+        values = asdict(self)
+        values["task"] = {"name": self.task_name} | values["task"]
+        values["task"].pop("data", None)
+        for name in ("method", "window", "budget", "budget_tokens"):
+            del values["decode"][name]
+        return json.loads(json.dumps(values, default=str))
+
+
+def _budget(budget: float) -> dict:
+    if budget <= 1:
+        return {"budget": budget}
+    if budget != int(budget):
+        raise ValueError(f"budget {budget} is neither a share up to 1 nor a whole number of tokens")
+    return {"budget_tokens": int(budget)}
+
+
+def digest(value: Mapping | list) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def default_folder(name: str, identity: dict) -> Path:
+    """Where a run's results go unless told otherwise: under runs/, by the config's name and contents."""
+    return Path("runs") / f"{name}-{digest(identity)}"

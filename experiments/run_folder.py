@@ -1,0 +1,185 @@
+"""The folder of a run: its configuration, and results as JSON lines that survive any kill.
+
+    config.json           what the run is; written first, never changed
+    results-P.jsonl       by host P: one line per (example, method, sample), in the order of the work
+    timings-P.jsonl       by host P: one line per batch and method, wall time; for the latency plot
+    provenance-P.jsonl    by host P: one line per start
+
+A batch's lines are appended in one write and synced. A kill can leave a torn last line, which the next start
+cuts off and computes again; everything before it is whole.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from experiments.results import differences, finite, write_json
+
+CONFIG = "config.json"
+KEYS = ("example", "method", "sample")
+
+
+class RunFolder:
+    """A folder of results that only this process's host writes its own part of.
+
+    Args:
+      path: made if it is not there.
+      identity: what the run is, as JSON values.
+      process: this host's number.
+
+    Raises:
+      ValueError: the folder belongs to another run, or holds something else.
+    """
+
+    def __init__(self, path: Path, identity: dict, process: int = 0):
+        self.path, self.process = path, process
+        check_folder(path, identity)
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / CONFIG).exists():
+            write_json(path / CONFIG, identity)
+            _sync(path)
+
+    def __enter__(self) -> "RunFolder":
+        self._file = os.open(self._results, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._file)
+            raise ValueError(
+                f"another process is writing {self._results}; wait for it, or choose another --out"
+            ) from None
+        _cut_torn_line(self._results, self._file)
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self._file)
+
+    def done(self) -> set[tuple[str, str, int]]:
+        """What is finished, by any host: (example, method, sample)."""
+        return {tuple(line[key] for key in KEYS) for line in read_results(self.path)}
+
+    def append(self, lines: Sequence[dict]) -> None:
+        """Appends results and waits until they are on the disk.
+
+        Raises:
+          OSError: they could not be written; what was there before is as it was.
+        """
+        size = os.fstat(self._file).st_size
+        try:
+            _write(self._file, lines)
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, size)
+            raise OSError(
+                f"could not write results to {self._results} ({error.strerror}); what was finished before is "
+                "intact: free some space and run the same command again"
+            ) from error
+
+    def note(self, name: str, value: dict) -> None:
+        """Appends one line to another file of the folder, such as timings."""
+        file = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            _cut_torn_line(self.path / name, file)
+            _write(file, [value])
+        finally:
+            os.close(file)
+
+    @property
+    def _results(self) -> Path:
+        return self.path / f"results-{self.process}.jsonl"
+
+
+def check_folder(path: Path, identity: dict) -> None:
+    """Raises ValueError if the folder belongs to another run or holds something else, naming what differs."""
+    file = path / CONFIG
+    if file.exists():
+        different = differences(json.loads(file.read_text()), identity)
+        if different:
+            raise ValueError(f"{path} holds another run ({different}); choose another --out")
+    elif path.exists() and (
+        not path.is_dir() or any(".partial" not in found.name for found in path.iterdir())
+    ):
+        raise ValueError(f"{path} exists and is not a run's folder; choose another --out")
+
+
+def read_identity(path: Path) -> dict:
+    """What the run in a folder is.
+
+    Raises:
+      FileNotFoundError: the folder is not there or holds no run.
+    """
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is not a run's folder: it has no {CONFIG}")
+    return json.loads((path / CONFIG).read_text())
+
+
+def read_results(path: Path) -> list[dict]:
+    """The results of all hosts; a torn last line, which another host may be writing, is left out.
+
+    Raises:
+      ValueError: a line in the middle of a file is broken, or the same result is there twice.
+    """
+    found = read_lines(sorted(path.glob("results-*.jsonl")))
+    seen = set()
+    for line in found:
+        key = tuple(line[name] for name in KEYS)
+        if key in seen:
+            raise ValueError(
+                f"{path} has two results for {', '.join(map(str, key))}; were two folders mixed?"
+            )
+        seen.add(key)
+    return found
+
+
+def read_lines(files: Iterable[Path]) -> list[dict]:
+    """The JSON lines of files, without a torn last one.
+
+    Raises:
+      ValueError: another line is broken.
+    """
+    found = []
+    for file in files:
+        lines = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):
+            value = _value(line)
+            if value is None and number < len(lines) - 1:
+                raise ValueError(f"{file} line {number} is broken; move the file away, or restore it")
+            if value is not None:
+                found.append(value)
+    return found
+
+
+def _write(file: int, lines: Sequence[dict]) -> None:
+    data = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines).encode()
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _cut_torn_line(path: Path, file: int) -> None:
+    """Cuts off what follows the last whole line, and a last line that is no JSON (a crash of the machine)."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    last = data.rfind(b"\n", 0, end - 1) + 1 if end else 0
+    if end and _value(data[last : end - 1]) is None:
+        end = last
+    if end < len(data):
+        os.ftruncate(file, end)
+        os.fsync(file)
+
+
+def _value(line: bytes) -> dict | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _sync(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,190 @@
+"""A run's work: examples to token ids, ids to batches, batches through each method, results to lines.
+
+A result depends on the configuration alone, not on what was finished before: batches are made from all
+examples, a batch of which some rows are missing is decoded as a whole, and random draws follow the example
+and the sample.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from experiments.tasks import Asked, Example, Passage, Task
+from models import Model, Tokenizer
+from models.config import ModelConfig
+from retro_jax import DecodeConfig, Metrics, Sampling, generate, score
+
+CAPACITY_STEP = 256
+"""Cache capacities are multiples of this, so that batches of similar lengths share one compiled program."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One reply to be made.
+
+    Attributes:
+      example: what is asked.
+      sample: its number among the replies to the example.
+      prompt: token ids to read at once.
+      forced: token ids to decode along; empty if the reply is generated.
+      spans: [start, end) within `forced` of each answer.
+    """
+
+    example: Example
+    sample: int
+    prompt: tuple[int, ...]
+    forced: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the row may take."""
+        return len(self.prompt) + (len(self.forced) or self.example.max_new_tokens)
+
+
+def encode(tokenizer: Tokenizer, example: Example, sample: int = 0) -> Row:
+    """An example as token ids.
+
+    Raises:
+      ValueError: a passage is shorter than it should be.
+    """
+    if isinstance(example, Passage):
+        ids = tokenizer.encode(example.prompt)
+        wanted = example.prompt_tokens + example.max_new_tokens
+        if len(ids) < wanted:
+            raise ValueError(f"{example.id} has {len(ids)} tokens, fewer than task.tokens {wanted}; lower it")
+        return Row(
+            example, sample, tuple(ids[: example.prompt_tokens]), tuple(ids[example.prompt_tokens : wanted])
+        )
+    if example.chat and tokenizer.chat_template is not None:
+        text = tokenizer.chat([{"role": "user", "content": example.prompt}]) + example.reply
+        prompt = tokenizer.encode(text, add_bos=False)
+    else:
+        prompt = tokenizer.encode(example.prompt + example.reply)
+    forced, spans = [], []
+    if isinstance(example, Asked):
+        for cue, answer in zip(example.cues, example.answers, strict=True):
+            forced += tokenizer.encode(cue, add_bos=False)
+            start = len(forced)
+            forced += tokenizer.encode(answer, add_bos=False)
+            spans.append((start, len(forced)))
+    return Row(example, sample, tuple(prompt), tuple(forced), tuple(spans))
+
+
+def make_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
+    """Rows of similar length together, the longest first, so that too little memory shows at once."""
+    ordered = sorted(rows, key=lambda row: (-row.tokens, row.example.id, row.sample))
+    return [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+
+def check_positions(model: ModelConfig, rows: Sequence[Row]) -> None:
+    """Raises ValueError if an example does not fit the model's positions."""
+    longest = max(rows, key=lambda row: row.tokens)
+    if longest.tokens > model.max_positions:
+        raise ValueError(
+            f"{longest.example.id} takes {longest.tokens} positions (prompt {len(longest.prompt)}), "
+            f"{model.name} has {model.max_positions}; make the task's examples or replies shorter"
+        )
+
+
+def capacity_for(model: ModelConfig, tokens: int) -> int:
+    """Tokens that the cache of a batch holds whose longest row takes `tokens`."""
+    return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, model.max_positions)
+
+
+def decode_batch(
+    model: Model,
+    config: DecodeConfig,
+    task: Task,
+    batch: Sequence[Row],
+    size: int,
+    sampling: Sampling,
+    progress,
+) -> list[dict]:
+    """Decodes a batch by one method; returns a result per row.
+
+    Args:
+      model: the model, its weights on the mesh if there is one.
+      config: how to decode.
+      task: grades what was generated.
+      batch: rows of one kind, all forced or all generated.
+      size: sequences to decode; the batch is filled up with copies of its last row.
+      sampling: how tokens are chosen.
+      progress: as `Progress`.
+    """
+    filled = [*batch, *[batch[-1]] * (size - len(batch))]
+    capacity = capacity_for(model.config, max(row.tokens for row in batch))
+    results = _force if batch[0].forced else _generate
+    found = results(model, config, task, filled, capacity, sampling, progress)
+    return [{"prompt_tokens": len(row.prompt)} | result for row, result in zip(batch, found, strict=False)]
+
+
+def _generate(model, config, task, rows, capacity, sampling, progress) -> list[dict]:
+    made = generate(
+        model,
+        [row.prompt for row in rows],
+        config,
+        max(row.example.max_new_tokens for row in rows),
+        sampling=sampling,
+        keys=_keys(sampling, rows),
+        capacity=capacity,
+        progress=progress,
+    )
+    results = []
+    for index, row in enumerate(rows):
+        tokens = made.tokens[index][: row.example.max_new_tokens]
+        finished = made.finished[index] and len(tokens) == len(made.tokens[index])
+        text = model.tokenizer.decode(tokens[:-1] if finished else tokens)
+        scores = task.grade(row.example, text)
+        results.append(
+            {"scores": scores, "tokens": len(tokens), "finished": finished, "text": text}
+            | _loaded(made.metrics, index)
+        )
+    return results
+
+
+def _force(model, config, task, rows, capacity, sampling, progress) -> list[dict]:
+    measured = score(
+        model,
+        [np.array(row.prompt + row.forced, np.int32) for row in rows],
+        config,
+        prompt_tokens=[len(row.prompt) for row in rows],
+        capacity=capacity,
+        progress=progress,
+    )
+    results = []
+    for index, row in enumerate(rows):
+        nll, hits = measured.nll[index, : len(row.forced)], measured.hits[index]
+        if row.spans:
+            result = {
+                "scores": [float(hits[start:end].all()) for start, end in row.spans],
+                "nll": [round(float(nll[start:end].mean()), 6) for start, end in row.spans],
+            }
+        else:
+            result = {"nll": [round(float(value), 6) for value in nll]}
+        results.append(result | {"tokens": len(row.forced)} | _loaded(measured.metrics, index))
+    return results
+
+
+def _keys(sampling: Sampling, rows: Sequence[Row]) -> jax.Array:
+    fold = jax.vmap(jax.random.fold_in)
+    names = np.array([zlib.crc32(row.example.id.encode()) for row in rows], np.uint32)
+    root = jax.random.key(sampling.seed)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, names)
+    return fold(keys, np.array([row.sample for row in rows], np.uint32))
+
+
+def _loaded(metrics: Metrics | None, index: int) -> dict:
+    """What the decode steps of one sequence loaded; nothing if there was none."""
+    if metrics is None:
+        return {}
+    own = Metrics(
+        *(
+            getattr(metrics, name)[:, index : index + 1]
+            for name in ("pages_attended", "pages_loaded", "kv_bytes")
+        )
+    )
+    return {key: value for key, value in own.summary().items() if key != "steps"}

@@ -1,0 +1,132 @@
+"""What a task is: examples to decode, and how a decoded text is graded."""
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A prompt to continue freely; the task grades the text.
+
+    Attributes:
+      id: unique within the task, and the same in every run with the same seed.
+      prompt: the user's message, or plain text.
+      answers: what is right, by position in the reply.
+      max_new_tokens: the reply's limit.
+      chat: put the prompt into the model's chat template, where it has one.
+      reply: how the reply begins; given to the model, not generated, and not part of what is graded.
+    """
+
+    id: str
+    prompt: str
+    answers: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+    chat: bool = False
+    reply: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Example):
+    """Decoded along: after the prompt each cue and its answer, all given.
+
+    An answer is right when every token of it is the most likely one at its place. `max_new_tokens` is unused.
+
+    Attributes:
+      cues: text before each answer.
+    """
+
+    cues: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage(Example):
+    """A text to decode along, measured by the likelihood of its tokens.
+
+    Attributes:
+      prompt_tokens: tokens of `prompt` that are read at once; the `max_new_tokens` after them are scored.
+    """
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Nominal:
+    """What a task takes as published, for estimates where its data is not at hand.
+
+    Attributes:
+      examples: how many there are.
+      prompt_chars: of a typical prompt.
+      new_tokens: that one example may decode.
+    """
+
+    examples: int
+    prompt_chars: int
+    new_tokens: int
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A frozen dataclass whose fields say which examples are made; see `experiments.tasks.TASKS`.
+
+    Attributes:
+      metric: what a score means, for tables.
+      data: a local file or folder with the data; None: from the Hugging Face hub, or made by code.
+      local: whether `examples` reads nothing from the network.
+    """
+
+    metric: ClassVar[str]
+
+    @property
+    def local(self) -> bool:
+        """Whether `examples` reads nothing from the network."""
+
+    def check(self) -> None:
+        """Raises ValueError if a field is out of its range."""
+
+    def nominal(self) -> Nominal:
+        """What the task takes as published."""
+
+    def examples(self, seed: int, limit: int | None) -> list[Example]:
+        """The examples, at most `limit`, the same for the same fields and seed.
+
+        Raises:
+          FileNotFoundError: the data is not there.
+          OSError: the data cannot be fetched.
+          ValueError: the data has another form, or there is too little of it.
+        """
+
+    def grade(self, example: Example, text: str) -> list[float]:
+        """A score in 0..1 for each position of the reply; called for plain `Example`s only."""
+
+
+def check_at_least(task: Task, low: int, *names: str) -> None:
+    """Raises ValueError if one of these fields of a task is below `low`."""
+    for name in names:
+        if getattr(task, name) < low:
+            raise ValueError(f"task.{name} {getattr(task, name)} is below {low}")
+
+
+def check_one_of(task: Task, name: str, known: Sequence[str]) -> None:
+    """Raises ValueError if this field of a task is not one of the known values."""
+    if getattr(task, name) not in known:
+        raise ValueError(f"task.{name} {getattr(task, name)!r} is unknown; use one of {', '.join(known)}")
+
+
+def seeded(*parts: object) -> random.Random:
+    """A random generator for a purpose named by `parts`, the same on every machine."""
+    return random.Random(zlib.crc32(repr(parts).encode()))
+
+
+def describe(task: Task) -> str:
+    """The task's name and the fields that are not at their defaults, in one line."""
+    changed = [
+        f"{field.name} {getattr(task, field.name)}"
+        for field in fields(task)
+        if field.name != "data" and getattr(task, field.name) != field.default
+    ]
+    return " ".join([type(task).__name__.lower(), f"({', '.join(changed)})" if changed else ""]).strip()

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+
+from experiments.report import make_page
+from experiments.report_data import bootstrap, difference, read_run
+from experiments.run_config import RunConfig
+from experiments.run_folder import RunFolder
+from experiments.tasks.longgenbench import LongGenBench
+from experiments.tasks.pg19 import PG19
+
+METHODS = ("full", "quest-128", "quest-256", "retro-w4-128", "retro-w4-256")
+RIGHT = {"full": 0.9, "quest-128": 0.3, "quest-256": 0.5, "retro-w4-128": 0.4, "retro-w4-256": 0.6}
+
+
+def result(example, method, **values):
+    pages = 0 if method == "full" else int(method.rpartition("-")[2]) // 16
+    exposure = [1.0, 1.1, 1.2, 1.3] if "retro" in method else [1.0] if pages else [None]
+    loaded = {"pages_loaded": pages, "kv_bytes": 5e6, "exposure": exposure}
+    return {"example": example, "method": method, "sample": 0} | loaded | values
+
+
+def a_run(path, task, lines, name="named", note=True):
+    config = RunConfig(model="m", task=task, budgets=(128, 256))
+    with RunFolder(path, {"name": name, "config": config.identity(), "examples": "x"}) as folder:
+        folder.append(lines)
+        if note:
+            folder.note("timings-0.jsonl", {"method": "full", "context": 900, "steps_per_second": 20.0})
+            folder.note("timings-0.jsonl", {"method": "quest-128", "context": 900, "steps_per_second": None})
+            folder.note("provenance-0.jsonl", {"commit": "abc", "device": "cpu: c", "versions": {"jax": "9"}})
+    return path
+
+
+def scored(n, examples=12):
+    rng = np.random.default_rng(n)
+    lines = []
+    for index in range(examples):
+        easy = rng.random(n)
+        lines += [
+            result(f"e{index}", method, scores=(easy < share).astype(float).tolist(), text="")
+            for method, share in RIGHT.items()
+        ]
+    return lines
+
+
+def test_bootstrap():
+    values = np.random.default_rng(1).normal(2.0, 1.0, size=400)
+    found = bootstrap(values)
+    assert found.mean == pytest.approx(values.mean())
+    half = 1.96 * values.std(ddof=1) / 20
+    assert found.high - found.mean == pytest.approx(half, rel=0.1)
+    assert found.mean - found.low == pytest.approx(half, rel=0.1)
+    assert np.isnan(bootstrap([1.0]).low) and bootstrap([1.0]).text() == "1.000"
+    assert bootstrap([1.0, 1.0]).text(1) == "1.0 [1.0, 1.0]"
+
+
+def test_differences_are_paired(tmp_path):
+    lines = [
+        result(f"e{i}", method, scores=[float(i), float(i) + shift])
+        for i in range(9)
+        for method, shift in (("full", 1.0), ("quest-128", 0.0))
+    ]
+    lines.append(result("e9", "full", scores=[50.0, 0.0]))
+    run = read_run(a_run(tmp_path / "a", LongGenBench(n=2), lines))
+    found = difference(run, "quest-128", "full")
+    assert (found.mean, found.low, found.high) == (-0.5, -0.5, -0.5)  # e9 is not in both
+    assert run.by_example("full")["e9"] == 25.0
+
+
+def test_page(json_command, tmp_path):
+    folders = [a_run(tmp_path / f"n{n}", LongGenBench(n=n), scored(n)) for n in (6, 3)]
+    out = tmp_path / "pages" / "page.md"
+    values = json_command("report", *folders, "--out", out)
+    page = out.read_text()
+    kinds = ("position", "budget", "exposure", "latency")
+    names = {"page-questions.png", *(f"page-{i}-{kind}.png" for i in (1, 2) for kind in kinds)}
+    assert {file.name for file in out.parent.iterdir()} == {"page.md", *names}
+    assert all((out.parent / name).read_bytes()[:4] == b"\x89PNG" and f"({name})" in page for name in names)
+    assert "| gsm8k " in page and page.index("n = 3") < page.index("n = 6")
+    assert "commit abc, cpu: c, jax 9" in page
+    methods = values["runs"][0]["methods"]
+    assert list(methods) == list(METHODS)
+    assert methods["retro-w4-128"]["minus_quest"]["mean"] == pytest.approx(
+        methods["retro-w4-128"]["value"]["mean"] - methods["quest-128"]["value"]["mean"]
+    )
+    assert methods["retro-w4-128"]["minus_quest"]["mean"] > 0 > methods["retro-w4-128"]["minus_full"]["mean"]
+    assert methods["quest-128"]["minus_quest"] is None and methods["full"]["minus_full"] is None
+    assert methods["retro-w4-256"]["exposure"][-1] == pytest.approx(1.3)
+
+
+def test_likelihoods(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(3):
+        base = rng.normal(3, 1, size=600)
+        for number, method in enumerate(METHODS):
+            lines.append(result(f"b{index}", method, nll=(base + 0.1 * number).tolist()))
+    run = read_run(a_run(tmp_path / "a", PG19(prompt_tokens=100, tokens=700), lines, note=False))
+    page, pictures = make_page([run], "p")
+    assert set(pictures) == {"p-1-excess.png", "p-1-budget.png", "p-1-exposure.png"}
+    assert "0.300 [0.300, 0.300]" in page and "0.200 [0.200, 0.200]" in page  # less full, less Quest
+
+
+def test_a_run_without_scores_says_so(tmp_path):
+    lines = [result("e", method, scores=[], text="x") for method in METHODS]
+    page, pictures = make_page([read_run(a_run(tmp_path / "a", LongGenBench(n=2), lines))], "p")
+    assert page.count("not scored") == len(METHODS)
+    assert set(pictures) == {"p-1-exposure.png", "p-1-latency.png"}
+
+
+def test_refused(failure, tmp_path):
+    folder = a_run(tmp_path / "a", LongGenBench(n=2), scored(2, examples=2))
+    page = tmp_path / "page.md"
+    assert "is not a run's folder" in failure("report", tmp_path / "no", "--out", page)
+    assert "is no Markdown page" in failure("report", folder, "--out", tmp_path / "page.html")
+    page.write_text("mine")
+    assert "exists; choose another --out, or pass --overwrite" in failure("report", folder, "--out", page)
+    assert page.read_text() == "mine"
+    with RunFolder(tmp_path / "empty", {"name": "x"}):
+        pass
+    assert "has no results yet" in failure("report", tmp_path / "empty", "--out", tmp_path / "new.md")

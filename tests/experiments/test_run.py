@@ -1,0 +1,170 @@
+import json
+import os
+
+import numpy as np
+import pytest
+
+import experiments.run
+from experiments.configs import CONFIGS
+from experiments.run_config import RunConfig
+from experiments.run_plan import known_model, make_plan
+from experiments.run_work import Row, make_batches
+from experiments.tasks import Example
+from experiments.tasks.recall import Recall
+from tests.experiments import stand_in
+
+SMALL = ("--task.pairs", 8, "--task.questions", 3, "--task.count", 3, "--batch", 2, "--windows", 2)
+FAST = (*SMALL, "--budgets", 64, "--page-size", 8, "--dense-layers", 0)
+
+
+@pytest.fixture
+def arguments(tiny_folder, tmp_path):
+    return ("run", "smollm2-recall", "--model", tiny_folder, *FAST, "--out", tmp_path / "out")
+
+
+def lines(out, process=0):
+    return [json.loads(line) for line in (out / f"results-{process}.jsonl").read_text().splitlines()]
+
+
+def test_run_continues_where_it_stopped_with_the_same_bytes(json_command, arguments, tmp_path, monkeypatch):
+    assert json_command(*arguments)["results"] == 9
+    file = tmp_path / "out" / "results-0.jsonl"
+    whole = file.read_bytes()
+    found = lines(tmp_path / "out")
+    assert {line["method"] for line in found} == {"full", "quest-64", "retro-w2-64"}
+    assert all(len(line["scores"]) == 3 and line["config"] == found[0]["config"] for line in found)
+    by = {(line["example"], line["method"]): line for line in found}
+    assert by["recall-0000", "retro-w2-64"]["exposure"][1] > 1
+    assert by["recall-0000", "quest-64"]["pages_loaded"] == 8
+    assert by["recall-0000", "quest-64"]["nll"] != by["recall-0000", "retro-w2-64"]["nll"]
+    os.truncate(
+        file, len(b"".join(whole.splitlines(keepends=True)[:5])) + 7
+    )  # a torn line in the second batch
+    assert json_command(*arguments)["results"] == 9
+    assert file.read_bytes() == whole
+    monkeypatch.setattr(experiments.run, "decode_batch", None)  # nothing is left to decode
+    assert json_command(*arguments)["results"] == 9
+
+
+def test_samples_are_generated_by_seeds_of_their_own(json_command, arguments, tmp_path):
+    sampled = ("--task.no-forced", "--samples", 2, "--temperature", 1.0, "--methods", "quest")
+    json_command(*arguments, *sampled)
+    first = {(line["example"], line["sample"]): line for line in lines(tmp_path / "out")}
+    assert len(first) == 6 and len({line["text"] for line in first.values()}) == 6
+    json_command(*arguments[:-1], tmp_path / "other", *sampled, "--batch", 3)
+    second = {(line["example"], line["sample"]): line for line in lines(tmp_path / "other")}
+    assert {key: line["text"] for key, line in first.items()} == {
+        key: line["text"] for key, line in second.items()
+    }
+
+
+def test_a_mesh_gives_the_same_results(json_command, arguments, tmp_path):
+    json_command(*arguments, "--methods", "retro")
+    mesh = ("--data-devices", 2, "--model-devices", 2)
+    json_command(*arguments[:-1], tmp_path / "mesh", "--methods", "retro", *mesh)
+    for one, other in zip(lines(tmp_path / "out"), lines(tmp_path / "mesh"), strict=True):
+        assert (one["example"], one["scores"]) == (other["example"], other["scores"])
+        np.testing.assert_allclose(one["nll"], other["nll"], atol=1e-4)
+
+
+def test_hosts_share_the_work(json_command, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments.run, "decode_batch", stand_in.decode_batch)
+    json_command(*arguments)
+    whole = {(line["example"], line["method"], line["text"]) for line in lines(tmp_path / "out")}
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    parts = []
+    for process in (0, 1):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        json_command(*arguments[:-1], tmp_path / "shared")
+        found = lines(tmp_path / "shared", process)
+        parts.append({(line["example"], line["method"], line["text"]) for line in found})
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+    assert parts[0] | parts[1] == whole
+
+
+def test_another_config_is_refused(json_command, failure, arguments):
+    json_command(*arguments, "--limit", 1, "--methods", "full")
+    message = failure(*arguments, "--limit", 1, "--methods", "full", "--task.pairs", 9)
+    assert "holds another run" in message and "config.task.pairs 8, not 9" in message
+    assert "choose another --out" in message
+
+
+def test_a_folder_of_something_else_is_refused(failure, arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    assert "is not a run's folder" in failure(*arguments)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--methods", "best"), "method 'best' is unknown; use one of full, quest, retro"),
+        (("--budgets", 8), "budget_tokens 8 is below the 2 pages"),
+        (("--budgets", 100.5), "budget 100.5 is neither a share"),
+        (("--samples", 2), "2 samples at temperature 0"),
+        (("--limit", 0), "limit 0 is below 1"),
+        (("--batch", 3, "--data-devices", 2), "batch 3 does not divide over data_devices 2"),
+        (("--task.questions", 9), "task.questions 9 exceed the task.pairs 8"),
+        (("--task.pairs", 10**6), "1000000 codes were asked for"),
+        (("--task.pairs", 1000), "positions, "),
+        (("--model", "random:llama3.1-70b"), "weights and cache take"),
+        (("--model", "random:tiny"), "random:tiny has no tokenizer"),
+    ],
+)
+def test_refused_before_anything_is_written(failure, arguments, tmp_path, flags, message):
+    assert message in failure(*arguments, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_typo(capsys, arguments):
+    for wrong in (("run", "smollm2-recal"), (*arguments, "--task.pair", 3)):
+        with pytest.raises(SystemExit) as stop:
+            experiments.cli.main([str(argument) for argument in wrong])
+        assert stop.value.code == 2
+        assert "smollm2-recall" in (text := capsys.readouterr().err) or "--task.pairs" in text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dry_run(json_command, command, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = json_command("run", name, "--dry-run")
+    plan = values["plan"]
+    assert plan["examples"] > 0 and plan["steps"] == plan["batches"] * plan["new_tokens"] > 100
+    assert plan["weights"] > 2e8 and set(plan["caches"]) == set(values["methods"])
+    assert plan["weights"] + max(plan["caches"].values()) < 80e9  # of the device that the configs name
+    status, out, _ = command("run", name, "--dry-run")
+    assert status == 0 and all(label in out for label in values["methods"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_that_of_the_arrays():
+    config = RunConfig(model="random:tiny", task=Recall(pairs=4, questions=2, count=2), methods=("full",))
+    plan = make_plan(config)
+    tiny = known_model("random:tiny", None)
+    assert plan.caches["full"] == 4 * 2 * 16 * 2 * 256 * 4 + 4 * 2 + 4 * (
+        1 + 1 + 1
+    )  # pages, lengths, metrics
+    embeddings = 2 * 512 * 128
+    layer = 2 * 128 + 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 256
+    assert plan.weights == 4 * (embeddings + tiny.num_layers * layer + 128)
+
+
+def test_known_models():
+    assert known_model("meta-llama/Llama-3.1-8B-Instruct", None).num_layers == 32
+    assert known_model("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", None).vocab_size == 128256
+    assert known_model("Qwen/Qwen2.5-14B-Instruct", "float32").dtype == "float32"
+    assert known_model("nobody/knows-this", None) is None
+
+
+def test_batches_are_of_similar_lengths():
+    rows = [
+        Row(Example(id=f"{i:02}", prompt="", max_new_tokens=5), 0, (0,) * length)
+        for i, length in enumerate((3, 9, 1, 9, 4))
+    ]
+    assert [[row.example.id for row in batch] for batch in make_batches(rows, 2)] == [
+        ["01", "03"],
+        ["04", "00"],
+        ["02"],
+    ]
+    assert make_batches(rows[::-1], 2) == make_batches(rows, 2)

@@ -1,0 +1,367 @@
+import base64
+import json
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+from experiments.tasks import TASKS, Asked, Passage, Task
+from experiments.tasks.aime24 import AIME24
+from experiments.tasks.extraction import boxed, choice, number, plain_number, sections
+from experiments.tasks.gpqa import CHOICES, GPQA
+from experiments.tasks.livecodebench import LiveCodeBench, program, same_output
+from experiments.tasks.longbench import LongBench, f1, paragraph, rouge_l
+from experiments.tasks.longgenbench import LongGenBench
+from experiments.tasks.needles import Needles
+from experiments.tasks.pg19 import PG19
+from experiments.tasks.recall import Recall
+from experiments.tasks.sandbox import run_python
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not here")
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    def records(split, count):
+        return [
+            {
+                "question": f"What is {i} + 1000, {split}?",
+                "answer": f"Add.\n{i}+1000=<<{i}+1000={i}>>.\n#### 1,{i:03}",
+            }
+            for i in range(count)
+        ]
+
+    write_lines(tmp_path / "train.jsonl", records("train", 4))
+    write_lines(tmp_path / "test.jsonl", records("test", 7))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_keeps_the_protocol(name):
+    task = TASKS[name]()
+    assert isinstance(task, Task)
+    task.check()
+    nominal = task.nominal()
+    assert min(nominal.examples, nominal.prompt_chars, nominal.new_tokens) > 0
+    assert hash(task) == hash(TASKS[name]())
+    if task.local:
+        found = task.examples(0, None)
+        assert found == task.examples(0, None) and found[:1] == task.examples(0, 1)
+        assert len({example.id for example in found}) == len(found) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Answer_1:\n2+2=4\nAnswer_2: 5\n", ["2+2=4", "5"]),
+        ("**Answer 1:** a\n\n**Answer 2:** b", ["** a", "** b"]),
+        ("Sure!\n1. skipped\nAnswer_2: b", ["", "b"]),
+        ("Answer_1: a\nAnswer_1: other\nAnswer_2: b", ["a", "b"]),
+        ("Answer_2: b\nAnswer_1: a", ["a", "b"]),
+        ("Answer_1: a\nAnswer_2: b\nAnswer_3: c\nAnswer_1: z", ["a", "b"]),
+        ("Question_1: what?\nAnswer_1: a\nQuestion_2: why?\nAnswer_2: b", ["a", "b"]),
+        ("Question 1: so 3\nQuestion 2: so 4", ["so 3", "so 4"]),
+        ("### Answer_1: a ### Answer_2: b", ["a", "b"]),
+        ("answer 1) a\nANSWER 2) b", ["a", "b"]),
+        ("Answer_12: no", ["", ""]),
+        ("The answer is 1: but Answer_1: a", ["a", ""]),
+        ("", ["", ""]),
+    ],
+)
+def test_sections(text, expected):
+    assert sections(text, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("So 3 and 4. The answer is 7.", "7"),
+        ("The answer is 7. The answer is 8.", "7"),
+        ("The answer is: $1,234.50 in all", "1234.5"),
+        ("The answer is **42**", "42"),
+        ("3 x 5 = 15", "15"),
+        ("it is \\boxed{\\frac{1}{2}} no, \\boxed{ 073 }", "73"),
+        ("The final answer is x = -5.", "-5"),
+        ("10.00", "10"),
+        ("0", "0"),
+        ("no digits", None),
+    ],
+)
+def test_number(text, expected):
+    assert number(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is (B).", "B"),
+        ("The answer is C", "C"),
+        ("Answer: **D**", "D"),
+        ("(A) is wrong since... The answer is (B). (C) too.", "B"),
+        ("B", "B"),
+        ("C) because", "C"),
+        ("it must be (D), surely (D)", "D"),
+        ("(A) or (B)", None),
+        ("A dog is an animal", None),
+        ("\\boxed{\\text{(C)}} The answer is A", "C"),
+        ("The answer is Because", None),
+        ("", None),
+    ],
+)
+def test_choice(text, expected):
+    assert choice(text, "ABCD") == expected
+
+
+def test_boxed_braces_are_balanced():
+    assert boxed("a \\boxed{x^{2}+{1}} b") == "x^{2}+{1}"
+    assert boxed("\\boxed{1} \\boxed{2") == "1"
+    assert plain_number("007") == "7" and plain_number("-0.50") == "-0.5"
+
+
+def test_longgenbench(gsm8k):
+    task = LongGenBench(data=gsm8k, n=3, shots=2, tokens_per_answer=10)
+    examples = task.examples(0, None)
+    assert len(examples) == 2 and examples[0].max_new_tokens == 30 and examples[0].chat
+    assert len(set(examples[0].answers + examples[1].answers)) == 6
+    prompt = examples[0].prompt
+    assert "<<" not in prompt and prompt.count("Question_3:") == 1 and prompt.count("Answer_2:") == 1
+    assert "train?" in prompt.split("Now answer")[0] and "train?" not in prompt.split("Now answer")[1]
+    assert examples != task.examples(1, None)
+    first, _, third = examples[0].answers
+    reply = f"Answer_1: The answer is {first}.\nAnswer_3:\nso 1,{third[1:]}\nAnswer_4: The answer is 3."
+    assert task.grade(examples[0], reply) == [1.0, 0.0, 1.0]
+
+
+@needs_data
+@pytest.mark.parametrize("source", ["gsm8k", "mmlu", "commonsenseqa"])
+@pytest.mark.parametrize("n", [15, 45])
+def test_longgenbench_on_real_data(source, n):
+    task = LongGenBench(source, DATA / source, n=n)
+    examples = task.examples(0, 3)
+    for example in examples:
+        assert len(example.answers) == n and f"Question_{n}:" in example.prompt
+        form = "The answer is ({})." if source != "gsm8k" else "The answer is {}."
+        right = "\n".join(f"Answer_{i}: {form.format(a)}" for i, a in enumerate(example.answers, 1))
+        assert task.grade(example, right) == [1.0] * n
+        assert sum(task.grade(example, right.replace("Answer_2:", "Then:"))) == n - 1
+
+
+def test_recall_and_needles():
+    for task in (Recall(pairs=9, questions=4, count=2), Needles(words=80, needles=4, count=2)):
+        for example in task.examples(3, None):
+            assert isinstance(example, Asked) and len(example.cues) == len(example.answers) == 4
+            for cue, answer in zip(example.cues, example.answers, strict=True):
+                assert example.prompt.count(cue.strip(".\n") + answer + ".") == 1
+
+
+def test_recall_generated():
+    task = Recall(pairs=9, questions=3, count=1, forced=False)
+    (example,) = task.examples(0, None)
+    whole = " ".join(example.answers)
+    reply = whole.removeprefix(example.reply)
+    assert reply != whole and task.grade(example, reply) == [1.0, 1.0, 1.0]
+    assert task.grade(example, reply.replace(example.answers[1], "")) == [1.0, 0.0, 1.0]
+    wrong = example.answers[2][:-3] + ("00." if example.answers[2][-3:-1] != "00" else "11.")
+    assert task.grade(example, reply.replace(example.answers[2], wrong + "\n" + example.answers[2])) == [
+        1,
+        1,
+        0,
+    ]
+
+
+def test_needles_need_enough_text(tmp_path):
+    (tmp_path / "short.txt").write_text("One. Two. Three.")
+    with pytest.raises(ValueError, match=r"3 words, fewer than task\.words 80"):
+        Needles(data=tmp_path / "short.txt", words=80).examples(0, None)
+
+
+def test_pg19(tmp_path):
+    (tmp_path / "b.txt").write_text("word " * 1000)
+    (tmp_path / "a.txt").write_text("".join(f"w{i} " for i in range(1000)))
+    examples = PG19(data=tmp_path, prompt_tokens=4, tokens=12, excerpts=3).examples(0, None)
+    assert [example.id for example in examples] == ["a-0", "a-1", "a-2", "b-0", "b-1", "b-2"]
+    assert all(isinstance(example, Passage) and example.max_new_tokens == 8 for example in examples)
+    numbers = [[int(word[1:]) for word in example.prompt.split()[:-1]] for example in examples[:3]]
+    assert max(numbers[0]) < min(numbers[1]) and max(numbers[1]) < min(numbers[2])
+    (whole,) = PG19(data=tmp_path / "a.txt", prompt_tokens=4, tokens=12).examples(5, None)
+    assert whole.prompt.startswith("w0 w1 ")
+
+
+@needs_data
+def test_aime24_on_real_data():
+    task = AIME24(data=DATA / "aime24")
+    examples = task.examples(0, None)
+    assert len(examples) == 30 and all(0 <= int(example.answers[0]) <= 999 for example in examples)
+    answer = examples[0].answers[0]
+    assert task.grade(examples[0], f"<think>\\boxed{{1}}</think> So \\boxed{{{answer}}}.") == [1.0]
+    assert task.grade(examples[0], f"<think>\\boxed{{{answer}}}</think> So \\boxed{{1000}}.") == [0.0]
+
+
+def test_gpqa(tmp_path):
+    header = ("Record ID", "Question", *CHOICES)
+    rows = [header, *((f"r{i}", f'"Q, {i}?"', "right", "x", "y", "z") for i in range(12))]
+    (tmp_path / "gpqa_diamond.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    task = GPQA(data=tmp_path)
+    examples = task.examples(0, None)
+    assert len({example.answers for example in examples}) == 4  # every letter is right somewhere
+    for example in examples:
+        (letter,) = example.answers
+        assert f"({letter}) right" in example.prompt
+        assert task.grade(example, f"thus \\boxed{{{letter}}}") == [1.0]
+    assert [e.answers for e in examples] != [e.answers for e in task.examples(1, None)]
+
+
+def a_problem(**changes):
+    hidden = json.dumps([{"input": "4\n", "output": "8\n", "testtype": "stdin"}])
+    packed = base64.b64encode(zlib.compress(pickle.dumps(hidden))).decode()
+    return {
+        "question_id": "abc",
+        "question_content": "Double it.",
+        "public_test_cases": json.dumps([{"input": "3\n", "output": "6\n", "testtype": "stdin"}]),
+        "private_test_cases": packed,
+        "metadata": "{}",
+        "starter_code": "",
+    } | changes
+
+
+def reply(code):
+    return f"<think>```python\nwrong\n```</think>Here:\n```python\n{code}\n```"
+
+
+def test_livecodebench(tmp_path):
+    path = write_lines(tmp_path / "test5.jsonl", [a_problem()])
+    task = LiveCodeBench(data=path, execute=True, seconds=5)
+    (example,) = task.examples(0, None)
+    assert len(json.loads(example.answers[0])["cases"]) == 2
+    assert task.grade(example, reply("print(2 * int(input()))")) == [1.0]
+    assert task.grade(example, reply("print(6)")) == [0.0]  # fails the hidden test
+    assert task.grade(example, "no code") == [0.0]
+    assert LiveCodeBench(data=path).grade(example, reply("print(6)")) == []  # off by default
+
+
+def test_livecodebench_functions(tmp_path):
+    cases = json.dumps([{"input": "[1, 2]\n3", "output": "[3, 6]", "testtype": "functional"}])
+    record = a_problem(
+        public_test_cases=cases,
+        private_test_cases="[]",
+        metadata='{"func_name": "scale"}',
+        starter_code="class",
+    )
+    task = LiveCodeBench(data=write_lines(tmp_path / "x.jsonl", [record]), execute=True)
+    (example,) = task.examples(0, None)
+    good = "class Solution:\n  def scale(self, a, k):\n    print('noise')\n    return [k * x for x in a]"
+    assert task.grade(example, reply(good)) == [1.0]
+    assert task.grade(example, reply(good.replace("k * x", "x"))) == [0.0]
+
+
+def test_hidden_tests_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("ran",)
+
+    packed = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
+    path = write_lines(tmp_path / "x.jsonl", [a_problem(private_test_cases=packed)])
+    with pytest.raises(pickle.UnpicklingError, match="is no string"):
+        LiveCodeBench(data=path).examples(0, None)
+
+
+def test_programs_and_outputs():
+    assert program("```\na\n``` text ```py\nb\n```") == "b\n"
+    assert program("none") is None
+    assert same_output("1 2.0\n\n3\n", "1 2\n3") and not same_output("1 2", "1 3")
+    assert not same_output("1\n2", "1 2") and not same_output("x", "1")
+
+
+def test_sandbox(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    assert run_python("print(input() + '!')", "hi", 5, 1000) == "hi!\n"
+    assert run_python("import os; print(os.environ.get('SECRET'), os.listdir('.'))", "", 5, 1000) == (
+        "None ['program.py']\n"
+    )
+    assert run_python("raise SystemExit(3)", "", 5, 1000) is None
+    assert run_python("while True: pass", "", 0.5, 1000) is None
+    assert run_python("x = bytearray(10**9); print('got it')", "", 5, 500) is None
+    assert run_python("open('f', 'wb').write(b'x' * 10**8)", "", 5, 1000) is None
+    assert run_python("import sys; print(sys.flags.isolated, sys.argv)", "", 5, 1000).startswith("1 ['/")
+
+
+def test_longbench_metrics():
+    assert f1("The cat sat.", "a cat") == pytest.approx(2 / 3)  # cat sat, cat
+    assert f1("dog", "cat") == 0.0 and f1("", "cat") == 0.0
+    assert rouge_l("a b c d", "a c e") == pytest.approx(4 / 7)
+    assert rouge_l("x", "y") == 0.0
+    assert paragraph("Paragraph 3, not 4", "Paragraph 3") == 0.5
+    assert paragraph("none", "Paragraph 3") == 0.0
+
+
+def test_longbench(tmp_path):
+    record = {"input": "Who?", "context": "Text.", "answers": ["Ann Lee", "Ann"]}
+    path = write_lines(tmp_path / "qasper.jsonl", [record])
+    task = LongBench("qasper", data=path)
+    (example,) = task.examples(0, None)
+    assert example.prompt.startswith("Text.") and example.prompt.endswith("Who?")
+    assert task.grade(example, "Ann.") == [1.0]
+    with pytest.raises(ValueError, match=r"over task\.max_prompt_chars 9"):
+        LongBench("qasper", data=path, max_prompt_chars=9).examples(0, None)
+
+
+def test_longbench_from_the_hubs_archive(tmp_path, monkeypatch):
+    record = {"input": "", "context": "Text.", "answers": ["x"]}
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data/gov_report.jsonl", json.dumps(record) + "\n")
+    monkeypatch.setattr("experiments.tasks.longbench.fetch", lambda name, files: [tmp_path / files[0]])
+    (example,) = LongBench("gov_report").examples(0, None)
+    assert example.max_new_tokens == 512
+    with pytest.raises(ValueError, match=r"not a zip archive with data/qasper\.jsonl"):
+        LongBench("qasper").examples(0, None)
+
+
+@pytest.mark.parametrize(
+    ("contents", "error", "message"),
+    [
+        (None, FileNotFoundError, "no file that matches"),
+        ("{broken\n", ValueError, "test.jsonl line 1 is not JSON"),
+        ('{"question": "x"}\n', ValueError, "record 1 has no 'answer'"),
+        ('{"question": "x", "answer": "5"}\n', ValueError, "has no '####'; is this GSM8K"),
+        ("", ValueError, "has no records"),
+        ("\xff", ValueError, "is not UTF-8"),
+    ],
+)
+def test_wrong_data(gsm8k, contents, error, message):
+    (gsm8k / "test.jsonl").unlink()
+    if contents is not None:
+        (gsm8k / "test.jsonl").write_bytes(contents.encode("latin-1"))
+    with pytest.raises(error, match=message):
+        LongGenBench(data=gsm8k, n=1, shots=1).examples(0, None)
+
+
+def test_missing_data(tmp_path, gsm8k):
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*correct --task.data"):
+        LongGenBench(data=tmp_path / "no").examples(0, None)
+    with pytest.raises(ValueError, match=r"7 questions, fewer than the task\.n 8"):
+        LongGenBench(data=gsm8k, n=8).examples(0, None)
+    with pytest.raises(ValueError, match=r"not one of \.jsonl"):
+        AIME24(data=Path(__file__)).examples(0, None)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (LongGenBench("trivia"), "task.source 'trivia' is unknown; use one of gsm8k"),
+        (LongGenBench(n=0), "task.n 0 is below 1"),
+        (LongBench("trec"), "task.subset 'trec' is unknown"),
+        (PG19(tokens=9, prompt_tokens=9), "task.tokens 9 must exceed"),
+        (LiveCodeBench(seconds=0), "task.seconds 0 is below 1"),
+    ],
+)
+def test_fields_out_of_range(task, message):
+    with pytest.raises(ValueError, match=message):
+        task.check()
