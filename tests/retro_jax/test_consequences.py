@@ -208,7 +208,7 @@ def test_sharded_is_unsharded(method, mesh_shape):
     assert pages.sharding.shard_shape(pages.shape)[:2] == (4 // mesh_shape[0], 2 // mesh_shape[1])
 
 
-def test_a_model_on_a_mesh_generates_and_scores_there():
+def test_a_model_on_a_mesh_generates_there():
     model, ids = tiny(3), token_ids(2, 40)
     mesh = rj.make_mesh(2, 2)
     sharded = rj.Model(model.config, rj.shard_params(model.params, model.config, mesh), None)
@@ -218,8 +218,6 @@ def test_a_model_on_a_mesh_generates_and_scores_there():
     assert result.tokens == expected.tokens
     pages = result.state.layers[-1].pages
     assert pages.sharding.shard_shape(pages.shape)[:2] == (1, 1)
-    on_mesh, alone = (rj.score(each, ids, config, 20).nll for each in (sharded, model))
-    np.testing.assert_allclose(on_mesh, alone, atol=ATOL)
 
 
 @pytest.mark.parametrize("method", ("full", "retro"))
