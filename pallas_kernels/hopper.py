@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.operation import check_supported
+
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64)
@@ -24,20 +26,14 @@ LOG2E = math.log2(math.e)
 
 
 def check_support(operation: str, dtype: Any, head_dim: int, page_size: int) -> None:
-    """Refuses what no kernel here supports.
-
-    Raises:
-      NotImplementedError: naming the value and what is supported.
-    """
-    if dtype not in DTYPES:
-        names = ", ".join(jnp.dtype(d).name for d in DTYPES)
-        raise NotImplementedError(
-            f"{operation}: dtype {jnp.dtype(dtype).name} has no Mosaic GPU kernel ({names})"
-        )
-    if head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"{operation}: head_dim {head_dim} has no Mosaic GPU kernel {HEAD_DIMS}")
-    if page_size not in PAGE_SIZES:
-        raise NotImplementedError(f"{operation}: page_size {page_size} has no Mosaic GPU kernel {PAGE_SIZES}")
+    """Raises `NotImplementedError` for what no kernel here supports."""
+    check_supported(
+        operation,
+        "Mosaic GPU",
+        dtype=(dtype, DTYPES),
+        head_dim=(head_dim, HEAD_DIMS),
+        page_size=(page_size, PAGE_SIZES),
+    )
 
 
 def num_multiprocessors() -> int:

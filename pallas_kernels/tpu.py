@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.operation import check_supported
+
 DTYPES = (jnp.bfloat16, jnp.float32)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
@@ -88,20 +90,14 @@ def chip() -> Chip:
 
 
 def check_support(operation: str, dtype: Any, head_dim: int, page_size: int) -> None:
-    """Refuses what no kernel here supports.
-
-    Raises:
-      NotImplementedError: naming the value and what is supported.
-    """
-    if dtype not in DTYPES:
-        names = ", ".join(jnp.dtype(d).name for d in DTYPES)
-        raise NotImplementedError(
-            f"{operation}: dtype {jnp.dtype(dtype).name} has no Mosaic TPU kernel ({names})"
-        )
-    if head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"{operation}: head_dim {head_dim} has no Mosaic TPU kernel {HEAD_DIMS}")
-    if page_size not in PAGE_SIZES:
-        raise NotImplementedError(f"{operation}: page_size {page_size} has no Mosaic TPU kernel {PAGE_SIZES}")
+    """Raises `NotImplementedError` for what no kernel here supports."""
+    check_supported(
+        operation,
+        "Mosaic TPU",
+        dtype=(dtype, DTYPES),
+        head_dim=(head_dim, HEAD_DIMS),
+        page_size=(page_size, PAGE_SIZES),
+    )
 
 
 def check_memory(operation: str, chip: Chip, *, vmem: int, smem: int) -> None:
