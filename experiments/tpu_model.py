@@ -86,7 +86,7 @@ def weights(model: ModelConfig, chip: Chip, devices: int) -> Part:
     return Part("weights", 1, size // devices, 0, seconds, seconds, "memory")
 
 
-def attention(model, chip, page_size, context, pages, window, items, layers, dense) -> Part:
+def attention(model, chip, page_size, pages, window, items, layers, dense) -> Part:
     """Attention to `pages` pages per sequence and KV head; `items` of these on a core."""
     group = model.num_heads // model.num_kv_heads
     schedule = _schedule(chip.name, page_size, model.head_dim, group, window, dense)
@@ -156,13 +156,11 @@ def decode_step(
     update = Part("update", model.num_layers, 0, 0, 0.0, 2 * LATENCY, "latency")  # in, and back
     parts = [weights(model, chip, devices), update]
     if dense:
-        parts.append(attention(model, chip, config.page_size, context, pages, 1, items, dense, dense=True))
+        parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, dense=True))
     if sparse:
         selected = int(config.budget_pages(jnp.array([context]))[0])
         parts += [
             selection(model, chip, config.page_size, context, selected, batch, heads, sparse),
-            attention(
-                model, chip, config.page_size, context, selected, config.slots, items, sparse, dense=False
-            ),
+            attention(model, chip, config.page_size, selected, config.slots, items, sparse, dense=False),
         ]
     return parts

@@ -64,7 +64,7 @@ def generate(
     previous: Generation | None = None,
     steps_per_call: int = 16,
 ) -> Generation:
-    """Generate a continuation of every prompt; under `jax.set_mesh` on its devices (see `sharding`).
+    """Generate a continuation of every prompt, on the devices that the weights lie on (see `sharding`).
 
     Args:
       model: from `load_model`.

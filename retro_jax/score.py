@@ -48,7 +48,7 @@ def score(
 ) -> Score:
     """How likely the model finds a text when it decodes along it: prompt densely, then step by step.
 
-    Under `jax.set_mesh` on its devices (see `sharding`).
+    Runs on the devices that the weights lie on (see `sharding`).
 
     Args:
       model: from `load_model`.
