@@ -27,6 +27,9 @@ _CHANNELS = {"bq", "bk", "bv"}
 _STATE = {
     "pages": P("data", "model"),
     "statistics": P("data", "model"),
+    "values": P("data", "model"),
+    "scales": P("data", "model"),
+    "block_values": P("data", "model"),
     "last_loaded": P("data", "model"),
     "o": P("data", None, "model"),
     "lse": P("data", None, "model"),
