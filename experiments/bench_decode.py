@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from experiments.flags import Command, ConfigFlags, Hidden, NoPrefix
+from experiments.flags import Command, NoPrefix, common_flags
 from experiments.progress import Progress
 from experiments.provenance import cpus, provenance
 from experiments.results import finite, write_json
@@ -148,12 +148,7 @@ class Transformers:
         return json.loads(line)
 
 
-@dataclass(frozen=True)
-class BenchConfigFlags(ConfigFlags):
-    """What all contestants share; the hidden fields are what they differ in."""
-
-    method: Hidden[str] = "retro"
-    window: Hidden[int | None] = None
+CommonFlags = common_flags("method", "window")
 
 
 @dataclass(kw_only=True)
@@ -181,7 +176,7 @@ class BenchDecode(Command):
     """Of the random context."""
     out: Path | None = None
     """JSON file for the results; it must not exist."""
-    config: Annotated[BenchConfigFlags, NoPrefix] = field(default_factory=BenchConfigFlags)
+    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
 
     def run(self) -> None:
         """Runs all contestants and prints the table."""
