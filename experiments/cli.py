@@ -27,6 +27,7 @@ from experiments.flags import (
     TextCommand,
     common_flags,
 )
+from experiments.overlap import Overlap
 from experiments.plots import SWEPT, comparison_figure, sweep_figure
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
@@ -238,6 +239,7 @@ Commands = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Overlap, tyro.conf.subcommand("overlap")]
     | Annotated[
         Bench,
         tyro.conf.subcommand("bench", description="Measure speed: of decoding a model, or of its kernels."),

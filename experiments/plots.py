@@ -70,7 +70,7 @@ def comparison_figure(identity: dict, runs: Sequence[Run]) -> bytes:
         axes[0].legend(loc="best")
         _exposure_panel(axes[-1], [run for run in others if run.config.attention.scored], looks)
 
-    return _picture(len(panels) + 1, _title(identity, runs), draw)
+    return picture(len(panels) + 1, draw, _title(identity, runs))
 
 
 def sweep_figure(identity: dict, runs: Sequence[Run], setting: str) -> bytes | None:
@@ -122,7 +122,24 @@ def sweep_figure(identity: dict, runs: Sequence[Run], setting: str) -> bytes | N
         axes[0].set_ylabel(EXCESS)
         axes[0].legend(loc="best")
 
-    return _picture(len(panels), _title(identity, runs), draw)
+    return picture(len(panels), draw, _title(identity, runs))
+
+
+def picture(panels: int, draw: Callable[[Sequence[Axes]], None], title: str = "") -> bytes:
+    """A PNG file of so many panels, which `draw` fills."""
+    across = min(panels, PANELS)
+    down = -(-panels // across)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(4.4 * across, 6.4), 3.7 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for spare in axes[panels:]:
+            spare.remove()
+        draw(axes[:panels])
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        stream = BytesIO()
+        figure.savefig(stream, format="png", dpi=160)
+    return stream.getvalue()
 
 
 def _split(runs: Sequence[Run]) -> tuple[Run, list[Run]]:
@@ -141,22 +158,6 @@ def _panels(runs: Sequence[Run], apart: Sequence[Axis]) -> dict[str, list[Run]]:
 
 def _settings(run: Run, axes: Sequence[Axis]) -> str:
     return ", ".join(f"{axis.column} {axis.value(run.config)}" for axis in axes)
-
-
-def _picture(panels: int, title: str, draw: Callable[[Sequence[Axes]], None]) -> bytes:
-    """A PNG file of so many panels."""
-    across = min(panels, PANELS)
-    down = -(-panels // across)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(4.4 * across, 6.0), 3.7 * down), layout="constrained")
-        axes = figure.subplots(down, across, squeeze=False).ravel()
-        for spare in axes[panels:]:
-            spare.remove()
-        draw(axes[:panels])
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        stream = BytesIO()
-        figure.savefig(stream, format="png", dpi=160)
-    return stream.getvalue()
 
 
 def _share(panel: Axes, first: Axes) -> None:

@@ -1,14 +1,11 @@
 """The pictures of a report; each function returns a PNG file, or None where the runs do not show it."""
 
 from collections.abc import Callable, Sequence
-from io import BytesIO
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from experiments.plots import COLOURS, QUEST_COLOUR, STYLE
+from experiments.plots import COLOURS, QUEST_COLOUR, picture
 from experiments.report_data import Interval, Measured, bootstrap, by_bins, excess_by_position, same_json
 
 FULL_COLOUR = "#888888"
@@ -182,11 +179,8 @@ def _curve(
 
 
 def _picture(draw: Callable[[Axes], None]) -> bytes:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.legend(loc="best")
-        stream = BytesIO()
-        figure.savefig(stream, format="png", dpi=140)
-    return stream.getvalue()
+    def fill(axes: Sequence[Axes]) -> None:
+        draw(axes[0])
+        axes[0].legend(loc="best")
+
+    return picture(1, fill)

@@ -24,7 +24,7 @@ def test_help_explains_every_field(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["generate", "score", "compare", "bench decode", "bench kernels", "run smollm2-recall"]
+    "name", ["generate", "score", "compare", "overlap", "bench decode", "bench kernels", "run smollm2-recall"]
 )
 def test_help_has_text_for_every_flag(capsys, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
