@@ -13,6 +13,7 @@ from experiments.estimates import BLOCK, block_means, estimate, running_mean
 from experiments.results import Run
 from experiments.sweep import NAMES, Axis, columns, constants, label, order
 
+FULL_COLOUR = "#888888"
 QUEST_COLOUR = "#222222"
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's colours, told apart with every common kind of colour blindness; one per method and window;

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.plots import COLOURS, QUEST_COLOUR, picture
+from experiments.plots import COLOURS, FULL_COLOUR, QUEST_COLOUR, picture
 from experiments.report_data import Interval, Measured, bootstrap, by_bins, excess_by_position, same_json
 
-FULL_COLOUR = "#888888"
 BLOCK = 256
 """Tokens in a point of the curves of likelihood."""
 
