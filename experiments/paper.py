@@ -5,14 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from experiments.report_data import Interval, Measured, bootstrap, paired, quest_of
 from experiments.report_plots import questions_groups
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 PAPER_NOTE = (
-    f"{PAPER['paper']}, as read in {PAPER['read_in']}. Accuracies and their differences are in percent. "
-    "Model, task, number of questions, budget and window are the same; prompts, the choice of examples and "
-    "other settings may differ. The setting in which the paper measures exposure is not stated there."
+    f"{PAPER['paper']}, as read in {PAPER['read_in']}. Accuracies and their differences are in percent; "
+    "model, task, number of questions, budget and window are the paper's, while prompts, examples and other "
+    "settings may differ. Exposure stands beside that of any run, as the source does not say where it was "
+    "measured."
 )
 QUANTITIES = {"value": "accuracy", "minus_full": "less full", "minus_quest": "less Quest"}
 
@@ -60,18 +63,14 @@ def _values(run: Measured, method: str, quantity: str) -> list[float]:
 
 def _exposure_rows(run: Measured) -> list[dict]:
     """The exposure of the run's widest windows, after as many later steps as the paper tells."""
-    curves = {method: run.exposure(method) for method in run.methods}
-    widest = max(map(len, curves.values()), default=0)
+    curves = {method: run.matrix(method, "exposure") for method in run.methods}
+    widest = max(curve.shape[1] for curve in curves.values())
     return [
-        _row([run], method, f"exposure after {steps}", _exact(curve[int(steps)]), paper, "motivation")
+        _row([run], method, f"exposure after {steps}", bootstrap(curve[:, int(steps)]), paper, "motivation")
         for method, curve in curves.items()
         for steps, paper in PAPER["exposure"].items()
-        if int(steps) < len(curve) == widest
+        if int(steps) < curve.shape[1] == widest and not np.isnan(curve).any()
     ]
-
-
-def _exact(value: float) -> Interval:
-    return Interval(value, float("nan"), float("nan"))
 
 
 def _row(
