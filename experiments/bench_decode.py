@@ -232,10 +232,10 @@ class BenchDecode(Command):
         """
         if min(*self.contexts, self.batch, self.steps, self.rounds) < 1:
             raise ValueError("--contexts, --batch, --steps and --rounds must be 1 or more")
-        if self.out is not None and (self.out.exists() or self.out.suffix != ".json"):
-            raise ValueError(
-                f"{self.out} exists, and is not overwritten, or is not named *.json; choose another --out"
-            )
+        if self.out is not None and self.out.suffix != ".json":
+            raise ValueError(f"--out {self.out} is no JSON file; name it *.json")
+        if self.out is not None and self.out.exists():
+            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
         if self.reference and "full" not in self.methods:
             raise ValueError("--reference is compared with full attention; add full to --methods")
         configs = {}
