@@ -8,16 +8,7 @@ from jaxtyping import Float
 from experiments.compare import Row, rows
 from experiments.estimates import BLOCK, Estimate, estimate, position_bins
 from experiments.results import Run
-
-NAMES = {
-    "full": "full",
-    "quest": "Quest",
-    "retro": "Retro",
-    "streaming": "StreamingLLM",
-    "tova": "TOVA",
-    "h2o": "H2O",
-    "snapkv": "SnapKV",
-}
+from experiments.sweep import columns, constants, label
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -39,31 +30,21 @@ def number(value: Estimate, digits: int = 4) -> str:
     return f"{value.mean:.{digits}f} ± {value.error:.{digits}f}"
 
 
-def label(run: Run) -> str:
-    """Returns a run's method in words, without its window and sink pages."""
-    config = run.config
-    parts = [
-        "" if config.score == "bounds" else config.score,
-        "" if config.evict is None else f"{NAMES.get(config.evict, config.evict)} evicts",
-        "" if config.overwrite else "no overwriting",
-    ]
-    about = ", ".join(filter(None, parts))
-    return NAMES.get(config.method, config.method) + (f" ({about})" if about else "")
-
-
 def comparison_table(comparison: Sequence[Row], bins: Sequence[tuple[int, int]]) -> str:
     """Returns the table of one comparison: a row per run, full attention's log-likelihood first."""
+    varying = columns([row.run.config for row in comparison])
     header = [
-        "method", "w", "sink pages", "NLL", "excess NLL", *(f"{start}-{end - 1}" for start, end in bins),
-        "of Quest's", "exposure", "KV MB/step",
+        "method", "w", *(axis.column for axis in varying), "NLL", "excess NLL",
+        *(f"{start}-{end - 1}" for start, end in bins), "of Quest's", "exposure", "KV MB/step",
     ]  # fmt: skip
     body = []
     for row in comparison:
-        full = row.run.config.method == "full"
+        config = row.run.config
+        full = config.method == "full"
         body.append([
-            label(row.run),
-            "" if full else str(row.run.config.slots),
-            "" if full else str(row.run.config.sink_pages),
+            label(config),
+            "" if full else str(config.slots),
+            *("" if full else str(axis.value(config)) for axis in varying),
             f"{row.nll.mean:.4f}",
             "" if full else number(row.excess),
             *("" if full else number(part) for part in row.by_position),
@@ -78,18 +59,15 @@ def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> s
     """Returns the whole report of a comparison as Markdown: all texts together, then each text."""
     prompt, tokens, names = identity["prompt_tokens"], identity["tokens"], identity["texts"]
     bins = position_bins(prompt, tokens, bin_tokens)
-    config = dict(identity["config"])
-    if config["budget_tokens"] is not None:
-        del config["budget"], config["budget_floor"]  # not used then
-    settings = ", ".join(f"{key} {value}" for key, value in config.items() if value is not None)
+    settings = constants([run.config for run in runs]) | identity["config"]
+    told = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     parts = [
         f"# {identity['model']} ({identity['dtype']}), {', '.join(names)}",
         f"{tokens} tokens of each text: a prompt of {prompt}, then teacher-forced decoding. "
-        f"Settings: {settings}.",
+        f"Settings: {told}.",
         "Excess is negative log-likelihood (nats per token) over full attention on the same tokens, for the "
         "whole text and for ranges of positions; ± is one standard error, from the means of blocks of "
-        f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same sink pages, score "
-        "and eviction. "
+        f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same settings. "
         "*Exposure* is the pages that a query has attended to in the end over those of its own step. "
         "*KV MB/step* is what one step loads of keys, values and page statistics for one text.",
         comparison_table(rows(runs, bins, prompt), bins),
@@ -97,8 +75,8 @@ def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> s
     for row in rows(runs, bins, prompt):
         if not row.run.config.overwrite and row.quest_difference is not None:
             parts.append(
-                f"Without overwriting (w = {row.run.config.slots}, sink pages {row.run.config.sink_pages}) "
-                f"no token's value differs from Quest's by more than {row.quest_difference:.1e}."
+                f"In {row.run.name} no token's value differs from Quest's by more than "
+                f"{row.quest_difference:.1e}."
             )
     if len(names) > 1:
         for text, name in enumerate(names):

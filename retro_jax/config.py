@@ -34,9 +34,9 @@ class DecodeConfig:
     """Queries that one step serves, the newest included. None: the method's own, 4 for "retro" and 1
     for the others, which take no other."""
     budget: float = 0.15
-    """Share of the current context that a step may load per layer and KV head ..."""
+    """Share of the current context that a step may load per layer and KV head."""
     budget_floor: int = 256
-    """... but at least this many tokens."""
+    """Tokens that a step may load at least, where the budget is a share."""
     budget_tokens: int | None = None
     """A fixed number of tokens instead of the share and its floor."""
     page_size: int = 16
