@@ -10,6 +10,7 @@ CONFIGS = {
         task=LongBench(subset),
         methods=tuple(METHODS),
         batch=2,
+        device_gb=80,
     )
     for subset in ("hotpotqa", "qasper", "passage_retrieval_en")
 }

@@ -14,6 +14,7 @@ CONFIGS = {
         methods=tuple(METHODS),
         limit=40,
         batch=4,
+        device_gb=80,
     )
     for source in READ
 }

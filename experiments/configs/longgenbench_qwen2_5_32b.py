@@ -15,6 +15,7 @@ CONFIGS = {
         limit=40,
         batch=4,
         model_devices=2,
+        device_gb=80,
     )
     for source in READ
 }

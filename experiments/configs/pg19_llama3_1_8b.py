@@ -10,5 +10,6 @@ CONFIGS = {
         methods=("full", "quest", "retro", "streaming", "tova"),
         windows=(2, 4, 8),
         batch=4,
+        device_gb=80,
     )
 }

@@ -19,6 +19,7 @@ CONFIGS = {
         sampling=SamplingFlags(temperature=0.6, top_p=0.95),
         samples=4,
         batch=8,
+        device_gb=80,
     )
     for name, task in (("aime24", AIME24()), ("gpqa", GPQA()), ("livecodebench", LiveCodeBench()))
 }
