@@ -49,6 +49,8 @@ class RunConfig:
     """Devices of one host over which a batch is spread."""
     model_devices: int = 1
     """Devices of one host over which KV heads are spread."""
+    device_gb: float | None = None
+    """Memory of each device that the run is meant for, in GB; None: not told."""
     dtype: str | None = None
     """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
     revision: str | None = None
@@ -103,11 +105,13 @@ class RunConfig:
     def identity(self) -> dict:
         """The values that make this run another than others, for JSON.
 
-        Where the data lies is not among them: a run keeps a digest of the examples made from it.
+        Where the data lies is not among them: a run keeps a digest of the examples made from it. Nor is the
+        memory of the devices.
         """
         values = asdict(self)
         values["task"] = {"name": self.task_name} | values["task"]
         values["task"].pop("data", None)
+        del values["device_gb"]
         for name in VARIED:
             del values["decode"][name]
         return json.loads(json.dumps(values, default=str))

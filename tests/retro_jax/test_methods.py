@@ -224,8 +224,8 @@ def test_statistics_that_take_less_leave_room_for_pages_at_the_same_traffic():
     # 256 pages of 4096 tokens save one vector each: 8 pages of 32 vectors.
     mean_key = rj.DecodeConfig(score="mean_key", **fields)
     assert pages_of(mean_key, context) == [16, 24, 32]
-    # Quest reads 2 * 256 + 512 vectors. 512 mean keys take (64 + 4) / 128 vectors in 8 bits, 64 blocks one each,
-    # the block that settles one: 272 + 64 + 1. What is left are 42 pages of 16 vectors.
+    # Quest reads 2 * 256 + 512 vectors. 512 mean keys take (64 + 4) / 128 vectors in 8 bits, 64 blocks one
+    # each, the block that settles one: 272 + 64 + 1. What is left are 42 pages of 16 vectors.
     fields |= {"score": "mean_key", "statistics": "mean_key_int8", "residual_pages": 8, "page_size": 8}
     small = rj.DecodeConfig(**fields)
     assert pages_of(small, context)[1] == 42
