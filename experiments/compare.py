@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Int
 
+from experiments.budgets import budget_fields
 from experiments.estimates import Estimate, estimate, position_bins, ratio
 from experiments.provenance import provenance
 from experiments.results import ResultsFolder, Run
@@ -73,6 +74,8 @@ def compare(
     configs: Sequence[DecodeConfig],
     folder: ResultsFolder,
     progress: Callable[[str], AbstractContextManager[Callable]],
+    *,
+    budgets_together: bool = False,
 ) -> list[Run]:
     """Runs every configuration that the folder does not have yet, and returns all runs in it.
 
@@ -82,14 +85,29 @@ def compare(
         configs: what to run.
         folder: each run is written into it as soon as it is finished.
         progress: given a run's title, makes what shows its progress.
+        budgets_together: whether configurations that differ in their budgets only are one batch.
     """
-    for number, config in enumerate(configs, 1):
-        if folder.has(run_name(config)):
-            continue
-        with progress(f"{number}/{len(configs)} {run_name(config)}: ") as show:
+    missing = [config for config in configs if not folder.has(run_name(config))]
+    groups: dict[object, list[DecodeConfig]] = {}
+    for number, config in enumerate(missing):
+        kind = replace(config, **budget_fields(1.0)) if budgets_together else number
+        groups.setdefault(kind, []).append(config)
+    count = len(texts.names)
+    for number, group in enumerate(groups.values(), 1):
+        title = ", ".join(map(run_name, group))
+        with progress(f"{number}/{len(groups)} {title}: ") as show:
             start = time.perf_counter()
-            result = score(model, texts.ids, config, prompt_tokens=texts.prompt_tokens, progress=show)
-            folder.save(config, result, time.perf_counter() - start, provenance())
+            result = score(
+                model,
+                np.tile(texts.ids, (len(group), 1)),
+                [config for config in group for _ in range(count)],
+                prompt_tokens=texts.prompt_tokens,
+                progress=show,
+            )
+            seconds = (time.perf_counter() - start) / len(group)
+            for index, config in enumerate(group):
+                own = result.of(slice(index * count, (index + 1) * count))
+                folder.save(config, own, seconds, provenance())
     return folder.runs()
 
 

@@ -1,14 +1,15 @@
 """What a comparison runs: values of several settings, in every combination."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from experiments.budgets import budget_fields, budget_value
 from experiments.flags import Flag
+from experiments.ladder import ladder
 from retro_jax import DecodeConfig
 from retro_jax.methods import METHODS
-from retro_jax.selectors import SELECTORS
+from retro_jax.presets import PRESETS
 
 NAMES = {
     "full": "full",
@@ -26,7 +27,7 @@ class Axis:
     """A setting whose values one comparison runs side by side.
 
     Attributes:
-      flag: the field of `Sweep` that lists its values.
+      flag: the field of `Sweep` that lists its values; "": only presets set others than the default.
       field: of `DecodeConfig`; for the budget, which is either of two, the one that shares it.
       prefix: what comes before a value in the name of a run.
       column: the header over its values in a table; None: a value other than the default belongs to the
@@ -67,21 +68,18 @@ class Axis:
         return value != self.default, str(value)
 
 
-def _score_fields(score: str) -> dict:
-    # An unknown score is refused by the configuration that gets it.
-    kept = SELECTORS[score].statistics if score in SELECTORS else None
-    return {"score": score, "statistics": kept or DecodeConfig.statistics}
-
-
 AXES = (
     Axis("budgets", "budget", "b", "budget", read=budget_value, write=budget_fields),
     Axis("page_sizes", "page_size", "p", "page size"),
     Axis("sink_pages", "sink_pages", "sinks", "sink pages"),
     Axis("group_reduces", "group_reduce", column="group reduce"),
     Axis("evict", "evict", "evict_", words=lambda rule: f"{NAMES[rule]} evicts", scored=True),
-    Axis("scores", "score", scored=True, write=_score_fields),
+    Axis("scores", "score", scored=True),
+    Axis("", "statistics", scored=True),
+    Axis("", "residual_pages", "residual", words=lambda pages: f"residual of {pages} pages", scored=True),
+    Axis("", "budget_covers", scored=True),
 )
-"""A further one is a line here and a field of `Sweep`."""
+"""A further one is a line here and a field of `Sweep`, unless presets alone set it."""
 VARIED = ("method", "window", "overwrite", *(name for axis in AXES for name in axis.fields(axis.default)))
 """The fields of `DecodeConfig` in which the runs of one comparison can differ."""
 
@@ -109,6 +107,11 @@ class Sweep:
     """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens."""
     methods: tuple[str, ...] = ()
     """Further methods: streaming, tova, h2o, snapkv."""
+    presets: tuple[str, ...] = ()
+    """Presets of the library (quest, paper, retro) at every budget; those that revise past queries with every
+    window."""
+    ladder: Flag[bool] = False
+    """Also run what leads from Quest to preset retro, one part after another, at every budget."""
     no_overwrite: Flag[bool] = False
     """Also run the widest window without overwriting keys and values, which must give Quest's numbers."""
 
@@ -136,6 +139,13 @@ class Sweep:
                     widest = max(wider, default=4)
                     found.append(replace(quest, method="retro", window=widest, overwrite=False))
             found += [replace(full, method=name, **shared) for name in self.methods]
+        for budget in map(budget_fields, self.budgets):
+            if self.ladder:
+                found += ladder(full, budget)
+            for name in self.presets:
+                chosen = replace(full, **plain | dict(_preset(name)) | budget)
+                revised = [replace(chosen, window=window) for window in wider]
+                found += revised if chosen.attention.revises else [chosen]
         return list(dict.fromkeys(found))
 
     def _combinations(self, scored: bool) -> Iterator[dict]:
@@ -148,7 +158,7 @@ class Sweep:
             yield combined
 
     def _values(self, axis: Axis) -> tuple:
-        values = getattr(self, axis.flag)
+        values = getattr(self, axis.flag) if axis.flag else (axis.default,)
         return (None, *values) if axis.flag == "evict" else values
 
     def _check(self):
@@ -162,6 +172,12 @@ class Sweep:
                     f"--methods has {name!r}; use {', '.join(others)} (full attention, Quest and "
                     "RetroAttention run anyway)"
                 )
+
+
+def _preset(name: str) -> Mapping[str, object]:
+    if name not in PRESETS:
+        raise ValueError(f"--presets has {name!r}; use {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def quest_of(config: DecodeConfig) -> DecodeConfig:

@@ -4,9 +4,12 @@ What is read is counted in vectors: head_dim channels of a key or value, of one 
 """
 
 import functools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -33,6 +36,12 @@ class Budget:
 
     share: Float[Array, " B"]
     floor: Int[Array, " B"]
+
+    @classmethod
+    def of_each(cls, configs: "Sequence[DecodeConfig]") -> "Budget":
+        """That of each sequence's own configuration."""
+        parts = [cls.of(config, 1) for config in configs]
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
     @classmethod
     def of(cls, config: "DecodeConfig", batch: int) -> "Budget":
@@ -68,6 +77,24 @@ def most_pages(config: "DecodeConfig", num_pages: int, head_dim: int, itemsize: 
     context = np.arange(1, num_pages * config.page_size + 1, dtype=np.int32)
     pages = _pages(config, share, np.int32(config.least_tokens), context, head_dim, itemsize, np)
     return min(int(pages.max()) + 1, num_pages)  # one more, whichever way float32 rounds a share
+
+
+def largest(
+    configs: "Sequence[DecodeConfig]", num_pages: int, head_dim: int, itemsize: int
+) -> "DecodeConfig":
+    """Of configurations that differ in their budgets only, the one that may load the most pages.
+
+    Raises:
+      ValueError: they differ in something else.
+    """
+    first = configs[0]
+    budgets = {name: getattr(first, name) for name in ("budget", "budget_floor", "budget_tokens")}
+    for config in configs:
+        if replace(config, **budgets) != first:
+            raise ValueError(
+                f"{config} and {first} were given; those of one batch may differ in their budgets only"
+            )
+    return max(configs, key=lambda config: most_pages(config, num_pages, head_dim, itemsize))
 
 
 def most_kept_pages(config: "DecodeConfig", num_pages: int, head_dim: int, itemsize: int) -> int:
