@@ -68,7 +68,7 @@ def comparison_figure(identity: dict, runs: Sequence[Run]) -> bytes:
             _position_panel(panel, chosen, full, identity["prompt_tokens"], looks)
             panel.set_title(title)
         axes[0].set_ylabel(EXCESS)
-        axes[0].legend(loc="best")
+        _legends(axes[:-1])
         _exposure_panel(axes[-1], [run for run in others if run.config.attention.scored], looks)
 
     return picture(len(panels) + 1, draw, _title(identity, runs))
@@ -121,7 +121,7 @@ def sweep_figure(identity: dict, runs: Sequence[Run], setting: str) -> bytes | N
             panel.set_xlabel(words)
             panel.set_title(title)
         axes[0].set_ylabel(EXCESS)
-        axes[0].legend(loc="best")
+        _legends(axes)
 
     return picture(len(panels), draw, _title(identity, runs))
 
@@ -164,6 +164,16 @@ def _settings(run: Run, axes: Sequence[Axis]) -> str:
 def _share(panel: Axes, first: Axes) -> None:
     if panel is not first:
         panel.sharey(first)
+
+
+def _legends(axes: Sequence[Axes]) -> None:
+    """Legends in the first panel, and in those that have lines which no panel before them has."""
+    told: set[str] = set()
+    for panel in axes:
+        names = set(panel.get_legend_handles_labels()[1])
+        if not names <= told:
+            panel.legend(loc="best")
+        told |= names
 
 
 def _title(identity: dict, runs: Sequence[Run]) -> str:

@@ -166,21 +166,15 @@ def test_default_folder_depends_on_the_settings(json_command, ids_file, tmp_path
     assert prompts == {24, 40}
 
 
-def test_a_sweep_over_budgets_and_page_sizes(json_command, ids_file, tmp_path, scored):
+def test_a_sweep_over_budgets(json_command, ids_file, tmp_path, scored):
     out = tmp_path / "out"
-    sweep = ("--budgets", 32, 0.5, "--page-sizes", 8, 16, "--budget-floor", 32, "--windows", 1)
+    sweep = ("--budgets", 32, 0.5, "--budget-floor", 32, "--windows", 1)
     values = run(json_command, ids_file, out, *sweep)
-    assert len(scored) == 5
+    assert len(scored) == 3
     pooled = {row["run"]: row for row in values["pooled"]}
-    assert list(pooled) == ["full", "quest-b32-p8", "quest-b32", "quest-b0.5-p8", "quest-b0.5"]
-    assert len({row["nll"]["mean"] for row in pooled.values()}) == 5
+    assert list(pooled) == ["full", "quest-b32-p8", "quest-b0.5-p8"]
+    assert len({row["nll"]["mean"] for row in pooled.values()}) == 3
     rows = [line.split("|") for line in (out / "table.md").read_text().splitlines() if "| Quest" in line]
-    assert [[cell.strip() for cell in row[3:5]] for row in rows[:4]] == [
-        ["32", "8"],
-        ["32", "16"],
-        ["0.5", "8"],
-        ["0.5", "16"],
-    ]
-    for name in ("comparison", "excess-budget", "excess-page-size"):
-        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert not (out / "excess-window.png").exists()
+    assert [row[3].strip() for row in rows[:2]] == ["32", "0.5"]
+    assert (out / "excess-budget.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (out / "excess-window.png").exists() and not (out / "excess-page-size.png").exists()
