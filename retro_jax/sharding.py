@@ -2,7 +2,8 @@
 
 Arguments placed by these functions make `jax.jit` compile the pure functions for the whole mesh. A KV head,
 its pages, its page selection and its query heads stay on one device; the only communication is the sum of
-the output projections, as in any tensor-parallel transformer. Call them under `jax.set_mesh(mesh)` so that
+the output projections, as in any tensor-parallel transformer; where XLA stands in for the kernels, it also
+gathers scores and numbers of pages. Call them under `jax.set_mesh(mesh)` so that
 kernels, which XLA cannot partition, know the mesh too; without it operations on pages run through XLA
 wherever there are several devices. `generate` and `score` do so by themselves.
 """
