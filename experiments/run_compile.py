@@ -7,7 +7,6 @@ references do, which exchange scores and numbers of pages that kernels keep on t
 
 import contextlib
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ class Program:
       aliased: bytes of the outputs that lie in arguments.
       temporary: bytes beside them.
       collectives: how many of each kind there are.
-      seconds: that compilation took.
     """
 
     method: str
@@ -53,7 +51,6 @@ class Program:
     aliased: int
     temporary: int
     collectives: Mapping[str, int]
-    seconds: float
 
     @property
     def total(self) -> int:
@@ -85,10 +82,7 @@ def compile_run(config: RunConfig, plan: Plan) -> list[Program]:
                 "prefill": lambda: _extend.lower(params, model, decode, state, tokens, each),  # noqa: B023
                 "decode": lambda: _step.lower(params, model, decode, state, each),  # noqa: B023
             }.items():
-                start = time.perf_counter()
-                compiled = lower().compile()
-                seconds = time.perf_counter() - start
-                found.append(_program(label, name, devices[0].platform, compiled, seconds))
+                found.append(_program(label, name, devices[0].platform, lower().compile()))
                 progress("programs", len(found), 2 * len(configs))
     return found
 
@@ -131,7 +125,7 @@ def check_programs(programs: Sequence[Program], config: RunConfig) -> None:
         check_fits(what, largest.total, "--device-gb", config.device_gb * 1e9)
 
 
-def _program(method: str, name: str, platform: str, compiled: jax.stages.Compiled, seconds: float) -> Program:
+def _program(method: str, name: str, platform: str, compiled: jax.stages.Compiled) -> Program:
     memory = compiled.memory_analysis()
     return Program(
         method=method,
@@ -142,5 +136,4 @@ def _program(method: str, name: str, platform: str, compiled: jax.stages.Compile
         aliased=memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         collectives=dict(sorted(Counter(_CALL.findall(compiled.as_text())).items())),
-        seconds=seconds,
     )

@@ -1,10 +1,11 @@
 """Several devices: the batch over the mesh axis `data`, KV heads over the axis `model`.
 
 Arguments placed by these functions make `jax.jit` compile the pure functions for the whole mesh. A KV head,
-its pages, its page selection and its query heads stay on one device; the only communication is the sum of
-the output projections, as in any tensor-parallel transformer. Call them under `jax.set_mesh(mesh)` so that
-kernels, which XLA cannot partition, know the mesh too; without it operations on pages run through XLA
-wherever there are several devices. `generate` and `score` do so by themselves.
+its pages, its page selection and its query heads stay on one device; the only communication is the sum of the
+output projections, as in any tensor-parallel transformer; where XLA stands in for the kernels, it also
+gathers scores and numbers of pages. Call them under `jax.set_mesh(mesh)` so that kernels, which XLA cannot
+partition, know the mesh too; without it operations on pages run through XLA wherever there are several
+devices. `generate` and `score` do so by themselves.
 """
 
 import functools

@@ -36,5 +36,5 @@ def run(out, count=24):
     experiments.run._load = lambda config: SimpleNamespace(config=SIZES["tiny"], tokenizer=Letters())
     experiments.run.decode_batch = decode_batch
     task = ("--task.pairs", "6", "--task.questions", "2", "--task.count", str(count))
-    rest = ("--batch", "2", "--budgets", "128", "--out", str(out))
+    rest = ("--batch", "2", "--budgets", "128", "--methods", "full", "quest", "retro", "--out", str(out))
     main(["run", "smollm2-recall", "--model", "random:tiny", *task, *rest])

@@ -16,7 +16,8 @@ from models.presets import SIZES
 from tests.experiments import stand_in
 
 SMALL = ("--task.pairs", 8, "--task.questions", 3, "--task.count", 3, "--batch", 2, "--windows", 2)
-FAST = (*SMALL, "--budgets", 64, "--page-size", 8, "--dense-layers", 0)
+METHODS = ("--methods", "full", "quest", "retro")
+FAST = (*SMALL, *METHODS, "--budgets", 64, "--page-size", 8, "--dense-layers", 0)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_texts_of_different_lengths_score_as_alone():
     result = rj.score(model, rows, config, prompt_tokens=prompts, steps_per_call=8)
     assert result.nll.shape == result.hits.shape == (3, 30)
     for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        alone = rj.score(model, row, config, prompt_tokens=prompt)
+        alone = rj.score(model, row, config, prompt_tokens=prompt, capacity=64, steps_per_call=8)
         count = len(row) - prompt
         np.testing.assert_allclose(result.nll[index, :count], alone.nll[0], atol=ATOL)
         np.testing.assert_array_equal(result.hits[index, :count], alone.hits[0])
@@ -112,15 +112,16 @@ def test_under_a_mesh():
     model, tokens = tiny(3), token_ids(4, 50)
     config = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, prefill_chunk=16)
     prompts = [row[: 20 + 3 * index] for index, row in enumerate(tokens)]
-    expected = rj.score(model, tokens, config, prompt_tokens=21).nll
-    generated = rj.generate(model, prompts, config, 8).tokens
+    capacity = 50  # one for both, so that the prefill is compiled once
+    expected = rj.score(model, tokens, config, prompt_tokens=21, capacity=capacity).nll
+    generated = rj.generate(model, prompts, config, 8, capacity=capacity).tokens
     mesh = rj.make_mesh(2, 2)
     with jax.set_mesh(mesh):
         sharded = rj.Model(model.config, rj.shard_params(model.params, model.config, mesh), None)
         np.testing.assert_allclose(
-            rj.score(sharded, tokens, config, prompt_tokens=21).nll, expected, atol=ATOL
+            rj.score(sharded, tokens, config, prompt_tokens=21, capacity=capacity).nll, expected, atol=ATOL
         )
-        result = rj.generate(sharded, prompts, config, 8)
+        result = rj.generate(sharded, prompts, config, 8, capacity=capacity)
         assert result.tokens == generated
         assert len(result.state.layers[0].pages.sharding.device_set) == 4
         with pytest.raises(ValueError, match="batch 3 does not divide over"):

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import softmax_cross_entropy_with_integer_labels
 
+import models
 import retro_jax as rj
 from tests.models import golden
 from tests.retro_jax.tiny import prefill, step
@@ -30,13 +32,14 @@ def test_prefill_and_64_decode_steps_match_transformers(smollm2, method):
 
 def test_sparse_attention_loses_likelihood_and_retro_attention_less(smollm2):
     ids = np.array(smollm2.tokenizer.encode(golden.EXCERPT.read_text())[:768]).reshape(3, 256)
+    prompt = 96
 
-    def mean_nll(config):
-        return rj.score(smollm2, ids, config, prompt_tokens=96).nll.mean()
+    def mean_nll(method, **fields):
+        config = rj.DecodeConfig(method, budget_tokens=48, page_size=8, sink_pages=0, **fields)
+        return rj.score(smollm2, ids, config, prompt_tokens=prompt).nll.mean()
 
-    fields = {"budget_tokens": 48, "page_size": 8, "sink_pages": 0}
-    full = mean_nll(rj.DecodeConfig("full"))
-    quest = mean_nll(rj.DecodeConfig("quest", **fields))
-    retro = mean_nll(rj.DecodeConfig("retro", window=8, **fields))
+    logits = models.forward(smollm2.params, smollm2.config, jnp.asarray(ids))[:, prompt - 1 : -1]
+    full = softmax_cross_entropy_with_integer_labels(logits, ids[:, prompt:]).mean()
+    quest, retro = mean_nll("quest"), mean_nll("retro", window=8)
     assert full + 0.05 < quest
     assert full + 0.9 * (quest - full) > retro > full
