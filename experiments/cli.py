@@ -19,13 +19,15 @@ from experiments.estimates import estimate
 from experiments.flags import (
     Command,
     ConfigArguments,
-    ConfigFlags,
     Flag,
     NoPrefix,
+    Preset,
     SamplingArguments,
     SamplingFlags,
     TextCommand,
+    choose_preset,
     common_flags,
+    preset_flags,
 )
 from experiments.overlap import Overlap
 from experiments.plots import SWEPT, comparison_figure, sweep_figure
@@ -66,7 +68,10 @@ class Generate(Command):
     capacity: int | None = None
     """Tokens that the cache holds; None: what is needed, or up to 4096 to talk."""
     sampling: SamplingArguments = field(default_factory=SamplingFlags)
-    config: ConfigArguments = field(default_factory=ConfigFlags)
+    preset: Preset | None = None
+    """Take the defaults of the flags below from a preset: Quest, the paper's method, or the best found at the
+    same memory traffic."""
+    config: ConfigArguments = field(default_factory=preset_flags)
 
     def run(self) -> None:
         """Generates, once or turn by turn."""
@@ -162,7 +167,10 @@ class Score(TextCommand):
     Prints mean negative log-likelihood (nats per token), perplexity, and both by position.
     """
 
-    config: ConfigArguments = field(default_factory=ConfigFlags)
+    preset: Preset | None = None
+    """Take the defaults of the flags below from a preset: Quest, the paper's method, or the best found at the
+    same memory traffic."""
+    config: ConfigArguments = field(default_factory=preset_flags)
 
     def run(self) -> None:
         """Scores the texts as one batch."""
@@ -261,6 +269,7 @@ Start with: retro-jax generate smollm2-135m --prompt "Once upon a time"
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; errors in what was asked for are one line on stderr and exit status 2."""
+    choose_preset(sys.argv[1:] if arguments is None else arguments)
     command = tyro.cli(Commands, prog="retro-jax", description=DESCRIPTION, args=arguments)
     try:
         command.run()

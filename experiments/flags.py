@@ -1,13 +1,16 @@
 """Flags that several commands share."""
 
+import itertools
+from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from experiments.progress import Progress
-from retro_jax import DecodeConfig, Model, Sampling, load_model
+from retro_jax import PRESETS, DecodeConfig, Model, Sampling, load_model
 
 Flag = tyro.conf.FlagCreatePairsOff
 Hidden = tyro.conf.Suppress
@@ -27,6 +30,25 @@ class ConfigFlags(DecodeConfig):
           ValueError: a field is out of its range, or two fields contradict each other.
         """
         return DecodeConfig(**_values(self, DecodeConfig) | changes)
+
+
+_preset: ContextVar[str | None] = ContextVar("preset", default=None)
+
+
+def choose_preset(arguments: Sequence[str]) -> None:
+    """Makes the preset that the arguments name, if any, the defaults of the flags that are read next."""
+    name = None
+    for flag, value in itertools.pairwise([*arguments, ""]):
+        if flag.startswith("--preset="):
+            name = flag.partition("=")[2]
+        elif flag == "--preset":
+            name = value
+    _preset.set(name if name in PRESETS else None)  # an unknown one is refused where the flag is read
+
+
+def preset_flags() -> ConfigFlags:
+    """Returns the defaults of the flags: those of the chosen preset, else of `DecodeConfig`."""
+    return ConfigFlags(**PRESETS.get(_preset.get(), {}))
 
 
 def common_flags(*hidden: str) -> type[ConfigFlags]:
@@ -56,6 +78,7 @@ class SamplingFlags(Sampling):
 
 
 NoPrefix = tyro.conf.arg(name="")
+Preset = Literal[tuple(PRESETS)]
 ConfigArguments = Annotated[ConfigFlags, NoPrefix]
 SamplingArguments = Annotated[SamplingFlags, NoPrefix]
 

@@ -72,7 +72,7 @@ def exposure_plot(run: Measured) -> bytes | None:
 
 
 def budget_plot(run: Measured) -> bytes | None:
-    """A run's value against the tokens that a step really loaded."""
+    """A run's value against what a step really read."""
     families: dict[str, list[str]] = {}
     for method in run.methods:
         if method != "full" and run.by_example(method):
@@ -82,10 +82,7 @@ def budget_plot(run: Measured) -> bytes | None:
 
     def draw(axes: Axes) -> None:
         for number, (family, labels) in enumerate(families.items()):
-            points = sorted(
-                (run.mean(label, "pages_loaded") * run.config["decode"]["page_size"], label)
-                for label in labels
-            )
+            points = sorted((run.mean(label, "kv_bytes") / 1e6, label) for label in labels)
             intervals = [bootstrap(list(run.by_example(label).values())) for _, label in points]
             colour = QUEST_COLOUR if family == "quest" else COLOURS[number % len(COLOURS)]
             _curve(axes, np.array([x for x, _ in points]), intervals, colour, family)
@@ -93,7 +90,7 @@ def budget_plot(run: Measured) -> bytes | None:
             axes.axhline(
                 bootstrap(list(run.by_example("full").values())).mean, color=FULL_COLOUR, label="full"
             )
-        axes.set_xlabel("tokens loaded by a step, per layer and KV head")
+        axes.set_xlabel("MB of keys, values and page statistics that a step reads for a sequence")
         axes.set_ylabel("NLL (nats per token)" if run.is_likelihood else "score")
 
     return _picture(draw)

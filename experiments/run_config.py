@@ -12,7 +12,7 @@ import tyro
 from experiments.budgets import budget_fields
 from experiments.flags import NoPrefix, SamplingFlags, common_flags
 from experiments.tasks import TASKS, AnyTask
-from retro_jax import DecodeConfig
+from retro_jax import PRESETS, DecodeConfig, preset
 from retro_jax.methods import METHODS
 
 VARIED = ("method", "window", *budget_fields(DecodeConfig.budget))
@@ -33,6 +33,8 @@ class RunConfig:
     """What is asked; which kind of task it is belongs to the named config."""
     methods: tuple[str, ...] = ("full", "quest", "retro")
     """Methods to compare on the same examples."""
+    presets: tuple[str, ...] = ()
+    """Presets of the library (quest, paper, retro) to compare with them, at the same budgets."""
     windows: tuple[int, ...] = (4,)
     """Window sizes of the methods that revise past queries; each runs with every one."""
     budgets: tuple[float, ...] = (0.15,)
@@ -93,8 +95,16 @@ class RunConfig:
                 continue
             for budget in self.budgets:
                 for window in self.windows if method.revises else (None,):
-                    label = f"{name}{'' if window is None else f'-w{window}'}-{budget:g}"
-                    found[label] = self.decode.config(method=name, window=window, **budget_fields(budget))
+                    found[_label(name, window, budget)] = self.decode.config(
+                        method=name, window=window, **budget_fields(budget)
+                    )
+        for name in self.presets:
+            for budget in self.budgets:
+                chosen = preset(name, **budget_fields(budget))
+                for window in self.windows if chosen.attention.revises else (None,):
+                    found[_label(f"preset_{name}", window, budget)] = self.decode.config(
+                        **dict(PRESETS[name]) | {"window": window} | budget_fields(budget)
+                    )
         return found
 
     @property
@@ -115,6 +125,10 @@ class RunConfig:
         for name in VARIED:
             del values["decode"][name]
         return json.loads(json.dumps(values, default=str))
+
+
+def _label(name: str, window: int | None, budget: float) -> str:
+    return f"{name}{'' if window is None else f'-w{window}'}-{budget:g}"
 
 
 def digest(value: Mapping | list) -> str:

@@ -24,8 +24,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 - "paper": RetroAttention (arXiv 2508.09001), with the same traffic.
 - "retro": at no more traffic, pages of 8 tokens that are scored by 8-bit mean keys, in shares of attention;
   one sink page; pages that are not loaded count by their mean keys and the mean value of 64 tokens. What its
-  statistics save is spent on pages. Its selection and its residual run through XLA everywhere, and so does all
-  else on pages of 8 tokens; with `page_size=16` attention and updates run through kernels.
+  statistics save is spent on pages. Its selection and its residual run through XLA everywhere, and so does
+  all else on pages of 8 tokens; with `page_size=16` attention and updates run through kernels.
 
 How accurate each is: docs/results.
 """
