@@ -30,7 +30,7 @@ from experiments.provenance import cpus, provenance
 from experiments.results import print_json, write_bytes, write_json
 from experiments.tables import markdown
 from experiments.transformers_export import export
-from retro_jax import DecodeConfig, Model, decode_step, init_state
+from retro_jax import PRESETS, DecodeConfig, Model, decode_step, init_state, preset
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
 from retro_jax.sharding import mesh_of
@@ -179,6 +179,8 @@ class BenchDecode(Command):
     """Sequences that are decoded together."""
     methods: tuple[str, ...] = ("full", "quest", "retro")
     """Any of full, quest, retro, streaming, tova, h2o, snapkv."""
+    presets: tuple[str, ...] = ()
+    """Presets beside them: any of quest, paper, retro, at the same budget."""
     windows: tuple[int, ...] = (4,)
     """Window sizes of RetroAttention."""
     steps: int = 16
@@ -244,6 +246,9 @@ class BenchDecode(Command):
                 configs |= {f"{name} w={w}": self.config.config(method=name, window=w) for w in self.windows}
             else:
                 configs[name] = self.config.config(method=name)
+        for name in self.presets:
+            preset(name)  # refuses an unknown name
+            configs[f"preset {name}"] = self.config.config(**PRESETS[name])
         return configs
 
     def _measure(
