@@ -30,7 +30,7 @@ demo: $(READY)
 	  --max-new-tokens 128 --temperature 0.7 --top-p 0.95 --method retro --budget-tokens 128
 	@echo "== The same text by full attention, Quest and RetroAttention"
 	$(BIN)/retro-jax compare smollm2-135m --text $(TEXT) --tokens 1280 --prompt-tokens 512 \
-	  --budget-tokens 128 --windows 1 4 --bin-tokens 256 --out $(DEMO_OUT)
+	  --budgets 128 --windows 1 4 --bin-tokens 256 --out $(DEMO_OUT)
 
 # The tests compile every kernel by the real compilers, which lie outside the environment that programs run in.
 test: lint $(COMPILERS)

@@ -1,9 +1,10 @@
-"""Speed of decoding: full attention, Quest and RetroAttention, and transformers beside them, in one run.
+"""Speed of decoding: the methods of this library, and transformers beside them, in one run.
 
 The contestants take turns, a few steps each, in an order that rotates, so that whatever else the machine does
 meets all of them. Times are wall time of single steps, the token on the host; ratios are medians over rounds.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,15 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+from matplotlib.axes import Axes
 
-from experiments.flags import Command, ConfigFlags, Hidden, NoPrefix
+from experiments.flags import Command, NoPrefix, common_flags
+from experiments.plots import COLOURS, FULL_COLOUR, QUEST_COLOUR, picture
 from experiments.progress import Progress
 from experiments.provenance import cpus, provenance
-from experiments.results import finite, write_json
+from experiments.results import print_json, write_bytes, write_json
 from experiments.tables import markdown
 from experiments.transformers_export import export
 from retro_jax import DecodeConfig, Model, decode_step, init_state
 from retro_jax.generate import run_prefill
+from retro_jax.methods import METHODS
 from retro_jax.sharding import mesh_of
 
 REFERENCE = Path(__file__).with_name("transformers_reference.py")
@@ -39,6 +43,11 @@ class Contestant(Protocol):
     """Something that decodes greedily from a prefilled context."""
 
     name: str
+
+    @property
+    def kv_bytes(self) -> float | None:
+        """Bytes of keys, values and page statistics that a step reads for a sequence; None: not known."""
+        ...
 
     def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
         """Decodes so many steps; returns each one's milliseconds and tokens (one per sequence)."""
@@ -79,6 +88,11 @@ class Ours:
         )
         self._tokens = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
 
+    @property
+    def kv_bytes(self) -> float:
+        """As `Contestant`, of the latest step."""
+        return float(np.mean(self._state.metrics.kv_bytes))
+
     def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
         """As `Contestant`."""
         milliseconds, tokens = [], []
@@ -106,6 +120,7 @@ class Transformers:
     """
 
     name = "transformers"
+    kv_bytes = None
 
     def __init__(self, python: Path, model: Model, ids: Int[np.ndarray, "B T"]):
         self._folder = tempfile.TemporaryDirectory(prefix="retro-jax-export-")
@@ -148,25 +163,22 @@ class Transformers:
         return json.loads(line)
 
 
-@dataclass(frozen=True)
-class BenchConfigFlags(ConfigFlags):
-    """What all contestants share; the hidden fields are what they differ in."""
-
-    method: Hidden[str] = "retro"
-    window: Hidden[int | None] = None
+CommonFlags = common_flags("method", "window")
 
 
 @dataclass(kw_only=True)
 class BenchDecode(Command):
-    """Measure the speed of decoding: full attention, Quest and RetroAttention, taking turns in one run.
+    """Measure the speed of decoding: methods take turns in one run, for each length of the context.
 
     Greedy, from a context of random tokens. Times are medians of single steps, ratios medians over rounds.
     """
 
-    context: int = 4096
+    contexts: tuple[int, ...] = (4096,)
     """Tokens in the cache when decoding begins."""
     batch: int = 1
     """Sequences that are decoded together."""
+    methods: tuple[str, ...] = ("full", "quest", "retro")
+    """Any of full, quest, retro, streaming, tova, h2o, snapkv."""
     windows: tuple[int, ...] = (4,)
     """Window sizes of RetroAttention."""
     steps: int = 16
@@ -180,62 +192,87 @@ class BenchDecode(Command):
     seed: int = 0
     """Of the random context."""
     out: Path | None = None
-    """JSON file for the results; it must not exist."""
-    config: Annotated[BenchConfigFlags, NoPrefix] = field(default_factory=BenchConfigFlags)
+    """JSON file for the results; it must not exist. A picture with the same name goes beside it."""
+    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
 
     def run(self) -> None:
-        """Runs all contestants and prints the table."""
-        if min(self.context, self.batch, self.steps, self.rounds) < 1:
-            raise ValueError("--context, --batch, --steps and --rounds must be 1 or more")
-        if self.out is not None and self.out.exists():
-            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
-        configs = {"full": self.config.config(method="full"), "quest": self.config.config(method="quest")}
-        configs |= {f"retro w={w}": self.config.config(method="retro", window=w) for w in self.windows}
+        """Runs all contestants and prints the tables."""
+        configs = self.configurations()
         load = os.getloadavg()[0]
         model = self.load()
-        rng = np.random.default_rng(self.seed)
-        ids = rng.integers(model.config.vocab_size, size=(self.batch, self.context), dtype=np.int32)
-        capacity = self.context + WARM_UP_STEPS + self.rounds * self.steps
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
-            # The reference first: an interpreter that fails should do so before the long prefills.
-            reference = Transformers(self.reference, model, ids) if self.reference else None
-            contestants: list[Contestant] = [
-                Ours(name, model, config, ids, capacity, progress) for name, config in configs.items()
-            ]
-            if reference:
-                contestants.append(reference)
-            milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
-        if reference:
-            reference.close()
+            measured = [self._measure(model, configs, context, progress) for context in self.contexts]
         values = {
             "model": self.model,
             "dtype": model.config.dtype,
-            "context": self.context,
             "batch": self.batch,
             "configs": {name: asdict(config) for name, config in configs.items()},
-            "contestants": results(milliseconds),
-            "reference": reference and reference.version,
-            "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
+            "contexts": measured,
             "steps": WARM_UP_STEPS + self.rounds * self.steps,
             "load_before": load,
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-            "milliseconds": milliseconds,
             "provenance": provenance(),
         }
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.out, values)
+            write_bytes(self.out.with_suffix(".png"), latency_figure(values))
         if self.json:
-            print(json.dumps(finite(values)))
+            print_json(values)
             return
-        print(speed_table(values["contestants"], self.batch))
-        if reference:
-            agreed, steps = values["reference_agrees_for_steps"], values["steps"]
-            print(
-                f"\n{reference.version}: the tokens of full attention in the first {agreed} of {steps} steps."
-            )
+        print(speed_report(values))
         if load > cpus() / 2:
             print(f"The machine was busy: load {load:.1f} on {cpus()} CPUs before.", file=sys.stderr)
+
+    def configurations(self) -> dict[str, DecodeConfig]:
+        """How to decode, by contestant.
+
+        Raises:
+            ValueError: a flag is out of its range, or two contradict each other.
+        """
+        if min(*self.contexts, self.batch, self.steps, self.rounds) < 1:
+            raise ValueError("--contexts, --batch, --steps and --rounds must be 1 or more")
+        if self.out is not None and self.out.suffix != ".json":
+            raise ValueError(f"--out {self.out} is no JSON file; name it *.json")
+        if self.out is not None and self.out.exists():
+            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
+        if self.reference and "full" not in self.methods:
+            raise ValueError("--reference is compared with full attention; add full to --methods")
+        configs = {}
+        for name in self.methods:
+            if name in METHODS and METHODS[name].revises:
+                configs |= {f"{name} w={w}": self.config.config(method=name, window=w) for w in self.windows}
+            else:
+                configs[name] = self.config.config(method=name)
+        return configs
+
+    def _measure(
+        self, model: Model, configs: dict[str, DecodeConfig], context: int, progress: Progress
+    ) -> dict:
+        """One context: what all contestants took, as JSON values."""
+        rng = np.random.default_rng(self.seed)
+        ids = rng.integers(model.config.vocab_size, size=(self.batch, context), dtype=np.int32)
+        capacity = context + WARM_UP_STEPS + self.rounds * self.steps
+        # The reference first: an interpreter that fails should do so before the long prefills.
+        reference = Transformers(self.reference, model, ids) if self.reference else None
+        contestants: list[Contestant] = [
+            Ours(name, model, config, ids, capacity, progress) for name, config in configs.items()
+        ]
+        if reference:
+            contestants.append(reference)
+        milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
+        if reference:
+            reference.close()
+        return {
+            "context": context,
+            "contestants": {
+                name: row | {"kv_bytes": contestant.kv_bytes}
+                for contestant, (name, row) in zip(contestants, results(milliseconds).items(), strict=True)
+            },
+            "reference": reference and reference.version,
+            "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
+            "milliseconds": milliseconds,
+        }
 
 
 def take_turns(
@@ -277,18 +314,67 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
     return equal.index(False) if False in equal else len(equal)
 
 
+def speed_report(values: dict) -> str:
+    """Returns the results of every context as Markdown."""
+    parts = []
+    for measured in values["contexts"]:
+        parts.append(f"{measured['context']} tokens of context")
+        parts.append(speed_table(measured["contestants"], values["batch"]))
+        if measured["reference"]:
+            parts.append(
+                f"{measured['reference']}: the tokens of full attention in the first "
+                f"{measured['reference_agrees_for_steps']} of {values['steps']} steps."
+            )
+    return "\n\n".join(parts)
+
+
 def speed_table(contestants: dict[str, dict], batch: int) -> str:
-    """Returns the results as a Markdown table, with every contestant's time over each other's."""
+    """Returns the results of one context as a Markdown table, with each time over every other."""
     others = list(contestants)
-    header = ["", "ms/step", "10%-90%", "tokens/s", *(f"time / {name}" for name in others)]
+    header = ["", "ms/step", "10%-90%", "tokens/s", "KV MB/step", *(f"time / {name}" for name in others)]
     body = [
         [
             name,
             f"{row['ms_per_step']:.1f}",
             "{:.1f}-{:.1f}".format(*row["ms_10_90"]),
             f"{batch * 1e3 / row['ms_per_step']:.1f}",
+            "" if row["kv_bytes"] is None else f"{row['kv_bytes'] / 1e6:.2f}",
             *(f"{row['time_over'][other]:.2f}" for other in others),
         ]
         for name, row in contestants.items()
     ]
     return markdown(header, body)
+
+
+def latency_figure(values: dict) -> bytes:
+    """Draws time and traffic of a step against context; bars reach from the 10th to the 90th percentile."""
+    contexts = [measured["context"] for measured in values["contexts"]]
+    names = list(values["contexts"][0]["contestants"])
+    others = [name for name in names if name not in ("full", "quest")]
+    colours = {"full": FULL_COLOUR, "quest": QUEST_COLOUR} | dict(
+        zip(others, itertools.cycle(COLOURS), strict=False)
+    )
+
+    def draw(axes: Sequence[Axes]) -> None:
+        for name in names:
+            rows = [measured["contestants"][name] for measured in values["contexts"]]
+            middle = np.array([row["ms_per_step"] for row in rows])
+            low, high = np.array([row["ms_10_90"] for row in rows]).T
+            bars, look = (
+                [middle - low, high - middle],
+                {"color": colours[name], "markersize": 4, "label": name},
+            )
+            axes[0].errorbar(contexts, middle, bars, fmt="o-", capsize=2, **look)
+            if rows[0]["kv_bytes"] is not None:
+                axes[1].plot(contexts, [row["kv_bytes"] / 1e6 for row in rows], "o-", **look)
+        axes[0].set_ylabel(f"ms per step of {values['batch']} sequence{'s' * (values['batch'] > 1)}")
+        axes[1].set_ylabel("KV MB read by a step, for a sequence")
+        for panel in axes:
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel("context (tokens)")
+        axes[0].legend(loc="best")
+
+    title = f"{values['model']} ({values['dtype']}), {values['provenance']['device']}"
+    return picture(2, draw, title)

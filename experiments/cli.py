@@ -14,28 +14,34 @@ from experiments import chat
 from experiments.bench_decode import BenchDecode
 from experiments.bench_kernels import BenchKernels
 from experiments.bench_tpu import BenchTpuStatic
-from experiments.compare import Texts, compare, configurations, identity, summary
+from experiments.compare import Texts, compare, identity, summary
 from experiments.estimates import estimate
 from experiments.flags import (
     Command,
-    CommonConfigArguments,
-    CommonConfigFlags,
     ConfigArguments,
     ConfigFlags,
     Flag,
+    NoPrefix,
     SamplingArguments,
     SamplingFlags,
     TextCommand,
+    common_flags,
 )
-from experiments.plots import comparison_figure
+from experiments.overlap import Overlap
+from experiments.plots import SWEPT, comparison_figure, sweep_figure
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
 from experiments.report import Report
 from experiments.results import ResultsFolder, print_json, write_bytes, write_json
 from experiments.run import RunCommands
+from experiments.sweep import VARIED, Sweep
 from experiments.tables import comparison_report, score_table
 from experiments.text import file_tokens, read_text, read_tokens
 from retro_jax import Generation, Model, generate, score
+
+CommonFlags = common_flags(*VARIED)
+CommonArguments = Annotated[CommonFlags, NoPrefix]
+SweepArguments = Annotated[Sweep, NoPrefix]
 
 
 @dataclass(kw_only=True)
@@ -191,53 +197,38 @@ class Compare(TextCommand):
     """Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.
 
     Writes a table, JSON and a picture, and each run's value for every token. Each run is saved when it is
-    finished: the same command continues where it was stopped, and more windows, sink pages, methods or scores
-    add rows.
+    finished: the same command continues where it was stopped, and further values and methods add rows.
     """
 
-    windows: tuple[int, ...] = (4,)
-    """Window sizes of RetroAttention; 1 is Quest, which always runs."""
-    sink_pages: tuple[int, ...] = (1,)
-    """Numbers of first pages that are always loaded; every window runs with each."""
-    methods: tuple[str, ...] = ()
-    """Further methods: streaming, tova, h2o, snapkv."""
-    scores: tuple[str, ...] = ("bounds",)
-    """What Quest and RetroAttention select by: bounds, mean_key, oracle, random; every window with each."""
-    evict: tuple[str, ...] = ()
-    """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens."""
-    no_overwrite: Flag[bool] = False
-    """Also run the widest window without overwriting keys and values, which must give Quest's numbers."""
+    sweep: SweepArguments = field(default_factory=Sweep)
+    budgets_together: Flag[bool] = False
+    """Decode the texts of all budgets as one batch: faster on an accelerator, and as many times the cache."""
     out: Path | None = None
     """Folder for the results; None: one under runs/ that is named after the model and the settings."""
-    config: CommonConfigArguments = field(default_factory=CommonConfigFlags)
+    config: CommonArguments = field(default_factory=CommonFlags)
 
     def run(self) -> None:
         """Runs what the folder does not have yet, then writes and prints the comparison."""
-        configs = configurations(
-            self.config.config(),
-            self.windows,
-            self.sink_pages,
-            self.no_overwrite,
-            methods=self.methods,
-            scores=self.scores,
-            evict=self.evict,
-        )
+        configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         model = self.load()
         ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
         texts = Texts(names, ids, self.prompt_tokens)
         what = identity(self.model, model, texts, configs[0])
         folder = ResultsFolder(self.out or _default_folder(what), what)
-        runs = compare(model, texts, configs, folder, Progress)
+        runs = compare(model, texts, configs, folder, Progress, budgets_together=self.budgets_together)
         report = comparison_report(what, runs, self.bin_tokens)
         values = summary(what, runs, self.bin_tokens)
         write_json(folder.path / "results.json", values)
         write_bytes(folder.path / "table.md", report.encode())
         write_bytes(folder.path / "comparison.png", comparison_figure(what, runs))
+        for setting in SWEPT:
+            if picture := sweep_figure(what, runs, setting):
+                write_bytes(folder.path / f"excess-{setting.replace(' ', '-')}.png", picture)
         if self.json:
             print_json(values)
         else:
             print(report)
-            print(f"Table, JSON, picture and raw values: {folder.path}\n{folder.path / 'comparison.png'}")
+            print(f"Table, JSON, pictures and raw values: {folder.path}\n{folder.path / 'comparison.png'}")
 
 
 Bench = (
@@ -250,6 +241,7 @@ Commands = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Overlap, tyro.conf.subcommand("overlap")]
     | Annotated[
         Bench,
         tyro.conf.subcommand("bench", description="Measure speed: of decoding a model, or of its kernels."),

@@ -8,16 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 from jaxtyping import Int
 
+from experiments.budgets import budget_fields
 from experiments.estimates import Estimate, estimate, position_bins, ratio
 from experiments.provenance import provenance
-from experiments.results import ResultsFolder, Run, run_name
+from experiments.results import ResultsFolder, Run
+from experiments.sweep import VARIED, quest_of, run_name
 from experiments.text import digest
 from retro_jax import DecodeConfig, Model, score
-from retro_jax.methods import METHODS
-from retro_jax.selectors import SELECTORS
-
-VARIED = ("method", "window", "sink_pages", "overwrite", "score", "statistics", "evict")
-"""The fields in which the runs of one comparison differ."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Row:
         run: the run.
         nll: negative log-likelihood per token.
         excess: the same less full attention's.
-        ratio: excess over the excess of Quest with the same sink pages, score and eviction; None if that is
+        ratio: excess over that of Quest with the same budget, page size and other settings; None if that is
             not there.
         by_position: excess in each bin of positions.
         quest_difference: the largest difference of one token's value from that Quest's, None as above.
@@ -56,55 +53,6 @@ class Row:
     ratio: Estimate | None
     by_position: list[Estimate]
     quest_difference: float | None
-
-
-def configurations(
-    common: DecodeConfig,
-    windows: Sequence[int],
-    sink_pages: Sequence[int],
-    no_overwrite: bool,
-    *,
-    methods: Sequence[str] = (),
-    scores: Sequence[str] = ("bounds",),
-    evict: Sequence[str] = (),
-) -> list[DecodeConfig]:
-    """Returns the configurations to run: full, then Quest and RetroAttention, then other methods.
-
-    Args:
-        common: the fields that all share; those in `VARIED` are replaced.
-        windows: window sizes; 1 is Quest, which always runs.
-        sink_pages: numbers of first pages that are always loaded.
-        no_overwrite: whether the widest window also runs without overwriting keys and values.
-        methods: others than full, Quest and RetroAttention.
-        scores: by which Quest and RetroAttention select.
-        evict: eviction rules with which Quest and RetroAttention also run.
-
-    Raises:
-        ValueError: a value is not possible, or no list may be empty.
-    """
-    if not windows or not sink_pages or not scores:
-        raise ValueError("--windows, --sink-pages and --scores need at least one value each")
-    others = [name for name, method in METHODS.items() if not method.dense and not method.scored]
-    for name in methods:
-        if name not in others:
-            raise ValueError(
-                f"--methods has {name!r}; use {', '.join(others)} (full attention, Quest and RetroAttention "
-                "run anyway)"
-            )
-    wider = sorted(set(windows) - {1})
-    configs = [_full(common)]
-    for sinks in sink_pages:
-        plain = replace(configs[0], sink_pages=sinks)
-        for rule in (None, *evict):
-            for by in scores:
-                quest = replace(plain, method="quest", evict=rule, score=by, statistics=_statistics(by))
-                configs.append(quest)
-                configs += [replace(quest, method="retro", window=window) for window in wider]
-                if no_overwrite:
-                    widest = max(wider, default=4)
-                    configs.append(replace(quest, method="retro", window=widest, overwrite=False))
-        configs += [replace(plain, method=name) for name in methods]
-    return list(dict.fromkeys(configs))
 
 
 def identity(model_name: str, model: Model, texts: Texts, common: DecodeConfig) -> dict:
@@ -126,6 +74,8 @@ def compare(
     configs: Sequence[DecodeConfig],
     folder: ResultsFolder,
     progress: Callable[[str], AbstractContextManager[Callable]],
+    *,
+    budgets_together: bool = False,
 ) -> list[Run]:
     """Runs every configuration that the folder does not have yet, and returns all runs in it.
 
@@ -135,14 +85,29 @@ def compare(
         configs: what to run.
         folder: each run is written into it as soon as it is finished.
         progress: given a run's title, makes what shows its progress.
+        budgets_together: whether configurations that differ in their budgets only are one batch.
     """
-    for number, config in enumerate(configs, 1):
-        if folder.has(run_name(config)):
-            continue
-        with progress(f"{number}/{len(configs)} {run_name(config)}: ") as show:
+    missing = [config for config in configs if not folder.has(run_name(config))]
+    groups: dict[object, list[DecodeConfig]] = {}
+    for number, config in enumerate(missing):
+        kind = replace(config, **budget_fields(1.0)) if budgets_together else number
+        groups.setdefault(kind, []).append(config)
+    count = len(texts.names)
+    for number, group in enumerate(groups.values(), 1):
+        title = ", ".join(map(run_name, group))
+        with progress(f"{number}/{len(groups)} {title}: ") as show:
             start = time.perf_counter()
-            result = score(model, texts.ids, config, prompt_tokens=texts.prompt_tokens, progress=show)
-            folder.save(config, result, time.perf_counter() - start, provenance())
+            result = score(
+                model,
+                np.tile(texts.ids, (len(group), 1)),
+                [config for config in group for _ in range(count)],
+                prompt_tokens=texts.prompt_tokens,
+                progress=show,
+            )
+            seconds = (time.perf_counter() - start) / len(group)
+            for index, config in enumerate(group):
+                own = result.of(slice(index * count, (index + 1) * count))
+                folder.save(config, own, seconds, provenance())
     return folder.runs()
 
 
@@ -155,7 +120,7 @@ def rows(
     result = []
     for run in runs:
         excess = nll[run.name] - nll["full"]
-        quest = run_name(replace(run.config, method="quest", window=None, overwrite=True))
+        quest = run_name(quest_of(run.config))
         compared = run.config.method != "full" and quest in nll
         result.append(
             Row(
@@ -184,6 +149,7 @@ def summary(identity: dict, runs: Sequence[Run], bin_tokens: int) -> dict:
                 "name": run.name,
                 "config": asdict(run.config),
                 "exposure": run.exposure.tolist(),
+                "pages_loaded_per_step": run.pages_loaded,
                 "kv_bytes_per_step": run.kv_bytes,
                 "seconds": run.seconds,
                 "provenance": run.provenance,
@@ -208,14 +174,3 @@ def _row_values(row: Row) -> dict:
         }
         | {"by_position": [asdict(part) for part in row.by_position]}
     )
-
-
-def _full(config: DecodeConfig) -> DecodeConfig:
-    # Full attention has no sink pages to choose; 0 is within any budget.
-    plain = {"window": None, "overwrite": True, "score": "bounds", "statistics": "min_max", "evict": None}
-    return replace(config, method="full", sink_pages=0, **plain)
-
-
-def _statistics(score: str) -> str:
-    # An unknown score is refused by the configuration that gets it.
-    return (score in SELECTORS and SELECTORS[score].statistics) or "min_max"

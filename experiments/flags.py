@@ -1,6 +1,6 @@
 """Flags that several commands share."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -29,17 +29,14 @@ class ConfigFlags(DecodeConfig):
         return DecodeConfig(**_values(self, DecodeConfig) | changes)
 
 
-@dataclass(frozen=True)
-class CommonConfigFlags(ConfigFlags):
-    """What all runs of a comparison share; the hidden fields are what they differ in."""
-
-    method: Hidden[str] = "retro"
-    window: Hidden[int | None] = None
-    sink_pages: Hidden[int] = 0
-    overwrite: Hidden[bool] = True
-    score: Hidden[str] = "bounds"
-    statistics: Hidden[str] = "min_max"
-    evict: Hidden[str | None] = None
+def common_flags(*hidden: str) -> type[ConfigFlags]:
+    """Returns `ConfigFlags` without the flags of some fields, in which the runs of a command differ."""
+    fixed = [
+        (field.name, Hidden[field.type], field.default)
+        for field in fields(DecodeConfig)
+        if field.name in hidden
+    ]
+    return make_dataclass("CommonConfigFlags", fixed, bases=(ConfigFlags,), frozen=True)
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,6 @@ class SamplingFlags(Sampling):
 
 NoPrefix = tyro.conf.arg(name="")
 ConfigArguments = Annotated[ConfigFlags, NoPrefix]
-CommonConfigArguments = Annotated[CommonConfigFlags, NoPrefix]
 SamplingArguments = Annotated[SamplingFlags, NoPrefix]
 
 

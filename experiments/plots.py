@@ -1,23 +1,38 @@
-"""The picture of a comparison."""
+"""The pictures of a comparison: excess against position, and against each setting that varies."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from io import BytesIO
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.estimates import BLOCK, block_means, running_mean
-from experiments.results import Run, order
-from experiments.tables import NAMES, label
+from experiments.estimates import BLOCK, block_means, estimate, running_mean
+from experiments.results import Run
+from experiments.sweep import NAMES, Axis, columns, constants, label, order
 
+FULL_COLOUR = "#888888"
 QUEST_COLOUR = "#222222"
 COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's colours, told apart with every common kind of colour blindness; one per method and window;
 with more of them, lines are dashed."""
+DASHES = ("-", "--", ":", "-.")
 SPAN = 8
 """Blocks in the running mean, fewer in a short text."""
+PANELS = 3
+"""In a row of a picture."""
+EXCESS = "excess NLL over full attention (nats per token)"
+SWEPT = {
+    "budget": (
+        "tokens loaded by a step, per layer and KV head",
+        lambda run: run.pages_loaded * run.config.page_size,
+    ),
+    "page size": ("tokens of a page", lambda run: run.config.page_size),
+    "window": ("window w (1 is Quest)", lambda run: run.config.slots),
+}
+"""The settings that excess is drawn against: what the horizontal axis shows, and its value for a run."""
 
 STYLE = {
     "font.size": 9,
@@ -31,9 +46,10 @@ STYLE = {
 
 
 def comparison_figure(identity: dict, runs: Sequence[Run]) -> bytes:
-    """Draws excess negative log-likelihood against position, a panel per number of sink pages, and exposure.
+    """Draws excess negative log-likelihood against position, and exposure.
 
-    Lines are running means over blocks of tokens, bands one standard error to each side.
+    Lines are running means over blocks of tokens, bands one standard error to each side. Budgets, page sizes
+    and other settings that differ have a panel for each combination.
 
     Args:
       identity: what the runs share, as `experiments.compare.identity` gives it.
@@ -42,39 +58,134 @@ def comparison_figure(identity: dict, runs: Sequence[Run]) -> bytes:
     Returns:
       a PNG file.
     """
-    full = next(run for run in runs if run.config.method == "full")
-    others = [run for run in runs if run is not full and run.config.overwrite]
-    sinks = sorted({run.config.sink_pages for run in others})
-    looks = _looks(others)
-    with mpl.rc_context(STYLE):
-        width = 4.6 * len(sinks) + 3.8
-        figure = Figure(figsize=(width, 3.7), layout="constrained")
-        axes = figure.subplots(1, len(sinks) + 1, width_ratios=[4.6] * len(sinks) + [3.8])
-        for panel, count in zip(axes, sinks, strict=False):
-            panel.sharey(axes[0])
-            chosen = [run for run in others if run.config.sink_pages == count]
-            _excess_panel(panel, chosen, full, identity["prompt_tokens"], looks)
-            panel.set_title(_sinks(count))
-        axes[0].set_ylabel("excess NLL over full attention (nats per token)")
-        axes[0].legend(loc="best")
+    full, others = _split(runs)
+    panels = _panels(others, columns([run.config for run in others]))
+    looks = _looks(map(_name, others))
+
+    def draw(axes: Sequence[Axes]) -> None:
+        for panel, (title, chosen) in zip(axes, panels.items(), strict=False):
+            _share(panel, axes[0])
+            _position_panel(panel, chosen, full, identity["prompt_tokens"], looks)
+            panel.set_title(title)
+        axes[0].set_ylabel(EXCESS)
+        _legends(axes[:-1])
         _exposure_panel(axes[-1], [run for run in others if run.config.attention.scored], looks)
-        figure.suptitle(_title(identity), x=0.01, ha="left", fontsize=10)
+
+    return picture(len(panels) + 1, draw, _title(identity, runs))
+
+
+def sweep_figure(identity: dict, runs: Sequence[Run], setting: str) -> bytes | None:
+    """Draws excess negative log-likelihood against a setting, one of `SWEPT`.
+
+    Points are means over all scored tokens, bars one standard error to each side.
+
+    Args:
+      identity: as in `comparison_figure`.
+      runs: as in `comparison_figure`.
+      setting: which.
+
+    Returns:
+      a PNG file; None where the setting does not vary (fewer than three windows say nothing of the window).
+    """
+    full, others = _split(runs)
+    varying = columns([run.config for run in others])
+    if setting == "window":
+        others = [run for run in others if run.config.attention.scored]
+        varies = len({run.config.slots for run in others}) > 2
+    else:
+        varies = setting in [axis.column for axis in varying]
+    if not varies:
+        return None
+    words, value = SWEPT[setting]
+    panels = _panels(others, [axis for axis in varying if axis.column != setting])
+
+    line = _any_window if setting == "window" else _name
+    looks = _looks(map(line, others))
+
+    def draw(axes: Sequence[Axes]) -> None:
+        for panel, (title, chosen) in zip(axes, panels.items(), strict=True):
+            _share(panel, axes[0])
+            panel.axhline(0.0, color="0.6", linewidth=0.8)
+            for name in dict.fromkeys(map(line, chosen)):
+                points = sorted((run for run in chosen if line(run) == name), key=value)
+                excess = [estimate(run.nll - full.nll) for run in points]
+                colour, dash = looks[name]
+                panel.errorbar(
+                    [value(run) for run in points],
+                    [point.mean for point in excess],
+                    [point.error for point in excess],
+                    fmt=f"o{dash}", color=colour, markersize=4, linewidth=1.4, capsize=2, label=name,
+                )  # fmt: skip
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.set_xlabel(words)
+            panel.set_title(title)
+        axes[0].set_ylabel(EXCESS)
+        _legends(axes)
+
+    return picture(len(panels), draw, _title(identity, runs))
+
+
+def picture(panels: int, draw: Callable[[Sequence[Axes]], None], title: str = "") -> bytes:
+    """A PNG file of so many panels, which `draw` fills."""
+    across = min(panels, PANELS)
+    down = -(-panels // across)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(4.4 * across, 6.4), 3.7 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for spare in axes[panels:]:
+            spare.remove()
+        draw(axes[:panels])
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         stream = BytesIO()
         figure.savefig(stream, format="png", dpi=160)
     return stream.getvalue()
 
 
-def _title(identity: dict) -> str:
-    config = identity["config"]
-    tokens = config["budget_tokens"]
-    budget = f"{config['budget']:.0%} of the context" if tokens is None else f"{tokens} tokens"
+def _split(runs: Sequence[Run]) -> tuple[Run, list[Run]]:
+    """Full attention, and the others; without overwriting there is nothing to see but Quest."""
+    full = next(run for run in runs if run.config.method == "full")
+    return full, [run for run in runs if run is not full and run.config.overwrite]
+
+
+def _panels(runs: Sequence[Run], apart: Sequence[Axis]) -> dict[str, list[Run]]:
+    """Runs by the settings that have panels of their own, in words."""
+    panels: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: order(run.config)):
+        panels.setdefault(_settings(run, apart), []).append(run)
+    return panels
+
+
+def _settings(run: Run, axes: Sequence[Axis]) -> str:
+    return ", ".join(f"{axis.column} {axis.value(run.config)}" for axis in axes)
+
+
+def _share(panel: Axes, first: Axes) -> None:
+    if panel is not first:
+        panel.sharey(first)
+
+
+def _legends(axes: Sequence[Axes]) -> None:
+    """Legends in the first panel, and in those that have lines which no panel before them has."""
+    told: set[str] = set()
+    for panel in axes:
+        names = set(panel.get_legend_handles_labels()[1])
+        if not names <= told:
+            panel.legend(loc="best")
+        told |= names
+
+
+def _title(identity: dict, runs: Sequence[Run]) -> str:
+    settings = constants([run.config for run in runs])
     return (
         f"{identity['model']}, {', '.join(identity['texts'])}: {identity['tokens']} tokens, "
-        f"prompt {identity['prompt_tokens']}, budget {budget} per step, pages of {config['page_size']}"
+        f"prompt {identity['prompt_tokens']}; "
+        + ", ".join(f"{name} {value}" for name, value in settings.items())
     )
 
 
-def _excess_panel(panel: Axes, runs: Sequence[Run], full: Run, prompt_tokens: int, looks: dict) -> None:
+def _position_panel(panel: Axes, runs: Sequence[Run], full: Run, prompt_tokens: int, looks: dict) -> None:
     block = min(BLOCK, full.nll.shape[1])
     blocks = block_means(full.nll, block).shape[1]
     span = max(1, min(SPAN, blocks // 4))
@@ -89,43 +200,40 @@ def _excess_panel(panel: Axes, runs: Sequence[Run], full: Run, prompt_tokens: in
 
 
 def _exposure_panel(panel: Axes, runs: Sequence[Run], looks: dict) -> None:
-    """A line per number of sink pages, score and eviction, from its widest window; a point at each window."""
-    kinds = dict.fromkeys(map(_kind, runs))
-    for kind, style in zip(kinds, itertools.cycle(("-", "--", ":", "-."))):
-        chosen = [run for run in runs if _kind(run) == kind]
+    """A line for all windows that differ in nothing else, from the widest of them; a point at each window."""
+    varying = columns([run.config for run in runs])
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(", ".join(filter(None, [_any_window(run), _settings(run, varying)])), []).append(run)
+    for (kind, chosen), style in zip(kinds.items(), itertools.cycle(DASHES)):
         widest = max(chosen, key=lambda run: run.config.slots).exposure
         panel.plot(widest, style, color="0.5", linewidth=1.2, zorder=1, label=kind)
         for run in chosen:
             colour = looks[_name(run)][0]
             panel.plot(len(run.exposure) - 1, run.exposure[-1], "o", color=colour, markersize=5)
-    panel.legend(frameon=False, loc="lower right")
+    if len(kinds) > 1:
+        panel.legend(loc="lower right")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("later decode steps")
     panel.set_ylabel("exposure (pages attended to / own step's)")
     panel.set_title("What a query has attended to in the end")
 
 
-def _looks(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
+def _looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Colour and line style by name, the same in every panel."""
-    ordered = sorted(runs, key=lambda run: order(run.config)[1:])  # not by sink pages: each has its panel
-    names = dict.fromkeys(_name(run) for run in ordered if _name(run) != NAMES["quest"])
+    others = [name for name in dict.fromkeys(names) if name != NAMES["quest"]]
     styles = {
-        name: (COLOURS[place % len(COLOURS)], ("-", "--", ":", "-.")[place // len(COLOURS) % 4])
-        for place, name in enumerate(names)
+        name: (COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)])
+        for place, name in enumerate(others)
     }
     return {NAMES["quest"]: (QUEST_COLOUR, "-")} | styles
 
 
-def _sinks(count: int) -> str:
-    return f"{count} sink page{'' if count == 1 else 's'}"
-
-
-def _kind(run: Run) -> str:
-    config = run.config
-    score = "" if config.score == "bounds" else config.score
-    evict = "" if config.evict is None else f"{NAMES[config.evict]} evicts"
-    return ", ".join(filter(None, [_sinks(config.sink_pages), score, evict]))
-
-
 def _name(run: Run) -> str:
-    return label(run) if run.config.slots == 1 else f"{label(run)}, w = {run.config.slots}"
+    config = run.config
+    return label(config) if config.slots == 1 else f"{label(config)}, w = {config.slots}"
+
+
+def _any_window(run: Run) -> str:
+    """The name of a run of Quest or RetroAttention without its window."""
+    return label(replace(run.config, method="retro"))

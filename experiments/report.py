@@ -7,7 +7,8 @@ from pathlib import Path
 import tyro
 
 from experiments.flags import Flag, Output
-from experiments.report_data import Measured, bootstrap, difference, quest_of, read_run, run_values
+from experiments.paper import PAPER_NOTE, paper_rows
+from experiments.report_data import Interval, Measured, bootstrap, difference, quest_of, read_runs, run_values
 from experiments.report_plots import (
     budget_plot,
     excess_plot,
@@ -34,6 +35,7 @@ PLOTS = {
 class Report(Output):
     """Make one Markdown page with tables and plots from the folders of one or more runs.
 
+    Folders of one run that was made in parts, on several machines or with other methods, are joined.
     Unfinished runs are shown as far as they are. Intervals are 95% bootstrap intervals over examples;
     differences are taken on the same examples.
     """
@@ -53,14 +55,16 @@ class Report(Output):
             raise ValueError("name at least one folder of a run")
         if self.out.exists() and not self.overwrite:
             raise ValueError(f"{self.out} exists; choose another --out, or pass --overwrite")
-        runs = [read_run(path) for path in self.folders]
+        runs = read_runs(self.folders)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         page, pictures = make_page(runs, self.out.stem)
         for name, contents in pictures.items():
             write_bytes(self.out.parent / name, contents)
         write_bytes(self.out, page.encode())
         if self.json:
-            print_json({"page": str(self.out), "runs": [run_values(run) for run in runs]})
+            print_json(
+                {"page": str(self.out), "runs": [run_values(run) for run in runs], "paper": paper_rows(runs)}
+            )
         else:
             print(page)
 
@@ -78,6 +82,8 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
         pictures[f"{stem}-questions.png"] = across
         parts += ["## By number of questions", f"![]({stem}-questions.png)"]
         parts += [_questions_table(group) for group in questions_groups(runs)]
+    if beside := paper_rows(runs):
+        parts += ["## Beside the paper", PAPER_NOTE, _paper_table(beside)]
     for number, run in enumerate(runs, 1):
         parts += [f"## {run.title}", _about(run), _table(run)]
         for name, (plot, title) in PLOTS.items():
@@ -89,13 +95,16 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
 
 
 def _about(run: Measured) -> str:
-    config, made = run.config, run.provenance
+    config = run.config
     task = ", ".join(f"{key} {value}" for key, value in config["task"].items() if key != "name")
-    versions = made.get("versions", {})
+    made = [
+        f"commit {start['commit']}, {start['device']}, jax {start['versions']['jax']}" for start in run.starts
+    ]
     return (
         f"{config['model']}, task {config['task']['name']} ({task}); {len(run.lines)} results of "
-        f"{len({line['example'] for line in run.lines})} examples. Seed {config['sampling']['seed']}, commit "
-        f"{made.get('commit')}, {made.get('device')}, jax {versions.get('jax')}."
+        f"{len({line['example'] for line in run.lines})} examples. "
+        + "; ".join([f"Seed {config['sampling']['seed']}", *dict.fromkeys(made)])
+        + "."
     )
 
 
@@ -128,4 +137,14 @@ def _questions_table(group: Sequence[Measured]) -> str:
     for method in group[0].methods:
         cells = [list(run.by_example(method).values()) for run in group]
         body.append([method, *(bootstrap(values).text() if values else "" for values in cells)])
+    return markdown(header, body)
+
+
+def _paper_table(rows: Sequence[dict]) -> str:
+    header = ["model", "task", "method", "quantity", "ours", "paper"]
+    body = []
+    for row in rows:
+        ours, digits = Interval(**row["ours"]), 2 if row["quantity"].startswith("exposure") else 1
+        names = [row[name] for name in header[:4]]
+        body.append([*names, ours.text(digits), f"{row['paper']:.{digits}f}"])
     return markdown(header, body)

@@ -3,16 +3,18 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from experiments.estimates import block_means
-from experiments.run_folder import read_identity, read_lines, read_results
+from experiments.run_folder import KEYS, read_identity, read_lines, read_results
 
 RESAMPLES = 2000
+FREE = ("methods", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
+"""Fields of a run's configuration that change which results there are, and none of them."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,21 @@ class Interval:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's folder, read.
+    """A run, read from its folder, or from several that hold parts of it.
 
     Attributes:
-      path: of the folder.
-      identity: its config.json.
-      lines: its results.
-      timings: of its batches.
-      provenance: of its last start, empty if it was lost.
+      paths: of the folders.
+      identity: the config.json of the first.
+      lines: results, each (example, method, sample) once.
+      timings: of batches, each with the device of its folder's last start.
+      starts: provenance of the last start of each folder; none for a folder that lost it.
     """
 
-    path: Path
+    paths: Sequence[Path]
     identity: Mapping
     lines: Sequence[dict]
     timings: Sequence[dict]
-    provenance: Mapping
+    starts: Sequence[Mapping]
 
     @property
     def config(self) -> Mapping:
@@ -56,7 +58,7 @@ class Measured:
     @property
     def title(self) -> str:
         """The run's name, and where it lies."""
-        return f"{self.identity['name']} ({self.path.name})"
+        return f"{self.identity['name']} ({' + '.join(path.name for path in self.paths)})"
 
     @property
     def methods(self) -> list[str]:
@@ -93,12 +95,8 @@ class Measured:
             for label in (method, other)
         ]
         shared = have[0] & have[1]
-        kept = Measured(
-            self.path,
-            self.identity,
-            [line for line in self.lines if (line["example"], line["sample"]) in shared],
-            self.timings,
-            self.provenance,
+        kept = replace(
+            self, lines=[line for line in self.lines if (line["example"], line["sample"]) in shared]
         )
         return kept.matrix(method, name), kept.matrix(other, name)
 
@@ -126,31 +124,82 @@ def read_run(path: Path) -> Measured:
     identity, lines = read_identity(path), read_results(path)
     if not lines:
         raise ValueError(f"{path} has no results yet")
-    starts = read_lines(sorted(path.glob("provenance-*.jsonl")))
+    starts = read_lines(sorted(path.glob("provenance-*.jsonl")))[-1:]
+    device = starts[0]["device"] if starts else "unknown device"
+    timings = read_lines(sorted(path.glob("timings-*.jsonl")))
+    return Measured([path], identity, lines, [timing | {"device": device} for timing in timings], starts)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Measured]:
+    """Reads folders of runs; those that differ only in what `FREE` names are one run.
+
+    Raises:
+      FileNotFoundError: see `read_run`.
+      ValueError: see `read_run` and `merge`.
+    """
+    groups: dict[str, list[Measured]] = {}
+    for run in map(read_run, paths):
+        shared = {key: value for key, value in run.config.items() if key not in FREE}
+        groups.setdefault(same_json([run.identity["name"], shared]), []).append(run)
+    return [merge(group) for group in groups.values()]
+
+
+def merge(parts: Sequence[Measured]) -> Measured:
+    """Joins parts of one run: every result once, those of earlier parts first.
+
+    Raises:
+      ValueError: two parts have different results for the same example, method and sample, or were made from
+        different examples.
+    """
+    found: dict[tuple, tuple[dict, Path]] = {}
+    for part in parts:
+        (path,) = part.paths
+        first = next(other for other in parts if other.config["limit"] == part.config["limit"])
+        if first.identity["examples"] != part.identity["examples"]:
+            raise ValueError(f"{first.paths[0]} and {path} have different examples; report them on two pages")
+        for line in part.lines:
+            result = {name: value for name, value in line.items() if name != "config"}  # its folder's digest
+            key = tuple(result[name] for name in KEYS)
+            known, where = found.setdefault(key, (result, path))
+            if different := [name for name in known | result if known.get(name) != result.get(name)]:
+                raise ValueError(
+                    f"{where} and {path} have different results for {', '.join(map(str, key))} "
+                    f"({', '.join(different)}); report them on two pages"
+                )
     return Measured(
-        path=path,
-        identity=identity,
-        lines=lines,
-        timings=read_lines(sorted(path.glob("timings-*.jsonl"))),
-        provenance=starts[-1] if starts else {},
+        paths=[path for part in parts for path in part.paths],
+        identity=parts[0].identity,
+        lines=[line for line, _ in found.values()],
+        timings=[timing for part in parts for timing in part.timings],
+        starts=[start for part in parts for start in part.starts],
     )
 
 
-def bootstrap(values: Sequence[float]) -> Interval:
-    """The mean and its 95% bootstrap interval (percentiles) over values, one for each example."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return Interval(float(values.mean()), float("nan"), float("nan"))
-    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
-    return Interval(float(values.mean()), float(low), float(high))
+def bootstrap(*groups: Sequence[float]) -> Interval:
+    """The mean and its 95% bootstrap interval (percentiles) over values, one for each example.
+
+    Several groups, each resampled by itself, count the same: the mean is that of their means.
+    """
+    arrays = [np.asarray(values, float) for values in groups]
+    mean = float(np.mean([values.mean() for values in arrays]))
+    if min(map(len, arrays)) < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    rng = np.random.default_rng(0)
+    picks = [values[rng.integers(len(values), size=(RESAMPLES, len(values)))] for values in arrays]
+    low, high = np.percentile(np.mean([picked.mean(axis=1) for picked in picks], axis=0), (2.5, 97.5))
+    return Interval(mean, float(low), float(high))
+
+
+def paired(run: Measured, method: str, other: str) -> list[float]:
+    """A method's values less another's, on the examples that both have."""
+    ours, theirs = run.by_example(method), run.by_example(other)
+    return [ours[name] - theirs[name] for name in sorted(ours.keys() & theirs.keys())]
 
 
 def difference(run: Measured, method: str, other: str) -> Interval | None:
     """A method's value less another's on the examples that both have; None if there are none."""
-    ours, theirs = run.by_example(method), run.by_example(other)
-    shared = sorted(ours.keys() & theirs.keys())
-    return bootstrap([ours[name] - theirs[name] for name in shared]) if shared else None
+    values = paired(run, method, other)
+    return bootstrap(values) if values else None
 
 
 def quest_of(run: Measured, method: str) -> str | None:

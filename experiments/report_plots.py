@@ -1,17 +1,14 @@
 """The pictures of a report; each function returns a PNG file, or None where the runs do not show it."""
 
+import itertools
 from collections.abc import Callable, Sequence
-from io import BytesIO
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from experiments.plots import COLOURS, QUEST_COLOUR, STYLE
+from experiments.plots import COLOURS, DASHES, FULL_COLOUR, QUEST_COLOUR, picture
 from experiments.report_data import Interval, Measured, bootstrap, by_bins, excess_by_position, same_json
 
-FULL_COLOUR = "#888888"
 BLOCK = 256
 """Tokens in a point of the curves of likelihood."""
 
@@ -103,24 +100,28 @@ def budget_plot(run: Measured) -> bytes | None:
 
 
 def latency_plot(run: Measured) -> bytes | None:
-    """Wall time of a decode step against context."""
+    """Wall time of a decode step against context, apart for each device and batch."""
     timed = [timing for timing in run.timings if timing["steps_per_second"]]
     if not timed:
         return None
+    kinds = dict.fromkeys((timing["device"], timing["batch"]) for timing in timed)
 
     def draw(axes: Axes) -> None:
-        for method in run.methods:
+        for method, (kind, style) in itertools.product(run.methods, zip(kinds, itertools.cycle(DASHES))):
             points = sorted(
                 (timing["context"], 1000 / timing["steps_per_second"])
                 for timing in timed
-                if timing["method"] == method
+                if timing["method"] == method and (timing["device"], timing["batch"]) == kind
             )
             if points:
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, "o-", markersize=3, color=_colour(run, method), label=method)
+                about = f", {kind[0]}, batch {kind[1]}" if len(kinds) > 1 else ""
+                axes.plot(
+                    x, y, f"o{style}", markersize=3, color=_colour(run, method), label=f"{method}{about}"
+                )
         axes.set_ylim(bottom=0)
         axes.set_xlabel("context (tokens, in the middle of the longest reply)")
-        axes.set_ylabel(f"ms per step of {run.config['batch']} sequences")
+        axes.set_ylabel("ms per step of a batch")
 
     return _picture(draw)
 
@@ -182,11 +183,8 @@ def _curve(
 
 
 def _picture(draw: Callable[[Axes], None]) -> bytes:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        axes.legend(loc="best")
-        stream = BytesIO()
-        figure.savefig(stream, format="png", dpi=140)
-    return stream.getvalue()
+    def fill(axes: Sequence[Axes]) -> None:
+        draw(axes[0])
+        axes[0].legend(loc="best")
+
+    return picture(1, fill)

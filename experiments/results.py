@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from experiments.sweep import order, run_name
 from retro_jax import DecodeConfig, Score
 
 IDENTITY = "comparison.json"
@@ -23,6 +24,7 @@ class Run:
         config: what decoded.
         nll: negative log-likelihood of every scored token, natural logarithm.
         exposure: pages a query has attended to after 0, 1, ... later steps, over those of its own step.
+        pages_loaded: that a step loaded per sparse layer and KV head, on average.
         kv_bytes: bytes of keys, values and page statistics that a step loaded for a text, on average.
         seconds: wall time of the pass, compilation included.
         provenance: where it was computed.
@@ -32,38 +34,10 @@ class Run:
     config: DecodeConfig
     nll: Float[np.ndarray, "B T"]
     exposure: Float[np.ndarray, " W"]
+    pages_loaded: float
     kv_bytes: float
     seconds: float
     provenance: dict
-
-
-def run_name(config: DecodeConfig) -> str:
-    """Returns the name of a run by the fields in which runs of a comparison differ."""
-    if config.method == "full":
-        return "full"
-    parts = [
-        config.method,
-        "" if config.window is None else f"w{config.window}",
-        f"sinks{config.sink_pages}",
-        "" if config.score == "bounds" else config.score,
-        "" if config.evict is None else f"evict_{config.evict}",
-        "" if config.overwrite else "no_overwrite",
-    ]
-    return "-".join(filter(None, parts))
-
-
-def order(config: DecodeConfig) -> tuple:
-    """Returns what runs are sorted by: sink pages; then Quest and RetroAttention first, the window last."""
-    return (
-        config.sink_pages,
-        not config.attention.scored,
-        config.evict or "",
-        config.score != "bounds",
-        config.score,
-        not config.overwrite,
-        config.slots,
-        config.method,
-    )
 
 
 class ResultsFolder:
@@ -129,6 +103,7 @@ class ResultsFolder:
                 config=DecodeConfig(**about["config"]),
                 nll=arrays["nll"],
                 exposure=np.array(about["metrics"]["exposure"], float),
+                pages_loaded=about["metrics"]["pages_loaded"],
                 kv_bytes=about["metrics"]["kv_bytes"],
                 seconds=about["seconds"],
                 provenance=about["provenance"],
@@ -137,7 +112,7 @@ class ResultsFolder:
     def runs(self) -> list[Run]:
         """Reads every finished run, full attention first, then in the order of `order`."""
         found = [self.load(file.stem) for file in (self.path / "runs").glob("*.npz")]
-        return sorted(found, key=lambda run: (run.config.method != "full", *order(run.config)))
+        return sorted(found, key=lambda run: order(run.config))
 
     def _file(self, name: str) -> Path:
         return self.path / "runs" / f"{name}.npz"

@@ -17,6 +17,7 @@ from experiments.flags import Flag, NoPrefix, Output
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
 from experiments.results import print_json
+from experiments.run_compile import check_programs, compile_run, programs_text
 from experiments.run_config import RunConfig, default_folder, digest
 from experiments.run_folder import RunFolder, check_folder
 from experiments.run_plan import check_memory, make_plan, plan_text, plan_values
@@ -40,21 +41,21 @@ class Run(Output):
     """Folder for the results; None: one under runs/ that is named after the configuration."""
     dry_run: Flag[bool] = False
     """Only print what would run, its memory and its cost; load, fetch and compile nothing."""
+    compile: Flag[bool] = False
+    """Only compile what would run, from shapes alone, for as many devices as it names (simulated ones where
+    there are fewer), and print the memory that it takes; load and fetch nothing."""
     distributed: Flag[bool] = False
     """Share the work among the hosts that JAX finds (a TPU pod, SLURM, ...), each on its own devices."""
 
     def run(self) -> None:
         """Runs what the folder does not have yet."""
         self.config.check()
-        if self.distributed and not self.dry_run:
+        if self.dry_run or self.compile:
+            self._show()
+            return
+        if self.distributed:
             jax.distributed.initialize()  # before anything else asks for a device
         plan = make_plan(self.config)
-        if self.dry_run:
-            if self.json:
-                print_json(plan_values(self.config, plan))
-            else:
-                print(plan_text(self.config, plan, self.config.configurations()))
-            return
         examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
         identity = {
             "name": self.name,
@@ -83,6 +84,19 @@ class Run(Output):
             print(
                 f"{len(folder.done())} results: {out}\nTables and plots: retro-jax report {out} --out page.md"
             )
+
+    def _show(self) -> None:
+        """Prints the plan, with its compiled programs where they are asked for."""
+        plan = make_plan(self.config)
+        programs = compile_run(self.config, plan) if self.compile else []
+        if self.json:
+            print_json(plan_values(self.config, plan) | {"programs": [asdict(each) for each in programs]})
+        else:
+            print(plan_text(self.config, plan, self.config.configurations()))
+            if programs:
+                print(f"\n{programs_text(programs, self.config)}")
+        if programs:
+            check_programs(programs, self.config)
 
 
 def work(

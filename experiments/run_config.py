@@ -9,20 +9,15 @@ from typing import Annotated
 
 import tyro
 
-from experiments.flags import ConfigFlags, Hidden, NoPrefix, SamplingFlags
+from experiments.budgets import budget_fields
+from experiments.flags import NoPrefix, SamplingFlags, common_flags
 from experiments.tasks import TASKS, AnyTask
 from retro_jax import DecodeConfig
 from retro_jax.methods import METHODS
 
-
-@dataclass(frozen=True)
-class CommonFlags(ConfigFlags):
-    """What all methods of a run share; the hidden fields are what they differ in."""
-
-    method: Hidden[str] = "retro"
-    window: Hidden[int | None] = None
-    budget: Hidden[float] = 0.15
-    budget_tokens: Hidden[int | None] = None
+VARIED = ("method", "window", *budget_fields(DecodeConfig.budget))
+"""The fields of `DecodeConfig` in which the methods of a run differ."""
+CommonFlags = common_flags(*VARIED)
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,8 @@ class RunConfig:
     """Devices of one host over which a batch is spread."""
     model_devices: int = 1
     """Devices of one host over which KV heads are spread."""
+    device_gb: float | None = None
+    """Memory of each device that the run is meant for, in GB; None: not told."""
     dtype: str | None = None
     """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
     revision: str | None = None
@@ -97,7 +94,7 @@ class RunConfig:
             for budget in self.budgets:
                 for window in self.windows if method.revises else (None,):
                     label = f"{name}{'' if window is None else f'-w{window}'}-{budget:g}"
-                    found[label] = self.decode.config(method=name, window=window, **_budget(budget))
+                    found[label] = self.decode.config(method=name, window=window, **budget_fields(budget))
         return found
 
     @property
@@ -108,22 +105,16 @@ class RunConfig:
     def identity(self) -> dict:
         """The values that make this run another than others, for JSON.
 
-        Where the data lies is not among them: a run keeps a digest of the examples made from it.
+        Where the data lies is not among them: a run keeps a digest of the examples made from it. Nor is the
+        memory of the devices.
         """
         values = asdict(self)
         values["task"] = {"name": self.task_name} | values["task"]
         values["task"].pop("data", None)
-        for name in ("method", "window", "budget", "budget_tokens"):
+        del values["device_gb"]
+        for name in VARIED:
             del values["decode"][name]
         return json.loads(json.dumps(values, default=str))
-
-
-def _budget(budget: float) -> dict:
-    if budget <= 1:
-        return {"budget": budget}
-    if budget != int(budget):
-        raise ValueError(f"budget {budget} is neither a share up to 1 nor a whole number of tokens")
-    return {"budget_tokens": int(budget)}
 
 
 def digest(value: Mapping | list) -> str:

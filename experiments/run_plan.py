@@ -1,7 +1,7 @@
 """What a run takes: examples, tokens, steps, and memory by device, before anything is loaded or compiled."""
 
-import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +14,12 @@ from experiments.run_config import RunConfig
 from experiments.run_work import capacity_for
 from experiments.tables import markdown
 from experiments.tasks import Asked, Passage, describe
-from models import random_params
 from models.config import ModelConfig
 from models.huggingface import config_from_json
 from models.presets import SIZES
-from retro_jax import DecodeConfig, init_state
-from retro_jax.sharding import check_mesh, params_shardings, state_shardings
+from pallas_kernels.dispatch import HEADS, SEQUENCES
+from retro_jax import DecodeConfig
+from retro_jax.sharding import abstract_arguments
 
 CHARS_PER_TOKEN = 3
 """A cautious figure for estimates without a tokenizer: English text has about 4, digits fewer."""
@@ -58,7 +58,8 @@ def make_plan(config: RunConfig) -> Plan:
     """Estimates what a run takes; reads local data, and nothing from the network.
 
     Raises:
-      ValueError: the examples do not fit the model's positions, or its heads not the mesh.
+      ValueError: the examples do not fit the model's positions, its heads not the mesh, or weights and cache
+        not the devices that the run is meant for.
     """
     task = config.task
     if task.local:
@@ -90,6 +91,9 @@ def make_plan(config: RunConfig) -> Plan:
             )
         capacity = capacity_for(model, longest + new)
         weights, caches = memory(config, model, capacity)
+        if config.device_gb:
+            held = weights + max(caches.values())
+            check_fits("weights and cache take", held, "--device-gb", config.device_gb * 1e9)
     return Plan(
         examples=examples,
         exact=task.local,
@@ -120,16 +124,13 @@ def memory(config: RunConfig, model: ModelConfig, capacity: int) -> tuple[int, d
     Raises:
       ValueError: the mesh does not divide the batch, the heads or the widths.
     """
-    mesh = AbstractMesh(
-        (config.data_devices, config.model_devices), ("data", "model"), axis_types=(AxisType.Auto,) * 2
-    )
-    check_mesh(model, mesh, config.batch)
-    params = jax.eval_shape(functools.partial(random_params, model), jax.random.key(0))
+    sizes = config.data_devices, config.model_devices
+    mesh = AbstractMesh(sizes, (SEQUENCES, HEADS), axis_types=(AxisType.Auto,) * 2)
     caches = {}
     for label, decode in config.configurations().items():
-        state = jax.eval_shape(functools.partial(init_state, model, decode, config.batch, capacity))
-        caches[label] = _device_bytes(state, state_shardings(state, mesh))
-    return _device_bytes(params, params_shardings(params, mesh)), caches
+        params, state = abstract_arguments(model, decode, mesh, config.batch, capacity)
+        caches[label] = _device_bytes(state)
+    return _device_bytes(params), caches
 
 
 def check_memory(plan: Plan) -> None:
@@ -137,11 +138,15 @@ def check_memory(plan: Plan) -> None:
     limit = device_memory()
     if plan.weights is None or limit is None:
         return
-    needed = plan.weights + max(plan.caches.values())
+    check_fits("weights and cache take", plan.weights + max(plan.caches.values()), "its", limit)
+
+
+def check_fits(what: str, needed: int, name: str, limit: float) -> None:
+    """Raises ValueError if `what` takes more bytes of a device than a limit of this name."""
     if needed > limit:
         raise ValueError(
-            f"weights and cache take {needed / 1e9:.1f} GB on each device, which has {limit / 1e9:.1f} GB; "
-            "use more devices (--model-devices, --data-devices), a smaller --batch, or another --dtype"
+            f"{what} {gigabytes(needed)} on each device, over {name} {gigabytes(limit)}; use more devices "
+            "(--model-devices, --data-devices), a smaller --batch, or another --dtype"
         )
 
 
@@ -165,6 +170,7 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
     """The plan in words and a table."""
     kind = "made or read" if plan.exact else "as published; the data is not at hand"
     devices = config.data_devices * config.model_devices
+    weights = "size not known" if plan.weights is None else f"{gigabytes(plan.weights)} on each device"
     lines = [
         f"model     {config.model}, {devices} device{'s' * (devices > 1)} "
         f"({config.data_devices} for the batch x {config.model_devices} for heads)",
@@ -173,7 +179,7 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
         f"repl{'y' if config.samples == 1 else 'ies'} each, "
         f"in {plan.batches} batches of {config.batch}",
         f"length    prompts of up to about {plan.prompt_tokens} tokens, replies of up to {plan.new_tokens}",
-        "weights   " + ("size not known" if plan.weights is None else f"{_gb(plan.weights)} on each device"),
+        f"weights   {weights}",
         "",
     ]
     body = [
@@ -181,8 +187,8 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
             label,
             str(plan.prefill_tokens),
             str(plan.steps),
-            _gb(plan.caches[label]) if plan.caches else "",
-            _gb(plan.caches[label] + plan.weights) if plan.caches else "",
+            gigabytes(plan.caches[label]) if plan.caches else "",
+            gigabytes(plan.caches[label] + plan.weights) if plan.caches else "",
         ]
         for label in configs
     ]
@@ -190,16 +196,13 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
     return "\n".join([*lines, markdown(header, body)])
 
 
-def _gb(size: int) -> str:
+def gigabytes(size: float) -> str:
+    """A number of bytes in GB."""
     return f"{size / 1e9:.2f} GB"
 
 
-def _device_bytes(tree, shardings) -> int:
-    sizes = jax.tree.map(
-        lambda leaf, sharding: functools.reduce(
-            lambda a, b: a * b, sharding.shard_shape(leaf.shape), leaf.dtype.itemsize
-        ),
-        tree,
-        shardings,
+def _device_bytes(tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
-    return sum(jax.tree.leaves(sizes))

@@ -1,23 +1,17 @@
 """Comparisons and scores as Markdown tables that can also be read as they are."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
 
+from experiments.budgets import budget_fields, budget_value
 from experiments.compare import Row, rows
-from experiments.estimates import BLOCK, Estimate, estimate, position_bins
+from experiments.estimates import BLOCK, Estimate, estimate, position_bins, ratio
+from experiments.ladder import LADDER, ladder
 from experiments.results import Run
-
-NAMES = {
-    "full": "full",
-    "quest": "Quest",
-    "retro": "Retro",
-    "streaming": "StreamingLLM",
-    "tova": "TOVA",
-    "h2o": "H2O",
-    "snapkv": "SnapKV",
-}
+from experiments.sweep import columns, constants, label, run_name
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -39,31 +33,21 @@ def number(value: Estimate, digits: int = 4) -> str:
     return f"{value.mean:.{digits}f} ± {value.error:.{digits}f}"
 
 
-def label(run: Run) -> str:
-    """Returns a run's method in words, without its window and sink pages."""
-    config = run.config
-    parts = [
-        "" if config.score == "bounds" else config.score,
-        "" if config.evict is None else f"{NAMES.get(config.evict, config.evict)} evicts",
-        "" if config.overwrite else "no overwriting",
-    ]
-    about = ", ".join(filter(None, parts))
-    return NAMES.get(config.method, config.method) + (f" ({about})" if about else "")
-
-
 def comparison_table(comparison: Sequence[Row], bins: Sequence[tuple[int, int]]) -> str:
     """Returns the table of one comparison: a row per run, full attention's log-likelihood first."""
+    varying = columns([row.run.config for row in comparison])
     header = [
-        "method", "w", "sink pages", "NLL", "excess NLL", *(f"{start}-{end - 1}" for start, end in bins),
-        "of Quest's", "exposure", "KV MB/step",
+        "method", "w", *(axis.column for axis in varying), "NLL", "excess NLL",
+        *(f"{start}-{end - 1}" for start, end in bins), "of Quest's", "exposure", "KV MB/step",
     ]  # fmt: skip
     body = []
     for row in comparison:
-        full = row.run.config.method == "full"
+        config = row.run.config
+        full = config.method == "full"
         body.append([
-            label(row.run),
-            "" if full else str(row.run.config.slots),
-            "" if full else str(row.run.config.sink_pages),
+            label(config),
+            "" if full else str(config.slots),
+            *("" if full else str(axis.value(config)) for axis in varying),
             f"{row.nll.mean:.4f}",
             "" if full else number(row.excess),
             *("" if full else number(part) for part in row.by_position),
@@ -74,31 +58,71 @@ def comparison_table(comparison: Sequence[Row], bins: Sequence[tuple[int, int]])
     return markdown(header, body)
 
 
+def ladder_table(runs: Sequence[Run], budget: float) -> str:
+    """Returns what each part of `LADDER` adds at one budget, beside the paper's method; all texts together.
+
+    Args:
+      runs: of a comparison; steps whose run is not among them are left out.
+      budget: up to 1 a share of the context, above it tokens.
+    """
+    by_name = {run.name: run for run in runs}
+    full = by_name["full"]
+    steps = ladder(full.config, budget_fields(budget))
+    listed = [(words, config) for (words, _), config in zip(LADDER, steps, strict=True)]
+    listed[0] = ("Quest, no sink page", steps[0])
+    listed[1:1] = [
+        (f"RetroAttention as in the paper, w = {window}", replace(steps[0], method="retro", window=window))
+        for window in (2, 4, 8)
+    ]
+    present = [(words, by_name[run_name(config)]) for words, config in listed if run_name(config) in by_name]
+    quest, sink = (by_name.get(run_name(config)) for config in steps[:2])
+    body, before = [], None
+    for words, run in present:
+        excess = run.nll - full.nll
+        on_ladder = run.config in steps
+        body.append([
+            words if not on_ladder or before is None else f"+ {words}",
+            number(estimate(excess)),
+            number(estimate(run.nll - before.nll)) if on_ladder and before else "",
+            *(number(ratio(excess, base.nll - full.nll), 3) if base else "" for base in (quest, sink)),
+            f"{run.pages_loaded * run.config.page_size:.0f}",
+            f"{run.kv_bytes / 1e6:.2f}",
+        ])  # fmt: skip
+        before = run if on_ladder else before
+    header = [
+        "method", "excess NLL", "less that of the row it adds to", "of Quest's",
+        "of Quest's with a sink page", "tokens loaded", "KV MB/step",
+    ]  # fmt: skip
+    return markdown(header, body)
+
+
 def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> str:
     """Returns the whole report of a comparison as Markdown: all texts together, then each text."""
     prompt, tokens, names = identity["prompt_tokens"], identity["tokens"], identity["texts"]
     bins = position_bins(prompt, tokens, bin_tokens)
-    config = dict(identity["config"])
-    if config["budget_tokens"] is not None:
-        del config["budget"], config["budget_floor"]  # not used then
-    settings = ", ".join(f"{key} {value}" for key, value in config.items() if value is not None)
+    settings = constants([run.config for run in runs]) | identity["config"]
+    told = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
     parts = [
         f"# {identity['model']} ({identity['dtype']}), {', '.join(names)}",
         f"{tokens} tokens of each text: a prompt of {prompt}, then teacher-forced decoding. "
-        f"Settings: {settings}.",
+        f"Settings: {told}.",
         "Excess is negative log-likelihood (nats per token) over full attention on the same tokens, for the "
         "whole text and for ranges of positions; ± is one standard error, from the means of blocks of "
-        f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same sink pages, score "
-        "and eviction. "
+        f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same settings. "
         "*Exposure* is the pages that a query has attended to in the end over those of its own step. "
         "*KV MB/step* is what one step loads of keys, values and page statistics for one text.",
         comparison_table(rows(runs, bins, prompt), bins),
     ]
+    names_there = {run.name for run in runs}
+    for budget in sorted({budget_value(run.config) for run in runs}, key=lambda b: (isinstance(b, float), b)):
+        top = ladder(runs[0].config, budget_fields(budget))[-1]
+        if run_name(top) in names_there:
+            parts += [f"## From Quest to preset retro, budget {budget:g}", ladder_table(runs, budget)]
     for row in rows(runs, bins, prompt):
         if not row.run.config.overwrite and row.quest_difference is not None:
             parts.append(
-                f"Without overwriting (w = {row.run.config.slots}, sink pages {row.run.config.sink_pages}) "
-                f"no token's value differs from Quest's by more than {row.quest_difference:.1e}."
+                f"In {row.run.name} no token's value differs from Quest's by more than "
+                f"{row.quest_difference:.1e}."
             )
     if len(names) > 1:
         for text, name in enumerate(names):

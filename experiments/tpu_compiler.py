@@ -70,31 +70,16 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+    from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
-    import models
-    from retro_jax import decode_step, init_state
-    from retro_jax.sharding import check_mesh, params_shardings, state_shardings
+    from pallas_kernels.dispatch import SEQUENCES
+    from retro_jax import decode_step, make_mesh
+    from retro_jax.sharding import abstract_arguments
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    mesh = Mesh([topology.devices[:devices]], ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    check_mesh(model, mesh, batch)
-
-    def step(params, state, tokens):
-        return decode_step(params, model, config, state, tokens)
-
-    def placed(shapes, shardings):
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
-        )
-
-    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
-    state = jax.eval_shape(lambda: init_state(model, config, batch, capacity))
-    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    mesh = make_mesh(1, devices, topology.devices)
+    params, state = abstract_arguments(model, config, mesh, batch, capacity)
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(SEQUENCES)))
+    step = jax.jit(decode_step, static_argnums=(1, 2), donate_argnums=3)
     with use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(step, donate_argnums=1).lower(
-            placed(params, params_shardings(params, mesh)),
-            placed(state, state_shardings(state, mesh)),
-            tokens,
-        )
-    return lowered.compile()
+        return step.lower(params, model, config, state, tokens).compile()

@@ -20,6 +20,7 @@ from pallas_kernels.selection.mosaic_tpu import heads_per_step, pages_per_block
 from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.tpu import CHIPS, Chip
 from retro_jax import DecodeConfig
+from retro_jax.budget import Budget, budget_pages
 
 _SCHEDULED_CONTEXT = 32768  # of the compiled kernels: what a block issues does not depend on it
 
@@ -158,7 +159,9 @@ def decode_step(
     if dense:
         parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, dense=True))
     if sparse:
-        selected = int(config.budget_pages(jnp.array([context]))[0])
+        itemsize = jnp.dtype(model.dtype).itemsize
+        loads = budget_pages(config, Budget.of(config, 1), jnp.array([context]), model.head_dim, itemsize)
+        selected = int(loads[0])
         parts += [
             selection(model, chip, config.page_size, context, selected, batch, heads, sparse),
             attention(model, chip, config.page_size, selected, config.slots, items, sparse, dense=False),

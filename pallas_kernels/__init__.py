@@ -14,17 +14,19 @@ and updates it in place, which a slice of a stacked cache would not allow.
 """
 
 from pallas_kernels.attention import (
+    attend_estimates,
     attend_pages,
     attention_mass,
     dense_attention,
     merge,
     retro_attention,
     selected_mass,
+    settle_blocks,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
 from pallas_kernels.layout import KEYS, VALUES, pages_for
 from pallas_kernels.selection import GROUP_REDUCE, SCORES, choose_pages, page_scores, select_pages
-from pallas_kernels.statistics import STATISTICS
+from pallas_kernels.statistics import STATISTICS, Statistics
 from pallas_kernels.update import update_pages
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "SCORES",
     "STATISTICS",
     "VALUES",
+    "Statistics",
+    "attend_estimates",
     "attend_pages",
     "attention_mass",
     "choose_pages",
@@ -45,5 +49,6 @@ __all__ = [
     "retro_attention",
     "select_pages",
     "selected_mass",
+    "settle_blocks",
     "update_pages",
 ]

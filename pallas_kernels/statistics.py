@@ -7,8 +7,39 @@ written so far. `"min_max"` is Quest's metadata (arXiv 2406.10774, section 3.3).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
+
+_INT8_MAX = 127
+
+
+@flax.struct.dataclass
+class Quantized:
+    """Vectors of 8-bit integers, each with its own scale.
+
+    Attributes:
+      values: the vectors over their scales, in -127..127.
+      scales: the largest magnitude of each vector over 127.
+    """
+
+    values: Int8[Array, "*rows D"]
+    scales: Float[Array, " *rows"]
+
+    def at_float32(self) -> Float[Array, "*rows D"]:
+        """The vectors, to within half a scale."""
+        return self.values.astype(jnp.float32) * self.scales[..., None]
+
+
+Statistics = Float[Array, "B K P Z D"] | Quantized
+"""Page statistics of one layer."""
+
+
+def quantize(vectors: Float[Array, "*rows D"]) -> Quantized:
+    """The nearest 8-bit vectors; a vector of zeros has scale 0."""
+    scales = jnp.max(jnp.abs(vectors.astype(jnp.float32)), axis=-1) / _INT8_MAX
+    units = vectors / jnp.where(scales == 0, 1, scales)[..., None]
+    return Quantized(values=jnp.round(units).astype(jnp.int8), scales=scales)
 
 
 @dataclass(frozen=True)
@@ -19,10 +50,21 @@ class PageStatistics:
       vectors: vectors kept per page (Z).
       compute: (keys[..., S, D], valid[..., S]) -> [..., Z, D] in the keys' dtype; what lies at invalid
         places does not matter, NaN included.
+      quantized: whether they are kept as `Quantized`.
     """
 
     vectors: int
     compute: Callable[[Float[Array, "... S D"], Bool[Array, "... S"]], Float[Array, "... Z D"]]
+    quantized: bool = False
+
+    def zeros(self, pages: tuple[int, ...], head_dim: int, dtype: str) -> Statistics:
+        """Statistics of pages [B, K, P] without any token."""
+        vectors = jnp.zeros((*pages, self.vectors, head_dim), dtype)
+        return quantize(vectors) if self.quantized else vectors
+
+    def vector_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of one vector where keys have `itemsize` bytes a channel."""
+        return head_dim + 4 if self.quantized else head_dim * itemsize
 
 
 def _min_max(keys: Float[Array, "... S D"], valid: Bool[Array, "... S"]) -> Float[Array, "... 2 D"]:
@@ -42,4 +84,5 @@ def _mean_key(keys: Float[Array, "... S D"], valid: Bool[Array, "... S"]) -> Flo
 STATISTICS: Mapping[str, PageStatistics] = {
     "min_max": PageStatistics(vectors=2, compute=_min_max),
     "mean_key": PageStatistics(vectors=1, compute=_mean_key),
+    "mean_key_int8": PageStatistics(vectors=1, compute=_mean_key, quantized=True),
 }

@@ -15,6 +15,7 @@ from retro_jax.decode import Decoded, decode, teacher_force
 from retro_jax.generate import Generation, NonFiniteLogits, generate
 from retro_jax.metrics import Metrics
 from retro_jax.prefill import extend, prefill
+from retro_jax.presets import PRESETS, preset
 from retro_jax.sampling import Sampling
 from retro_jax.score import Score, score
 from retro_jax.sharding import make_mesh, shard_params, shard_state
@@ -22,6 +23,7 @@ from retro_jax.state import DecodeState, init_state
 from retro_jax.step import decode_step
 
 __all__ = [
+    "PRESETS",
     "DecodeConfig",
     "DecodeState",
     "Decoded",
@@ -39,6 +41,7 @@ __all__ = [
     "load_model",
     "make_mesh",
     "prefill",
+    "preset",
     "score",
     "shard_params",
     "shard_state",

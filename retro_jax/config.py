@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from models.config import ModelConfig
-from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, STATISTICS, pages_for
+from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
 from retro_jax.methods import METHODS, Eviction, Method
 from retro_jax.selectors import SELECTORS
 
+MEAN_KEYS = SCORES["mean_key"].statistics
+"""Statistics that a residual can estimate pages by."""
 EVICTS = ("tova", "h2o")
 """Methods whose eviction rule "quest" and "retro" can have: those that judge a page by what it is worth."""
 
@@ -32,9 +34,9 @@ class DecodeConfig:
     """Queries that one step serves, the newest included. None: the method's own, 4 for "retro" and 1
     for the others, which take no other."""
     budget: float = 0.15
-    """Share of the current context that a step may load per layer and KV head ..."""
+    """Share of the current context that a step may load per layer and KV head."""
     budget_floor: int = 256
-    """... but at least this many tokens."""
+    """Tokens that a step may load at least, where the budget is a share."""
     budget_tokens: int | None = None
     """A fixed number of tokens instead of the share and its floor."""
     page_size: int = 16
@@ -44,13 +46,22 @@ class DecodeConfig:
     sink_pages: int = 1
     """Pages at the beginning of the sequence that are always loaded, within the budget. Neither the paper
     nor Quest forces any (0)."""
+    budget_covers: str = "pages"
+    """What the budget limits: "pages" (the tokens that are loaded; what is read to choose them comes on top)
+    or "traffic" (all that Quest would read with this budget: its tokens, and two vectors for every 16 tokens
+    of context; statistics that take less leave room for more pages)."""
     group_reduce: str = "mean"
-    """How the scores of the query heads that share a KV head become one: "mean" or "max"."""
-    statistics: str = "min_max"
-    """What is kept per page: "min_max" (Quest's bounds) or "mean_key"."""
+    """How the scores of the query heads that share a KV head become one: "mean" or "max", or "mass" (each
+    head's scores become attention weights over all pages, then their mean)."""
+    statistics: str | None = None
+    """What is kept per page: "min_max" (Quest's bounds), "mean_key" or "mean_key_int8" (in 8 bits). None: the
+    first of these that the score can read, "mean_key" for a residual."""
     score: str = "bounds"
     """How "quest" and "retro" score a page: "bounds" (needs "min_max" statistics) or "mean_key" (needs
-    "mean_key"); for analysis, "oracle" (its exact attention, which reads every key) or "random"."""
+    mean keys); for analysis, "oracle" (its exact attention, which reads every key) or "random"."""
+    residual_pages: int = 0
+    """Pages that are not loaded are estimated, each by its mean key and the mean value of a block of so many
+    pages (needs mean keys). 0: they do not count."""
     score_seed: int = 0
     """Of the score "random"."""
     evict: str | None = None
@@ -80,7 +91,8 @@ class DecodeConfig:
                 f"method {self.method!r} serves only the newest query, window {self.window} was asked for"
                 f"{why}; use method 'retro' or window None"
             )
-        lowest = {"page_size": 1, "dense_layers": 0, "sink_pages": 0, "prefill_chunk": 1, "observation": 1}
+        lowest = {"page_size": 1, "prefill_chunk": 1, "observation": 1}
+        lowest |= {"dense_layers": 0, "sink_pages": 0, "residual_pages": 0}
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} is below {low}")
@@ -89,32 +101,60 @@ class DecodeConfig:
         self._check_eviction()
 
     def _check_parts(self):
-        if self.statistics not in STATISTICS:
-            raise ValueError(
-                f"statistics {self.statistics!r} are unknown; use one of {', '.join(STATISTICS)}"
-            )
         if self.score not in SELECTORS:
             raise ValueError(f"score {self.score!r} is unknown; use one of {', '.join(SELECTORS)}")
-        needed = SELECTORS[self.score].statistics
-        if needed not in (None, self.statistics):
+        if self.statistics not in (None, *STATISTICS):
             raise ValueError(
-                f"score {self.score!r} reads {needed!r} statistics, the cache would keep "
-                f"{self.statistics!r}; set statistics={needed!r}"
+                f"statistics {self.statistics!r} are unknown; use None or one of {', '.join(STATISTICS)}"
             )
+        readable = SELECTORS[self.score].statistics
+        if readable and self.statistics not in (None, *readable):
+            raise ValueError(
+                f"score {self.score!r} reads {' or '.join(readable)} statistics, not {self.statistics!r}; "
+                "use statistics=None"
+            )
+        if self.residual_pages:
+            self._check_residual()
         if self.group_reduce not in GROUP_REDUCE:
-            known = " or ".join(map(repr, GROUP_REDUCE))
-            raise ValueError(f"group_reduce {self.group_reduce!r} is unknown; use {known}")
+            raise ValueError(
+                f"group_reduce {self.group_reduce!r} is unknown; use one of {', '.join(GROUP_REDUCE)}"
+            )
         if self.implementation not in (None, *IMPLEMENTATIONS):
             raise ValueError(
                 f"implementation {self.implementation!r} is unknown; use None or one of "
                 f"{', '.join(IMPLEMENTATIONS)}"
             )
 
+    def _check_residual(self):
+        name = f"residual_pages {self.residual_pages}"
+        if not METHODS[self.method].scored:
+            raise ValueError(
+                f"{name} was asked for with method {self.method!r}, which selects no pages by a score; use "
+                "method 'quest' or 'retro'"
+            )
+        if self.evict is not None:
+            raise ValueError(
+                f"{name} was asked for with evict {self.evict!r}, whose pages are gone for good; use only one"
+            )
+        if self.kept_statistics not in MEAN_KEYS:
+            raise ValueError(
+                f"{name} estimates pages by their mean keys, score {self.score!r} keeps "
+                f"{self.kept_statistics!r} statistics; use score 'mean_key'"
+            )
+
     def _check_budget(self):
+        if self.budget_covers not in ("pages", "traffic"):
+            raise ValueError(f"budget_covers {self.budget_covers!r} is unknown; use 'pages' or 'traffic'")
+        attention = METHODS[self.method]
+        if self.budget_covers == "traffic" and not (attention.scored and self.evict is None):
+            raise ValueError(
+                f"budget_covers 'traffic' was asked for with method {self.method!r}, evict {self.evict!r}, "
+                "which evicts or loads all pages; use method 'quest' or 'retro' without evict"
+            )
         if not 0.0 < self.budget <= 1.0:
             raise ValueError(f"budget {self.budget} is not a share in (0, 1]; use budget_tokens for tokens")
         name = "budget_floor" if self.budget_tokens is None else "budget_tokens"
-        tokens, forced = getattr(self, name), 1 + self.sink_pages
+        tokens, forced = self.least_tokens, 1 + self.sink_pages
         if pages_for(tokens, self.page_size) < forced:
             raise ValueError(
                 f"{name} {tokens} is below the {forced} pages of {self.page_size} tokens that are always "
@@ -124,7 +164,7 @@ class DecodeConfig:
 
     def _check_eviction(self):
         if self.method == "snapkv":
-            tokens = self.budget_floor if self.budget_tokens is None else self.budget_tokens
+            tokens = self.least_tokens
             always = self.sink_pages + 1 + pages_for(self.observation, self.page_size)
             if pages_for(tokens, self.page_size) < always:
                 raise ValueError(
@@ -142,9 +182,9 @@ class DecodeConfig:
         if self.evict not in EVICTS:
             raise ValueError(f"evict {self.evict!r} is not possible; use one of {', '.join(EVICTS)}")
         name = "budget_floor" if self.budget_tokens is None else "budget_tokens"
-        if self.cache_tokens is None or self.cache_tokens < getattr(self, name):
+        if self.cache_tokens is None or self.cache_tokens < self.least_tokens:
             raise ValueError(
-                f"cache_tokens {self.cache_tokens} is below {name} {getattr(self, name)}; set how many "
+                f"cache_tokens {self.cache_tokens} is below {name} {self.least_tokens}; set how many "
                 f"tokens evict={self.evict!r} leaves"
             )
 
@@ -159,13 +199,21 @@ class DecodeConfig:
         return METHODS[self.evict or self.method].eviction
 
     @property
+    def least_tokens(self) -> int:
+        """Tokens that a step may load at any context."""
+        return self.budget_floor if self.budget_tokens is None else self.budget_tokens
+
+    @property
     def kept_statistics(self) -> str | None:
         """The kind of page statistic that the cache must keep; None if nothing reads one."""
-        return SELECTORS[self.score].statistics if self.attention.scored else None
+        if not self.attention.scored:
+            return None
+        readable = SELECTORS[self.score].statistics or (MEAN_KEYS if self.residual_pages else ())
+        return (self.statistics or readable[0]) if readable else None
 
     @property
     def scored_vectors(self) -> int:
-        """Vectors of head_dim that are read of each page to score it."""
+        """Vectors of head_dim that are read of each page to score it, beside its statistics."""
         return SELECTORS[self.score].vectors(self.page_size) if self.attention.scored else 0
 
     @property
@@ -181,30 +229,8 @@ class DecodeConfig:
         """P, the pages of a cache for `capacity` tokens: a multiple of 8, as kernels' copies want it."""
         return -(-pages_for(capacity, self.page_size) // 8) * 8
 
-    def budget_pages(self, context: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Pages that a step may load when the sequence has `context` tokens, the newest included."""
-        if self.budget_tokens is not None:
-            return jnp.full_like(context, pages_for(self.budget_tokens, self.page_size))
-        share = jnp.round(self.budget * context.astype(jnp.float32)).astype(jnp.int32)
-        return -(-jnp.maximum(share, self.budget_floor) // self.page_size)
-
     def kept_pages(self, budgets: Int[Array, " B"]) -> Int[Array, " B"]:
         """Pages that eviction leaves where a step may load `budgets` pages."""
         if self.evict is None:
             return budgets
         return jnp.full_like(budgets, pages_for(self.cache_tokens, self.page_size))
-
-    def max_kept_pages(self, num_pages: int) -> int:
-        """The most pages that eviction leaves of a cache of `num_pages` pages."""
-        if self.evict is None:
-            return self.max_selected_pages(num_pages)
-        return min(pages_for(self.cache_tokens, self.page_size), num_pages)
-
-    def max_selected_pages(self, num_pages: int) -> int:
-        """C, the static number of places for selected pages in a cache of `num_pages` pages."""
-        if self.eviction and self.eviction.grows:
-            return num_pages
-        tokens = self.budget_tokens
-        if tokens is None:  # one more token than the share, whichever way float32 rounds it
-            tokens = max(int(self.budget * num_pages * self.page_size) + 1, self.budget_floor)
-        return min(pages_for(tokens, self.page_size), num_pages)

@@ -8,7 +8,16 @@ from jaxtyping import Array, Bool, Float, Int
 from models import transformer
 from models.config import ModelConfig
 from models.transformer import LayerParams
-from pallas_kernels import attend_pages, dense_attention, retro_attention, update_pages
+from pallas_kernels import (
+    attend_estimates,
+    attend_pages,
+    dense_attention,
+    merge,
+    retro_attention,
+    settle_blocks,
+    update_pages,
+)
+from retro_jax.budget import budget_pages
 from retro_jax.config import DecodeConfig
 from retro_jax.methods import Query
 from retro_jax.state import DecodeState, LayerState, OutputCache
@@ -22,11 +31,13 @@ class Slots:
       start: position of the oldest slot; negative where the sequence is shorter than the window.
       valid: slots that hold a decoded token of an active sequence.
       budgets: pages that each sequence may load in a sparse layer; 0 if it is not active.
+      settled: tokens older than every slot: the position of the oldest valid one; 0 if it is not active.
     """
 
     start: Int[Array, " B"]
     valid: Bool[Array, "B W"]
     budgets: Int[Array, " B"]
+    settled: Int[Array, " B"]
 
     @property
     def positions(self) -> Int[Array, "B W"]:
@@ -41,12 +52,14 @@ class Slots:
 
 def window_slots(config: DecodeConfig, state: DecodeState, active: Bool[Array, " B"]) -> Slots:
     """The window of the step that decodes the token at position `state.length`."""
-    W = config.slots
+    W, pages = config.slots, state.layers[0].pages
     age = jnp.arange(W - 1, -1, -1)
+    budgets = budget_pages(config, state.budget, state.length + 1, pages.shape[-1], pages.dtype.itemsize)
     return Slots(
         start=state.length - (W - 1),
         valid=(age <= state.decoded[:, None]) & active[:, None],
-        budgets=jnp.where(active, config.budget_pages(state.length + 1), 0),
+        budgets=jnp.where(active, budgets, 0),
+        settled=jnp.where(active, state.length - state.decoded, 0),
     )
 
 
@@ -75,10 +88,16 @@ def dense_layer(
         v,
         start,
         valid,
-        kind=config.statistics,
+        kind=config.kept_statistics or "min_max",
         implementation=implementation,
     )
     cache = cache.replace(pages=pages, statistics=statistics)
+    if cache.block_values is not None:
+        # Also of the tokens that were in the window before these, which empty it.
+        unsettled = config.slots - 1
+        settled = start + jnp.sum(valid, axis=1)
+        tokens = x.shape[1] + unsettled + config.residual_pages * config.page_size
+        cache = settle(config, cache, start - unsettled, settled, tokens)
     if cache.kept is None:
         o = dense_attention(q, pages, positions, implementation=implementation)
     else:
@@ -127,7 +146,7 @@ def retro_layer(
         v,
         slots.start,
         write,
-        kind=config.statistics,
+        kind=config.kept_statistics or "min_max",
         implementation=config.implementation,
     )
     cache = cache.replace(pages=pages, statistics=statistics)
@@ -148,15 +167,53 @@ def retro_layer(
         implementation=config.implementation,
     )
 
+    # What the output cache keeps is exact; estimates of what is missing are merged anew in each step.
+    attention = o
+    if config.residual_pages:
+        size = config.residual_pages * config.page_size
+        cache = settle(config, cache, slots.settled - size, slots.settled, size)
+        estimates = attend_estimates(
+            q,
+            statistics,
+            cache.block_values,
+            last_loaded,
+            positions,
+            slots.settled,
+            page_size=config.page_size,
+            block_pages=config.residual_pages,
+        )
+        attention, _ = merge(o, lse, *estimates)
+
     # Push the newest onto the output cache, drop the oldest; a sequence that is not active keeps its own.
     active = slots.valid[:, -1]
     outputs = OutputCache(
         o=jnp.where(active[:, None, None, None], o[:, 1:], cache.outputs.o),
         lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
     )
-    x = transformer.attention_output(layer, x, o)
+    x = transformer.attention_output(layer, x, attention)
     x = transformer.mlp(layer, model, x)
     return x, cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept), attended
+
+
+def settle(
+    config: DecodeConfig,
+    cache: LayerState,
+    first: Int[Array, " B"],
+    settled: Int[Array, " B"],
+    tokens: int,
+) -> LayerState:
+    """The state with the values of the blocks that have settled among `tokens` tokens from `first` on."""
+    size = config.residual_pages * config.page_size
+    return cache.replace(
+        block_values=settle_blocks(
+            cache.block_values,
+            cache.pages,
+            first,
+            settled,
+            block_pages=config.residual_pages,
+            count=-(-tokens // size),
+        )
+    )
 
 
 def newly_attended(

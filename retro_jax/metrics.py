@@ -38,6 +38,12 @@ class Metrics:
         )
         return cls(joined.pages_attended, joined.pages_loaded, joined.kv_bytes)
 
+    def of(self, sequences: slice) -> "Metrics":
+        """Those of some of the sequences."""
+        return Metrics(
+            self.pages_attended[:, sequences], self.pages_loaded[:, sequences], self.kv_bytes[:, sequences]
+        )
+
     def exposure(self) -> np.ndarray:
         """Pages a query has attended to after 0..W-1 later steps, over those of its own step: [W].
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import Model
+from retro_jax.budget import Budget, largest
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.generate import Progress, run_prefill
@@ -34,12 +35,16 @@ class Score:
     hits: np.ndarray
     metrics: Metrics | None
 
+    def of(self, texts: slice) -> "Score":
+        """The result of some of the texts."""
+        return Score(self.nll[texts], self.hits[texts], self.metrics and self.metrics.of(texts))
+
 
 @under_mesh_of_weights
 def score(
     model: Model,
     token_ids: np.ndarray | Sequence[np.ndarray],
-    config: DecodeConfig,
+    config: DecodeConfig | Sequence[DecodeConfig],
     prompt_tokens: int | Sequence[int],
     *,
     capacity: int | None = None,
@@ -53,7 +58,7 @@ def score(
     Args:
       model: from `load_model`.
       token_ids: [T], [B, T] for a batch of texts of equal length, or a list of [T] of any lengths.
-      config: how to decode.
+      config: how to decode; or one for each text, which may differ in their budgets only.
       prompt_tokens: tokens at the beginning that are prefilled and not scored, 1..T-1; one number for all
         texts or one for each.
       capacity: tokens per sequence that the cache holds; None: just enough.
@@ -62,7 +67,8 @@ def score(
 
     Raises:
       ValueError: token ids out of the vocabulary or of another shape, a prompt that leaves nothing to
-        score, or a text that does not fit the capacity or the model's positions.
+        score, a text that does not fit the capacity or the model's positions, or configurations that are not
+        one for each text or differ in more than their budgets.
       TypeError: token ids are not whole numbers.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Score up to there.
     """
@@ -72,7 +78,12 @@ def score(
     batch, lengths = len(rows), np.array([len(row) for row in rows])
     capacity = check_capacity(model.config, int(lengths.max()), capacity)
 
-    state = new_state(model.config, config, batch, capacity)
+    configs = [config] * batch if isinstance(config, DecodeConfig) else list(config)
+    if len(configs) != batch:
+        raise ValueError(f"{len(configs)} configurations were given for {batch} texts; give one for each")
+    itemsize = jnp.dtype(model.config.dtype).itemsize
+    config = largest(configs, configs[0].num_pages(capacity), model.config.head_dim, itemsize)
+    state = new_state(model.config, config, batch, capacity).replace(budget=Budget.of_each(configs))
     heads = [row[:count] for row, count in zip(rows, prompts, strict=True)]
     state, logits = run_prefill(model, config, state, heads, progress)
     firsts = jnp.array([row[count] for row, count in zip(rows, prompts, strict=True)])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import SCORES, STATISTICS, attention_mass, page_scores
+from pallas_kernels import SCORES, attention_mass, page_scores
 from retro_jax.methods.base import Query
 
 if TYPE_CHECKING:
@@ -25,24 +25,29 @@ class Selector:
     """A way to score pages.
 
     Attributes:
-      statistics: the kind of page statistic that it reads, None for none.
+      statistics: the kinds of page statistic that it can read; empty if it reads none.
       scores: (config, layer state, newest query, pages that may be chosen[B, K, P]) -> scores[B, K, P]; those
         of other pages do not matter.
-      vectors: page size -> vectors of head_dim that it reads for each page.
+      vectors: page size -> vectors of head_dim that it reads of each page beside its statistics.
     """
 
-    statistics: str | None
+    statistics: tuple[str, ...]
     scores: Callable[["DecodeConfig", "LayerState", Query, Bool[Array, "B K P"]], Float[Array, "B K P"]]
     vectors: Callable[[int], int]
 
 
 def _by_statistics(score: str) -> Selector:
-    kind = SCORES[score].statistics
-
     def scores(config, layer, query, allowed):
-        return page_scores(query.q, layer.statistics, score=score, group_reduce=config.group_reduce)
+        return page_scores(
+            query.q,
+            layer.statistics,
+            query.positions,
+            page_size=config.page_size,
+            score=score,
+            group_reduce=config.group_reduce,
+        )
 
-    return Selector(kind, scores, lambda page_size: STATISTICS[kind].vectors)
+    return Selector(SCORES[score].statistics, scores, lambda page_size: 0)
 
 
 def _oracle(config, layer, query, allowed):
@@ -67,6 +72,6 @@ def _random(config, layer, query, allowed):
 
 SELECTORS: Mapping[str, Selector] = {
     **{score: _by_statistics(score) for score in SCORES},
-    "oracle": Selector(statistics=None, scores=_oracle, vectors=lambda page_size: page_size),
-    "random": Selector(statistics=None, scores=_random, vectors=lambda page_size: 0),
+    "oracle": Selector(statistics=(), scores=_oracle, vectors=lambda page_size: page_size),
+    "random": Selector(statistics=(), scores=_random, vectors=lambda page_size: 0),
 }

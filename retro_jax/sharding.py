@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
-from models.transformer import Params
+from models.transformer import Params, random_params
+from pallas_kernels.dispatch import HEADS, SEQUENCES
 from retro_jax.config import DecodeConfig
 from retro_jax.state import DecodeState, init_state
 
@@ -25,14 +26,17 @@ _COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
 _ROWS = {"wo", "w_down"}
 _CHANNELS = {"bq", "bk", "bv"}
 _STATE = {
-    "pages": P("data", "model"),
-    "statistics": P("data", "model"),
-    "last_loaded": P("data", "model"),
-    "o": P("data", None, "model"),
-    "lse": P("data", None, "model"),
-    "alive": P("data", "model"),
-    "mass": P("data", "model"),
-    "queries": P("data", None, "model"),
+    "pages": P(SEQUENCES, HEADS),
+    "statistics": P(SEQUENCES, HEADS),
+    "values": P(SEQUENCES, HEADS),
+    "scales": P(SEQUENCES, HEADS),
+    "block_values": P(SEQUENCES, HEADS),
+    "last_loaded": P(SEQUENCES, HEADS),
+    "o": P(SEQUENCES, None, HEADS),
+    "lse": P(SEQUENCES, None, HEADS),
+    "alive": P(SEQUENCES, HEADS),
+    "mass": P(SEQUENCES, HEADS),
+    "queries": P(SEQUENCES, None, HEADS),
 }
 
 
@@ -43,10 +47,10 @@ def _name(path: tuple) -> str:
 def _params_spec(path: tuple) -> P:
     name = _name(path)
     if name in _COLUMNS:
-        return P(None, "model")
+        return P(None, HEADS)
     if name in _ROWS:
-        return P("model", None)
-    return P("model") if name in _CHANNELS else P()
+        return P(HEADS, None)
+    return P(HEADS) if name in _CHANNELS else P()
 
 
 def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -64,19 +68,21 @@ def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None
     if data < 1 or model < 1 or data * model > len(devices):
         raise ValueError(f"{data} x {model} devices were asked for, {len(devices)} are there")
     chosen = devices[: data * model]
-    return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto,) * 2, devices=chosen)
+    return jax.make_mesh((data, model), (SEQUENCES, HEADS), (AxisType.Auto,) * 2, devices=chosen)
 
 
 def check_mesh(model: ModelConfig, mesh: Mesh | AbstractMesh, batch: int) -> None:
     """Raises ValueError if the mesh is not one of `make_mesh`, or does not divide batch, heads or widths."""
-    if tuple(mesh.shape) != ("data", "model") or set(mesh.axis_types) != {AxisType.Auto}:
+    if tuple(mesh.shape) != (SEQUENCES, HEADS) or set(mesh.axis_types) != {AxisType.Auto}:
         types = tuple(map(str, mesh.axis_types))
         raise ValueError(f"the mesh has axes {tuple(mesh.shape)} of types {types}; use make_mesh")
     sizes = {
-        "batch": (batch, "data"),
-        "num_kv_heads": (model.num_kv_heads, "model"),
-        "hidden_width": (model.hidden_width, "model"),
+        "batch": (batch, SEQUENCES),
+        "num_kv_heads": (model.num_kv_heads, HEADS),
+        "hidden_width": (model.hidden_width, HEADS),
     }
+    if not model.tie_embeddings:
+        sizes["vocab_size"] = model.vocab_size, HEADS
     for name, (size, axis) in sizes.items():
         if size % mesh.shape[axis]:
             raise ValueError(
@@ -91,7 +97,7 @@ def mesh_of(params: Params) -> Mesh:
     if isinstance(sharding, NamedSharding):
         return sharding.mesh
     (device,) = sharding.device_set
-    return Mesh(np.array([[device]]), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.array([[device]]), (SEQUENCES, HEADS), axis_types=(AxisType.Auto,) * 2)
 
 
 def under_mesh_of_weights(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +119,28 @@ def params_shardings(params: Params, mesh: Mesh | AbstractMesh) -> Params:
 def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeState:
     """How `shard_state` places each array; `state` may be shapes only."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, _STATE.get(_name(path), P("data"))), state
+        lambda path, _: NamedSharding(mesh, _STATE.get(_name(path), P(SEQUENCES))), state
+    )
+
+
+def abstract_arguments(
+    model: ModelConfig, config: DecodeConfig, mesh: Mesh | AbstractMesh, batch: int, capacity: int
+) -> tuple[Params, DecodeState]:
+    """Weights and an empty state as shapes placed on the mesh, to lower a program without the arrays.
+
+    Raises:
+      ValueError: see `init_state` and `check_mesh`.
+    """
+    check_mesh(model, mesh, batch)
+    params = jax.eval_shape(lambda: random_params(model, jax.random.key(0)))
+    state = jax.eval_shape(functools.partial(init_state, model, config, batch, capacity))
+
+    def place(array, sharding):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return (
+        jax.tree.map(place, params, params_shardings(params, mesh)),
+        jax.tree.map(place, state, state_shardings(state, mesh)),
     )
 
 
@@ -123,12 +150,7 @@ def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
     Raises:
       ValueError: see `check_mesh`.
     """
-    check_mesh(model, mesh, mesh.shape.get("data", 1))
-    if params.head is not None and model.vocab_size % mesh.shape["model"]:
-        raise ValueError(
-            f"vocab_size {model.vocab_size} does not divide over {mesh.shape['model']} devices of mesh axis "
-            "'model'; use another mesh"
-        )
+    check_mesh(model, mesh, mesh.shape.get(SEQUENCES, 1))
     return jax.device_put(params, params_shardings(params, mesh))
 
 

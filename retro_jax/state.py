@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
-from pallas_kernels import STATISTICS
+from pallas_kernels import STATISTICS, Statistics
+from retro_jax.budget import Budget
 from retro_jax.config import DecodeConfig
 from retro_jax.methods import Kept
 
@@ -30,13 +31,15 @@ class LayerState:
     Attributes:
       pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning.
       statistics: per page, of the kind that the configuration names; None if its score reads none.
+      block_values: mean value of each block of pages; None for a configuration without a residual.
       last_loaded: the position whose step loaded the page last, -1 if none did.
       outputs: the output cache.
       kept: what eviction carries; None for a configuration that evicts nothing.
     """
 
     pages: Float[Array, "B K P 2 S D"]
-    statistics: Float[Array, "B K P Z D"] | None = None
+    statistics: Statistics | None = None
+    block_values: Float[Array, "B K blocks D"] | None = None
     last_loaded: Int[Array, "B K P"] | None = None
     outputs: OutputCache | None = None
     kept: Kept | None = None
@@ -64,6 +67,7 @@ class DecodeState:
 
     Attributes:
       length: tokens in the cache; also the position of the next token.
+      budget: what a step may load.
       decoded: tokens decoded since the last prompt, at most W-1: how many older slots of the window are
         valid. Prompt tokens had full attention and never enter the window.
       hidden: hidden states of the last W-1 tokens as the dense layers left them, oldest first.
@@ -72,6 +76,7 @@ class DecodeState:
     """
 
     length: Int[Array, " B"]
+    budget: Budget
     decoded: Int[Array, " B"]
     hidden: Float[Array, "B older M"]
     layers: tuple[LayerState, ...]
@@ -110,13 +115,15 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
         if dense:
             return LayerState(pages)
-        statistics = None
+        statistics = block_values = None
         if config.kept_statistics:
-            vectors = STATISTICS[config.kept_statistics].vectors
-            statistics = jnp.zeros((B, K, P, vectors, D), model.dtype)
+            statistics = STATISTICS[config.kept_statistics].zeros((B, K, P), D, model.dtype)
+        if config.residual_pages:
+            block_values = jnp.zeros((B, K, P // config.residual_pages, D), model.dtype)
         return LayerState(
             pages=pages,
             statistics=statistics,
+            block_values=block_values,
             last_loaded=jnp.full((B, K, P), -1, jnp.int32),
             outputs=OutputCache(
                 o=jnp.zeros((B, W - 1, N, D), jnp.float32),
@@ -128,6 +135,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
     dense = config.num_dense_layers(model)
     return DecodeState(
         length=jnp.zeros(B, jnp.int32),
+        budget=Budget.of(config, B),
         decoded=jnp.zeros(B, jnp.int32),
         hidden=jnp.zeros((B, W - 1, model.width), model.dtype),
         layers=tuple(layer(index < dense) for index in range(model.num_layers)),

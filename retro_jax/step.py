@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models import transformer
 from models.config import ModelConfig
 from models.transformer import Params
+from retro_jax.budget import vectors_per_page
 from retro_jax.config import DecodeConfig
 from retro_jax.layers import dense_layer, retro_layer, window_slots
 from retro_jax.state import DecodeState, StepMetrics
@@ -63,6 +64,7 @@ def decode_step(
 
     state = DecodeState(
         length=state.length + active,
+        budget=state.budget,
         decoded=jnp.minimum(state.decoded + active, config.slots - 1),
         hidden=hidden,
         layers=tuple(layers),
@@ -88,8 +90,10 @@ def _metrics(
     scored = -(-context // config.page_size)
     if config.evict:
         scored = jnp.minimum(scored, config.kept_pages(scored))
-    vector = model.head_dim * jnp.dtype(model.dtype).itemsize * model.num_kv_heads
-    vectors = dense * 2 * context + sparse * (2 * config.page_size * loaded + config.scored_vectors * scored)
-    return StepMetrics(
-        pages_attended=by_age, pages_loaded=loaded, kv_bytes=vectors.astype(jnp.float32) * vector
-    )
+    itemsize = jnp.dtype(model.dtype).itemsize
+    by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
+    if config.residual_pages:
+        by_page += active  # of a block that settles, a value a step
+    vectors = dense * 2 * context + sparse * (2 * config.page_size * loaded + by_page)
+    kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
+    return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)

@@ -2,10 +2,15 @@
 
 from experiments.run_config import RunConfig
 from experiments.tasks.longbench import LongBench
+from retro_jax.methods import METHODS
 
 CONFIGS = {
     f"llama3.1-8b-longbench-{subset}": RunConfig(
-        model="meta-llama/Llama-3.1-8B-Instruct", task=LongBench(subset), batch=2
+        model="meta-llama/Llama-3.1-8B-Instruct",
+        task=LongBench(subset),
+        methods=tuple(METHODS),
+        batch=2,
+        device_gb=80,
     )
     for subset in ("hotpotqa", "qasper", "passage_retrieval_en")
 }

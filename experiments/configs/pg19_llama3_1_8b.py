@@ -7,7 +7,9 @@ CONFIGS = {
     "llama3.1-8b-pg19": RunConfig(
         model="meta-llama/Llama-3.1-8B-Instruct",
         task=PG19(tokens=16384),
+        methods=("full", "quest", "retro", "streaming", "tova"),
         windows=(2, 4, 8),
         batch=4,
+        device_gb=80,
     )
 }

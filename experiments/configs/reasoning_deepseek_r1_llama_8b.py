@@ -9,14 +9,17 @@ from experiments.run_config import RunConfig
 from experiments.tasks.aime24 import AIME24
 from experiments.tasks.gpqa import GPQA
 from experiments.tasks.livecodebench import LiveCodeBench
+from retro_jax.methods import METHODS
 
 CONFIGS = {
     f"deepseek-r1-llama-8b-{name}": RunConfig(
         model="deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
         task=task,
+        methods=tuple(METHODS),
         sampling=SamplingFlags(temperature=0.6, top_p=0.95),
         samples=4,
         batch=8,
+        device_gb=80,
     )
     for name, task in (("aime24", AIME24()), ("gpqa", GPQA()), ("livecodebench", LiveCodeBench()))
 }

@@ -12,11 +12,19 @@ DECODE = CommonFlags(budget_floor=64)
 
 CONFIGS = {
     "smollm2-pg19": RunConfig(
-        model=MODEL, task=PG19(), windows=(2, 4, 8), budgets=BUDGETS, decode=DECODE, batch=2, dtype="float32"
+        model=MODEL,
+        task=PG19(),
+        methods=("full", "quest", "retro", "streaming", "tova"),
+        windows=(2, 4, 8),
+        budgets=BUDGETS,
+        decode=DECODE,
+        batch=2,
+        dtype="float32",
     ),
     "smollm2-recall": RunConfig(
         model=MODEL,
         task=Recall(pairs=60, questions=30, count=20),
+        methods=("full", "quest", "retro", "streaming", "tova", "h2o"),
         windows=(2, 4, 8),
         budgets=(128, 256, 512),
         batch=4,
@@ -28,9 +36,10 @@ CONFIGS = {
     "smollm2-longgenbench": RunConfig(
         model=MODEL,
         task=LongGenBench(n=4, shots=2, tokens_per_answer=96),
+        methods=("full", "quest", "retro", "streaming"),
         budgets=(256,),
-        limit=10,
-        batch=2,
+        limit=8,
+        batch=4,
         dtype="float32",
     ),
 }

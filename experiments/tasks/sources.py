@@ -1,11 +1,13 @@
 """Records from local files, or from the Hugging Face hub by name."""
 
 import csv
+import importlib
 import io
 import json
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import huggingface_hub
 
@@ -34,7 +36,11 @@ def fetch(repository: str, files: Sequence[str]) -> list[Path]:
 
     Raises:
       OSError: the hub cannot be reached and the cache does not have them, or the hub refuses.
+      ValueError: one is a .parquet file, and what reads it is not installed.
     """
+    for file in files:
+        if file.endswith(".parquet"):
+            _pyarrow(f"{repository}/{file}")
     try:
         return [
             Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")) for file in files
@@ -62,7 +68,7 @@ def records(path: Path, fields: Iterable[str], header: Sequence[str] | None = No
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is not one of {', '.join(SUFFIXES)}; convert it")
     if path.suffix == ".parquet":
-        found = _parquet(path)
+        found = _pyarrow(str(path)).read_table(path).to_pylist()
     else:
         try:
             text = path.read_text(encoding="utf-8")
@@ -114,12 +120,12 @@ def zip_member(path: Path, member: str) -> str:
         raise ValueError(f"{path} is not a zip archive with {member} in it ({error})") from None
 
 
-def _parquet(path: Path) -> list[dict]:
+def _pyarrow(file: str) -> ModuleType:
+    """The module that reads .parquet files, for data sets that the hub has in no other form."""
     try:
-        import pyarrow.parquet  # only for data sets that the hub has in no other form
+        return importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise ValueError(
-            f"{path} is a parquet file, which needs pyarrow: install it, or pass the data as .jsonl with "
-            "--task.data"
+            f"{file} is read by pyarrow (extra retro-jax[hub]), which is not installed: run `python -m pip "
+            "install pyarrow`, or pass the data in another form with --task.data"
         ) from None
-    return pyarrow.parquet.read_table(path).to_pylist()

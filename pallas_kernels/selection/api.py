@@ -1,15 +1,17 @@
 """Public function of page selection."""
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.selection import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
+from pallas_kernels.statistics import Statistics
 
 
 def select_pages(
     q: Float[Array, "B N D"],
-    statistics: Float[Array, "B K P Z D"],
+    statistics: Statistics,
     positions: Int[Array, " B"],
     budgets: Int[Array, " B"],
     *,
@@ -34,7 +36,7 @@ def select_pages(
       page_size: S, tokens per page.
       capacity: C, the static size of the result; budgets above it are not served.
       score: name in `SCORES`.
-      group_reduce: how the scores of a group's query heads become one: "mean" or "max".
+      group_reduce: how the scores of a group's query heads become one: name in `GROUP_REDUCE`.
       sink_pages: pages at the beginning of the sequence that are always selected.
       implementation: see `pallas_kernels.dispatch`.
 
@@ -49,10 +51,9 @@ def select_pages(
         raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
     if group_reduce not in GROUP_REDUCE:
         raise ValueError(f"group_reduce {group_reduce!r} is unknown; use one of {', '.join(GROUP_REDUCE)}")
-    if not 1 <= capacity <= statistics.shape[2]:
-        raise ValueError(
-            f"capacity {capacity} is not within 1..{statistics.shape[2]}, the pages of the cache"
-        )
+    pages = jax.tree.leaves(statistics)[0].shape[2]
+    if not 1 <= capacity <= pages:
+        raise ValueError(f"capacity {capacity} is not within 1..{pages}, the pages of the cache")
     return dispatch(
         "select_pages",
         implementation,

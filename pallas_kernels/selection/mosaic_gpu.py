@@ -24,7 +24,7 @@ from pallas_kernels.hopper import (
 )
 from pallas_kernels.operation import operation
 from pallas_kernels.selection.compaction import write_pages
-from pallas_kernels.selection.scores import SCORES
+from pallas_kernels.selection.scores import SCORES, check_kernel
 from pallas_kernels.selection.threshold import chosen, count, find_threshold
 
 _MAX_STAGES = 4
@@ -50,6 +50,7 @@ def select_pages(
     interpret: Any = None,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`."""
+    check_kernel("Mosaic GPU", statistics, group_reduce)
     D, P = q.shape[-1], statistics.shape[2]
     check_support("select_pages", statistics.dtype, D, page_size)
     if P < TILE_ROWS:

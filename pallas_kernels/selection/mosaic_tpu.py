@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.operation import operation
 from pallas_kernels.selection.choice import CHUNK, choose, scratch_of
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
+from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES, check_kernel
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 _BLOCK_SECONDS = 1e-6
@@ -42,6 +42,7 @@ def select_pages(
 
     The pages come in ascending order.
     """
+    check_kernel("Mosaic TPU", statistics, group_reduce)
     B, N, D = q.shape
     K, P, Z = statistics.shape[1:4]
     check_support("select_pages", statistics.dtype, D, page_size)

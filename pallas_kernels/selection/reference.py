@@ -1,15 +1,17 @@
 """Page selection in plain `jnp`: the definition, and the path on the CPU."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
+from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES, attention_weights
+from pallas_kernels.statistics import Statistics
 
 
 def select_pages(
     q: Float[Array, "B N D"],
-    statistics: Float[Array, "B K P Z D"],
+    statistics: Statistics,
     positions: Int[Array, " B"],
     budgets: Int[Array, " B"],
     *,
@@ -21,7 +23,7 @@ def select_pages(
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`."""
     return choose_pages(
-        page_scores(q, statistics, score=score, group_reduce=group_reduce),
+        page_scores(q, statistics, positions, page_size=page_size, score=score, group_reduce=group_reduce),
         positions,
         budgets,
         page_size=page_size,
@@ -31,12 +33,21 @@ def select_pages(
 
 
 def page_scores(
-    q: Float[Array, "B N D"], statistics: Float[Array, "B K P Z D"], *, score: str, group_reduce: str
+    q: Float[Array, "B N D"],
+    statistics: Statistics,
+    positions: Int[Array, " B"],
+    *,
+    page_size: int,
+    score: str,
+    group_reduce: str,
 ) -> Float[Array, "B K P"]:
     """The score of every page for the newest query, from its statistics; see `select_pages`."""
     B, N, D = q.shape
-    K = statistics.shape[1]
+    K, P = jax.tree.leaves(statistics)[0].shape[1:3]
     scores = SCORES[score].compute(q.reshape(B, K, N // K, D), statistics)
+    if group_reduce == "mass":
+        before = jnp.arange(P) < (positions // page_size)[:, None, None, None]
+        scores = attention_weights(scores, before, D)
     return GROUP_REDUCE[group_reduce](scores, axis=2)
 
 

@@ -1,15 +1,16 @@
 """Public function of the page update."""
 
+import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
-from pallas_kernels.statistics import STATISTICS
+from pallas_kernels.statistics import STATISTICS, Quantized, Statistics
 from pallas_kernels.update import mosaic_gpu, mosaic_tpu, reference
 
 
 def update_pages(
     pages: Float[Array, "B K P 2 S D"],
-    statistics: Float[Array, "B K P Z D"] | None,
+    statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     start: Int[Array, " B"],
@@ -17,7 +18,7 @@ def update_pages(
     *,
     kind: str = "min_max",
     implementation: str | None = None,
-) -> tuple[Float[Array, "B K P 2 S D"], Float[Array, "B K P Z D"] | None]:
+) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
     """Write keys and values of T consecutive positions, over what was there.
 
     The statistics of every touched page are computed anew from the page, over its tokens up to the last one
@@ -42,10 +43,14 @@ def update_pages(
     """
     if kind not in STATISTICS:
         raise ValueError(f"statistics {kind!r} are unknown; use one of {', '.join(STATISTICS)}")
-    if statistics is not None and statistics.shape[3] != STATISTICS[kind].vectors:
-        raise ValueError(
-            f"{statistics.shape[3]} vectors per page were given; {kind!r} has {STATISTICS[kind].vectors}"
-        )
+    vectors = STATISTICS[kind].vectors if statistics is None else jax.tree.leaves(statistics)[0].shape[3]
+    if vectors != STATISTICS[kind].vectors:
+        raise ValueError(f"{vectors} vectors per page were given; {kind!r} has {STATISTICS[kind].vectors}")
+    if statistics is not None and isinstance(statistics, Quantized) != STATISTICS[kind].quantized:
+        raise ValueError(f"{type(statistics).__name__} statistics were given for {kind!r}")
+    if statistics is not None and STATISTICS[kind].quantized:  # which kernels do not know
+        pages, _ = update_pages(pages, None, k, v, start, write, implementation=implementation)
+        return pages, reference.refresh_statistics(statistics, pages, start, write, kind=kind)
     return dispatch(
         "update_pages",
         implementation,

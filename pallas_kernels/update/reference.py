@@ -1,22 +1,23 @@
 """Page update in plain `jnp`: the definition, and the path on the CPU."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS
-from pallas_kernels.statistics import STATISTICS
+from pallas_kernels.statistics import STATISTICS, Statistics, quantize
 
 
 def update_pages(
     pages: Float[Array, "B K P 2 S D"],
-    statistics: Float[Array, "B K P Z D"] | None,
+    statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     *,
     kind: str,
-) -> tuple[Float[Array, "B K P 2 S D"], Float[Array, "B K P Z D"] | None]:
+) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
     """See `pallas_kernels.update.api.update_pages`."""
     B, T = write.shape
     P, _, S = pages.shape[2:5]
@@ -25,13 +26,32 @@ def update_pages(
     page = jnp.where(write, position // S, P)  # P lies outside: dropped
     entry = jnp.stack([k, v], axis=3).astype(pages.dtype)
     pages = pages.at[sequence, :, page, :, position % S].set(entry, mode="drop")
-    if statistics is None:
-        return pages, None
+    if statistics is not None:
+        statistics = refresh_statistics(statistics, pages, start, write, kind=kind)
+    return pages, statistics
 
+
+def refresh_statistics(
+    statistics: Statistics,
+    pages: Float[Array, "B K P 2 S D"],
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    *,
+    kind: str,
+) -> Statistics:
+    """The statistics of the pages that a write touched, computed anew from the pages; see `update_pages`."""
+    B, T = write.shape
+    P, _, S = pages.shape[2:5]
+    sequence = jnp.arange(B)[:, None]
+    position = start[:, None] + jnp.arange(T)
     end = jnp.max(jnp.where(write, position + 1, 0), axis=1)[:, None]
     touched = start[:, None] // S + jnp.arange((T + S - 2) // S + 1)
     keys = pages[sequence, :, jnp.clip(touched, 0, P - 1), KEYS]  # [B, touched, K, S, D]
     valid = touched[..., None] * S + jnp.arange(S) < end[..., None]
     fresh = STATISTICS[kind].compute(keys, jnp.broadcast_to(valid[:, :, None], keys.shape[:-1]))
+    if STATISTICS[kind].quantized:
+        fresh = quantize(fresh)
     touched = jnp.where((touched >= 0) & (touched * S < end), touched, P)
-    return pages, statistics.at[sequence, :, touched].set(fresh, mode="drop")
+    return jax.tree.map(
+        lambda kept, new: kept.at[sequence, :, touched].set(new, mode="drop"), statistics, fresh
+    )

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.config import ModelConfig
 from pallas_kernels import choose_pages, selected_mass
+from retro_jax.budget import most_kept_pages
 
 if TYPE_CHECKING:
     from retro_jax.config import DecodeConfig
@@ -102,7 +103,7 @@ def evict(
         query.positions,
         limits,
         page_size=config.page_size,
-        capacity=config.max_kept_pages(P),
+        capacity=most_kept_pages(config, P, query.q.shape[-1], query.q.dtype.itemsize),
         sink_pages=config.sink_pages,
     )
     begun = jnp.arange(P) <= (query.positions // config.page_size)[:, None, None]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import SCORES, choose_pages, select_pages
+from retro_jax.budget import most_pages
 from retro_jax.methods.base import Method, Query
 from retro_jax.methods.eviction import Kept, evict, remember
 from retro_jax.selectors import SELECTORS
@@ -16,9 +17,10 @@ from retro_jax.selectors import SELECTORS
 
 def best_pages(config, layer, query: Query) -> tuple[Int[Array, "B K C"], Int[Array, "B K"], Kept | None]:
     """The pages that score best for the newest query, within the budget, among those that are left."""
+    _, _, P, _, _, D = layer.pages.shape
     places = {
         "page_size": config.page_size,
-        "capacity": config.max_selected_pages(layer.pages.shape[2]),
+        "capacity": most_pages(config, P, D, layer.pages.dtype.itemsize),
         "sink_pages": config.sink_pages,
     }
     if layer.kept is None and config.score in SCORES:

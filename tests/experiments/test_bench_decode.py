@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench_decode import agreement, results, speed_table, take_turns
+from experiments.bench_decode import BenchDecode, agreement, results, speed_table, take_turns
 from experiments.transformers_export import export
 from models import Model, ModelConfig, RopeScaling, random_params
+from retro_jax.methods import METHODS
 
-SHORT = ("--context", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32)
+SHORT = ("--contexts", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32)
 
 
 class Clock:
@@ -46,27 +47,49 @@ def test_agreement():
 
 
 def test_speed_table():
-    lines = speed_table(results({"full": [[10.0]], "retro": [[25.0]]}), batch=2).splitlines()
+    found = results({"full": [[10.0]], "retro": [[25.0]]})
+    found["full"]["kv_bytes"], found["retro"]["kv_bytes"] = 2.5e6, None
+    lines = speed_table(found, batch=2).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "1.00", "0.40"]
-    assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "2.50", "1.00"]
+    assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "2.50", "1.00", "0.40"]
+    assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "", "2.50", "1.00"]
 
 
 def test_bench_decode(json_command, failure, tmp_path):
     out = tmp_path / "more" / "bench.json"
-    values = json_command("bench", "decode", "random:tiny", *SHORT, "--windows", 2, "--out", out)
-    assert list(values["contestants"]) == ["full", "quest", "retro w=2"]
-    assert [len(turns) for turns in values["milliseconds"].values()] == [2, 2, 2]
-    assert all(row["ms_per_step"] > 0 for row in values["contestants"].values())
-    assert values["reference"] is None
+    flags = ("--methods", "full", "retro", "--windows", 2, "--page-size", 8, "--out", out)
+    values = json_command("bench", "decode", "random:tiny", *SHORT, *flags, "--contexts", 40, 80)
+    assert [measured["context"] for measured in values["contexts"]] == [40, 80]
+    for measured in values["contexts"]:
+        assert list(measured["contestants"]) == ["full", "retro w=2"]
+        assert [len(turns) for turns in measured["milliseconds"].values()] == [2, 2]
+        assert all(row["ms_per_step"] > 0 for row in measured["contestants"].values())
+        assert measured["reference"] is None
+    short, long = (
+        {name: row["kv_bytes"] for name, row in measured["contestants"].items()}
+        for measured in values["contexts"]
+    )
+    # 4 layers, 2 KV heads of 16 channels, float32; after 40 + 3 + 4 tokens.
+    assert short["full"] == 47 * 4 * 2 * (2 * 16 * 4)
+    assert long["full"] == 87 * 4 * 2 * (2 * 16 * 4)
+    assert long["retro w=2"] < long["full"]
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     line = failure("bench", "decode", "random:tiny", *SHORT, "--out", out)
-    assert "is not overwritten; choose another --out" in line
+    assert "is not overwritten" in line
+
+
+def test_all_methods_and_windows_can_take_turns():
+    names = BenchDecode(model="m", methods=tuple(METHODS), windows=(2, 8)).configurations()
+    assert list(names) == ["full", "quest", "retro w=2", "retro w=8", "streaming", "tova", "h2o", "snapkv"]
+    assert [config.slots for config in names.values()] == [1, 1, 2, 8, 1, 1, 1, 1]
 
 
 def test_bench_refuses(failure, tmp_path):
     assert "must be 1 or more" in failure("bench", "decode", "random:tiny", "--steps", 0)
     arguments = ("bench", "decode", "random:tiny", *SHORT, "--reference")
     assert "name an interpreter" in failure(*arguments, tmp_path / "python")
+    assert "add full to --methods" in failure(*arguments, tmp_path / "python", "--methods", "quest")
+    assert "method 'best' is unknown" in failure("bench", "decode", "random:tiny", "--methods", "best")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script")
@@ -107,5 +130,6 @@ def test_transformers_decode_the_same_tokens(json_command):
     if not python or not Path(python).exists():
         pytest.skip("RETRO_JAX_REFERENCE_PYTHON names no interpreter with torch and transformers")
     values = json_command("bench", "decode", "random:tiny", *SHORT, "--reference", python)
-    assert values["reference"].startswith("transformers ")
-    assert values["reference_agrees_for_steps"] == 7
+    (measured,) = values["contexts"]
+    assert measured["reference"].startswith("transformers ")
+    assert measured["reference_agrees_for_steps"] == 7

@@ -9,8 +9,8 @@ from experiments.cli import main
 from retro_jax import DecodeConfig
 
 FAST = ("--budget-tokens", 32, "--page-size", 8, "--window", 2)
-COMPARED = ("--tokens", 96, "--prompt-tokens", 24, "--budget-tokens", 32, "--page-size", 8)
-TEXT = (*COMPARED, "--window", 2)
+SCORED = ("--tokens", 96, "--prompt-tokens", 24, "--budget-tokens", 32, "--page-size", 8)
+TEXT = (*SCORED, "--window", 2)
 
 
 def test_help_explains_every_field(capsys):
@@ -24,7 +24,7 @@ def test_help_explains_every_field(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["generate", "score", "compare", "bench decode", "bench kernels", "run smollm2-recall"]
+    "name", ["generate", "score", "compare", "overlap", "bench decode", "bench kernels", "run smollm2-recall"]
 )
 def test_help_has_text_for_every_flag(capsys, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
@@ -87,7 +87,7 @@ def test_chat_needs_a_tokenizer(failure):
 
 
 def test_score(json_command, ids_file):
-    flags = (*COMPARED, "--method", "quest")
+    flags = (*SCORED, "--method", "quest")
     values = json_command("score", "random:tiny", "--token-ids", ids_file, *flags)
     assert values["config"]["method"] == "quest"
     assert values["nll"]["mean"] == pytest.approx(np.mean(list(values["texts"].values())))
@@ -160,7 +160,8 @@ def test_interrupted(monkeypatch, command, ids_file):
 
 
 def test_json_is_all_of_stdout(command, ids_file, tmp_path):
-    arguments = ("--windows", 1, "--out", tmp_path / "out", *COMPARED)
+    sweep = ("--windows", 1, "--budgets", 32, "--page-sizes", 8)
+    arguments = ("--tokens", 96, "--prompt-tokens", 24, *sweep, "--out", tmp_path / "out")
     status, out, _ = command("compare", "random:tiny", "--token-ids", ids_file, *arguments, "--json")
     assert status == 0
     assert json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())

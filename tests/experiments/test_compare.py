@@ -5,7 +5,7 @@ import pytest
 
 import experiments.compare
 
-SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budget-tokens", 32, "--page-size", 8, "--windows", 1, 2)
+SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budgets", 32, "--page-sizes", 8, "--windows", 1, 2)
 
 
 @pytest.fixture
@@ -30,17 +30,17 @@ def test_compare(json_command, ids_file, tmp_path):
     out = tmp_path / "out"
     values = run(json_command, ids_file, out, "--no-overwrite")
     pooled = {row["run"]: row for row in values["pooled"]}
-    assert list(pooled) == ["full", "quest-sinks1", "retro-w2-sinks1", "retro-w2-sinks1-no_overwrite"]
-    assert abs(pooled["quest-sinks1"]["excess"]["mean"]) > 1e-4
-    assert pooled["retro-w2-sinks1"]["quest_difference"] > 1e-4
-    assert pooled["retro-w2-sinks1-no_overwrite"]["quest_difference"] < 1e-4  # float32 over other shapes
+    assert list(pooled) == ["full", "quest-b32-p8", "retro-w2-b32-p8", "retro-w2-b32-p8-no_overwrite"]
+    assert abs(pooled["quest-b32-p8"]["excess"]["mean"]) > 1e-4
+    assert pooled["retro-w2-b32-p8"]["quest_difference"] > 1e-4
+    assert pooled["retro-w2-b32-p8-no_overwrite"]["quest_difference"] < 1e-4  # float32 over other shapes
     per_text = [{row["run"]: row for row in values["per_text"][name]} for name in ("ids[0]", "ids[1]")]
     for name, row in pooled.items():
         assert row["nll"]["mean"] == pytest.approx(np.mean([text[name]["nll"]["mean"] for text in per_text]))
 
     exposures = {run["name"]: run["exposure"] for run in values["runs"]}
-    assert exposures["quest-sinks1"] == [1.0]
-    assert 1.0 < exposures["retro-w2-sinks1"][1] < 2.0
+    assert exposures["quest-b32-p8"] == [1.0]
+    assert 1.0 < exposures["retro-w2-b32-p8"][1] < 2.0
     assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert "Retro (no overwriting)" in (out / "table.md").read_text()
     with np.load(out / "runs" / "full.npz") as arrays:
@@ -53,7 +53,7 @@ def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scor
     first = run(json_command, ids_file, out)
     assert scored == [("full", None, 0), ("quest", None, 1), ("retro", 2, 1)]
     scored.clear()
-    (out / "runs" / "retro-w2-sinks1.npz").unlink()
+    (out / "runs" / "retro-w2-b32-p8.npz").unlink()
     second = run(json_command, ids_file, out)
     assert scored == [("retro", 2, 1)]
     assert second["pooled"] == first["pooled"]
@@ -79,28 +79,28 @@ def test_methods_scores_and_evictions_add_rows(json_command, ids_file, tmp_path,
     pooled = {row["run"]: row for row in second["pooled"]}
     assert list(pooled) == [
         "full",
-        "quest-sinks1",
-        "retro-w2-sinks1",
-        "quest-sinks1-oracle",
-        "retro-w2-sinks1-oracle",
-        "quest-sinks1-evict_tova",
-        "retro-w2-sinks1-evict_tova",
-        "quest-sinks1-oracle-evict_tova",
-        "retro-w2-sinks1-oracle-evict_tova",
-        "streaming-sinks1",
+        "quest-b32-p8",
+        "retro-w2-b32-p8",
+        "quest-b32-p8-oracle",
+        "retro-w2-b32-p8-oracle",
+        "quest-b32-p8-evict_tova",
+        "retro-w2-b32-p8-evict_tova",
+        "quest-b32-p8-evict_tova-oracle",
+        "retro-w2-b32-p8-evict_tova-oracle",
+        "streaming-b32-p8",
     ]
     assert all(row in second["pooled"] for row in first["pooled"])
-    quest = pooled["quest-sinks1"]["excess"]["mean"]
-    for name, baseline in (("streaming-sinks1", quest), ("quest-sinks1-oracle", None)):
+    quest = pooled["quest-b32-p8"]["excess"]["mean"]
+    for name, baseline in (("streaming-b32-p8", quest), ("quest-b32-p8-oracle", None)):
         row = pooled[name]
         assert row["ratio"]["mean"] == pytest.approx(
             row["excess"]["mean"] / (baseline or row["excess"]["mean"])
         )
     table = (out / "table.md").read_text()
-    assert "StreamingLLM" in table and "Retro (oracle, TOVA evicts)" in table
+    assert "StreamingLLM" in table and "Retro (TOVA evicts, oracle)" in table
     read = {entry["name"]: entry["kv_bytes_per_step"] for entry in second["runs"]}
-    assert read["streaming-sinks1"] < read["quest-sinks1-evict_tova"] < read["quest-sinks1"]
-    assert read["quest-sinks1"] < read["quest-sinks1-oracle"]
+    assert read["streaming-b32-p8"] < read["quest-b32-p8-evict_tova"] < read["quest-b32-p8"]
+    assert read["quest-b32-p8"] < read["quest-b32-p8-oracle"]
 
 
 def test_an_interrupted_run_leaves_the_finished_ones(
@@ -118,7 +118,7 @@ def test_an_interrupted_run_leaves_the_finished_ones(
         patch.setattr(experiments.compare, "score", stops_at_retro)
         arguments = ("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", out)
         assert command(*arguments)[0] == 130
-    assert sorted(file.name for file in (out / "runs").iterdir()) == ["full.npz", "quest-sinks1.npz"]
+    assert sorted(file.name for file in (out / "runs").iterdir()) == ["full.npz", "quest-b32-p8.npz"]
     scored.clear()
     run(json_command, ids_file, out)
     assert scored == [("retro", 2, 1)]
@@ -129,8 +129,8 @@ def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, 
     run(json_command, ids_file, out)
     before = (out / "results.json").read_text()
     arguments = ("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", out)
-    line = failure(*arguments, "--prompt-tokens", 32, "--group-reduce", "max")
-    assert "prompt_tokens 24, not 32; config.group_reduce 'mean', not 'max'" in line
+    line = failure(*arguments, "--prompt-tokens", 32, "--dense-layers", 1)
+    assert "prompt_tokens 24, not 32; config.dense_layers 2, not 1" in line
     assert "choose another --out" in line
     assert (out / "results.json").read_text() == before
 
@@ -140,9 +140,10 @@ def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, 
     [
         (("--windows", 0), "window 0 is below 1"),
         (("--sink-pages", 4), "budget_tokens 32 is below the 5 pages of 8 tokens"),
-        (("--group-reduce", "best"), "group_reduce 'best' is unknown"),
+        (("--group-reduces", "best"), "group_reduce 'best' is unknown"),
         (("--scores", "best"), "score 'best' is unknown; use one of bounds, mean_key, oracle, random"),
         (("--methods", "tova", "best"), "--methods has 'best'; use streaming, tova, h2o, snapkv"),
+        (("--budgets", 32.5), "budget 32.5 is neither a share up to 1 nor a whole number of tokens"),
         (("--evict", "tova"), "cache_tokens None is below budget_tokens 32"),
         (("--methods", "snapkv"), "lower observation or raise the budget"),
     ],
@@ -155,7 +156,7 @@ def test_impossible_settings_are_refused_before_any_run(failure, ids_file, tmp_p
 
 def test_default_folder_depends_on_the_settings(json_command, ids_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = ("--tokens", 96, "--budget-tokens", 32, "--page-size", 8, "--windows", 1)
+    settings = ("--tokens", 96, "--budgets", 32, "--page-sizes", 8, "--windows", 1)
     for prompt in (24, 40, 40):
         arguments = ("--token-ids", ids_file, *settings, "--prompt-tokens", prompt)
         json_command("compare", "random:tiny", *arguments)
@@ -163,3 +164,17 @@ def test_default_folder_depends_on_the_settings(json_command, ids_file, tmp_path
     assert len(folders) == 2
     prompts = {json.loads((folder / "comparison.json").read_text())["prompt_tokens"] for folder in folders}
     assert prompts == {24, 40}
+
+
+def test_a_sweep_over_budgets(json_command, ids_file, tmp_path, scored):
+    out = tmp_path / "out"
+    sweep = ("--budgets", 32, 0.5, "--budget-floor", 32, "--windows", 1)
+    values = run(json_command, ids_file, out, *sweep)
+    assert len(scored) == 3
+    pooled = {row["run"]: row for row in values["pooled"]}
+    assert list(pooled) == ["full", "quest-b32-p8", "quest-b0.5-p8"]
+    assert len({row["nll"]["mean"] for row in pooled.values()}) == 3
+    rows = [line.split("|") for line in (out / "table.md").read_text().splitlines() if "| Quest" in line]
+    assert [row[3].strip() for row in rows[:2]] == ["32", "0.5"]
+    assert (out / "excess-budget.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (out / "excess-window.png").exists() and not (out / "excess-page-size.png").exists()

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from experiments.paper import paper_rows
 from experiments.report import make_page
-from experiments.report_data import bootstrap, difference, read_run
+from experiments.report_data import bootstrap, difference, read_run, read_runs
 from experiments.run_config import RunConfig
 from experiments.run_folder import RunFolder
 from experiments.tasks.longgenbench import LongGenBench
@@ -13,20 +14,21 @@ RIGHT = {"full": 0.9, "quest-128": 0.3, "quest-256": 0.5, "retro-w4-128": 0.4, "
 
 
 def result(example, method, **values):
-    pages = 0 if method == "full" else int(method.rpartition("-")[2]) // 16
+    pages = 0 if method == "full" else max(1, int(float(method.rpartition("-")[2])) // 16)
     exposure = [1.0, 1.1, 1.2, 1.3] if "retro" in method else [1.0] if pages else [None]
     loaded = {"pages_loaded": pages, "kv_bytes": 5e6, "exposure": exposure}
     return {"example": example, "method": method, "sample": 0} | loaded | values
 
 
-def a_run(path, task, lines, name="named", note=True):
-    config = RunConfig(model="m", task=task, budgets=(128, 256))
-    with RunFolder(path, {"name": name, "config": config.identity(), "examples": "x"}) as folder:
+def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu: c", **config):
+    config = RunConfig(**{"model": "m", "task": task, "budgets": (128, 256)} | config)
+    with RunFolder(path, {"name": name, "config": config.identity(), "examples": examples}) as folder:
         folder.append(lines)
         if note:
-            folder.note("timings-0.jsonl", {"method": "full", "context": 900, "steps_per_second": 20.0})
-            folder.note("timings-0.jsonl", {"method": "quest-128", "context": 900, "steps_per_second": None})
-            folder.note("provenance-0.jsonl", {"commit": "abc", "device": "cpu: c", "versions": {"jax": "9"}})
+            timing = {"batch": config.batch, "context": 900}
+            folder.note("timings-0.jsonl", timing | {"method": "full", "steps_per_second": 20.0})
+            folder.note("timings-0.jsonl", timing | {"method": "quest-128", "steps_per_second": None})
+            folder.note("provenance-0.jsonl", {"commit": "abc", "device": device, "versions": {"jax": "9"}})
     return path
 
 
@@ -51,6 +53,9 @@ def test_bootstrap():
     assert found.mean - found.low == pytest.approx(half, rel=0.1)
     assert np.isnan(bootstrap([1.0]).low) and bootstrap([1.0]).text() == "1.000"
     assert bootstrap([1.0, 1.0]).text(1) == "1.0 [1.0, 1.0]"
+    both = bootstrap(values, np.full(50, 4.0))  # each counts half, the second does not vary
+    assert both.mean == pytest.approx(values.mean() / 2 + 2.0)
+    assert both.high - both.mean == pytest.approx(half / 2, rel=0.1)
 
 
 def test_differences_are_paired(tmp_path):
@@ -85,6 +90,88 @@ def test_page(json_command, tmp_path):
     assert methods["retro-w4-128"]["minus_quest"]["mean"] > 0 > methods["retro-w4-128"]["minus_full"]["mean"]
     assert methods["quest-128"]["minus_quest"] is None and methods["full"]["minus_full"] is None
     assert methods["retro-w4-256"]["exposure"][-1] == pytest.approx(1.3)
+
+
+def some(lines, *methods):
+    return [line for line in lines if line["method"] in methods]
+
+
+def test_folders_of_one_run_are_joined(json_command, tmp_path):
+    lines = scored(4, examples=6)
+    first = a_run(
+        tmp_path / "a", LongGenBench(n=4), some(lines, "full", "quest-128"), methods=("full", "quest")
+    )
+    second = some(lines, "full", "retro-w4-128")
+    second = [line | {"config": "another digest"} for line in second]
+    second = a_run(
+        tmp_path / "b", LongGenBench(n=4), second, methods=("full", "retro"), batch=2, device="gpu: g"
+    )
+    out = tmp_path / "page.md"
+    (joined,) = json_command("report", first, second, "--out", out)["runs"]
+    (whole,) = read_runs([a_run(tmp_path / "c", LongGenBench(n=4), lines)])
+    assert list(joined["methods"]) == ["full", "quest-128", "retro-w4-128"]
+    assert all(found["examples"] == 6 for found in joined["methods"].values())
+    expected = difference(whole, "retro-w4-128", "quest-128")
+    assert joined["methods"]["retro-w4-128"]["minus_quest"]["mean"] == pytest.approx(expected.mean)
+    page = out.read_text()
+    assert "## named (a + b)" in page and "18 results of 6 examples" in page
+    assert "commit abc, cpu: c, jax 9; commit abc, gpu: g, jax 9" in page
+    assert (tmp_path / "page-1-latency.png").exists()
+
+
+def test_runs_with_other_settings_are_not_joined(tmp_path):
+    lines = some(scored(4, examples=2), "full")
+    tasks = (LongGenBench(n=4), LongGenBench(n=4, shots=2))
+    folders = [a_run(tmp_path / f"{number}", task, lines) for number, task in enumerate(tasks)]
+    assert [len(run.paths) for run in read_runs(folders)] == [1, 1]
+
+
+def test_parts_that_contradict_each_other_are_refused(failure, tmp_path):
+    lines = some(scored(4, examples=2), "full")
+    folders = [a_run(tmp_path / "a", LongGenBench(n=4), lines)]
+    other = [lines[0], lines[1] | {"scores": [0.0, 0.0, 0.0, 0.5]}]
+    folders.append(a_run(tmp_path / "b", LongGenBench(n=4), other))
+    line = failure("report", *folders, "--out", tmp_path / "page.md")
+    assert f"{folders[0]} and {folders[1]} have different results for e1, full, 0 (scores)" in line
+    unlike = a_run(tmp_path / "c", LongGenBench(n=4), lines, examples="y")
+    assert "have different examples" in failure("report", folders[0], unlike, "--out", tmp_path / "page.md")
+
+
+def test_figures_of_the_paper_stand_beside_runs_of_the_same_setting(json_command, tmp_path):
+    shares = {"full": 0.75, "quest-0.15": 0.5, "retro-w2-0.15": 0.6, "retro-w4-0.15": 0.7}
+
+    def a_paper_run(n, model="meta-llama/Llama-3.1-8B-Instruct", **task):
+        lines = [
+            result(f"e{index}", method, scores=[share + 0.01 * index] * n)
+            for index in range(3)
+            for method, share in shares.items()
+        ]
+        folder = tmp_path / f"{model[:4]}{n}{len(task)}"
+        return read_run(a_run(folder, LongGenBench(n=n, **task), lines, model=model))
+
+    runs = [a_paper_run(n) for n in (15, 30, 45)]
+    rows = [row for row in paper_rows(runs) if not row["quantity"].startswith("exposure")]
+    means = {row["method"]: row for row in rows if row["task"].endswith("15, 30, 45")}
+    assert means.keys() == {"full", "quest-0.15", "retro-w2-0.15"}  # none for w = 4 in the paper
+    assert {method: row["paper"] for method, row in means.items()} == {
+        "full": 61.8,
+        "quest-0.15": 52.6,
+        "retro-w2-0.15": 56.5,
+    }
+    assert means["retro-w2-0.15"]["ours"]["mean"] == pytest.approx(61.0)
+    assert 60.0 <= means["retro-w2-0.15"]["ours"]["low"] < 61.0
+    (gain,) = (row for row in rows if row not in means.values())
+    assert gain["task"].endswith("n = 45") and (gain["quantity"], gain["paper"]) == ("less Quest", 6.8)
+    assert gain["ours"]["mean"] == pytest.approx(10.0)
+    after = paper_rows(runs[:1])
+    assert {row["quantity"] for row in after} == {"exposure after 1"} and after[0]["paper"] == 1.17
+    assert after[0]["ours"]["mean"] == pytest.approx(1.1)
+    for other in (a_paper_run(45, model="other"), a_paper_run(45, source="mmlu")):
+        assert all(row["quantity"] == "exposure after 1" for row in paper_rows([other]))
+
+    values = json_command("report", *(run.paths[0] for run in runs), "--out", tmp_path / "page.md")
+    assert len(values["paper"]) == len(paper_rows(runs))
+    assert "## Beside the paper" in (tmp_path / "page.md").read_text()
 
 
 def test_likelihoods(tmp_path):

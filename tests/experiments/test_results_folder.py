@@ -20,13 +20,14 @@ def a_score():
 
 def test_a_run_comes_back(tmp_path):
     folder = ResultsFolder(tmp_path / "new", IDENTITY)
-    assert not folder.has("retro-w2-sinks1")
+    assert not folder.has("retro-w2")
     folder.save(CONFIG, a_score(), 1.5, {"commit": "abc"})
-    run = ResultsFolder(tmp_path / "new", IDENTITY).load("retro-w2-sinks1")
+    run = ResultsFolder(tmp_path / "new", IDENTITY).load("retro-w2")
     assert run.config == CONFIG
     np.testing.assert_array_equal(run.nll, a_score().nll)
     assert run.exposure.tolist() == [1.0, 1.25]
-    assert (run.kv_bytes, run.seconds, run.provenance) == (7.0, 1.5, {"commit": "abc"})
+    assert (run.pages_loaded, run.kv_bytes, run.seconds) == (1.0, 7.0, 1.5)
+    assert run.provenance == {"commit": "abc"}
     assert not list((tmp_path / "new").rglob("*.partial*"))
 
 
@@ -75,7 +76,7 @@ def test_order_of_runs(tmp_path):
         "retro-w2-sinks0",
         "retro-w16-sinks0",
         "retro-w2-sinks0-no_overwrite",
-        "retro-w2-sinks1",
+        "retro-w2",
     ]
     assert len({run_name(config) for config in configs}) == len(configs)
 

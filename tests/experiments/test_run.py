@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from experiments.run_plan import known_model, make_plan
 from experiments.run_work import Row, make_batches
 from experiments.tasks import Example
 from experiments.tasks.recall import Recall
+from models.presets import SIZES
 from tests.experiments import stand_in
 
 SMALL = ("--task.pairs", 8, "--task.questions", 3, "--task.count", 3, "--batch", 2, "--windows", 2)
@@ -109,6 +111,8 @@ def test_a_folder_of_something_else_is_refused(failure, arguments, tmp_path):
         (("--task.pairs", 10**6), "1000000 codes were asked for"),
         (("--task.pairs", 1000), "positions, "),
         (("--model", "random:llama3.1-70b"), "weights and cache take"),
+        (("--device-gb", 1e-6), "over --device-gb 0.00 GB; use more devices"),
+        (("--model", "nobody/knows-this", "--compile"), "the sizes of 'nobody/knows-this' are not known"),
         (("--model", "random:tiny"), "random:tiny has no tokenizer"),
     ],
 )
@@ -132,10 +136,40 @@ def test_dry_run(json_command, command, name, tmp_path, monkeypatch):
     plan = values["plan"]
     assert plan["examples"] > 0 and plan["steps"] == plan["batches"] * plan["new_tokens"] > 100
     assert plan["weights"] > 2e8 and set(plan["caches"]) == set(values["methods"])
-    assert plan["weights"] + max(plan["caches"].values()) < 80e9  # of the device that the configs name
     status, out, _ = command("run", name, "--dry-run")
     assert status == 0 and all(label in out for label in values["methods"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def two_layers(monkeypatch):
+    """Two of the layers of a size that configs name."""
+    sizes = {"qwen2.5-32b": replace(SIZES["qwen2.5-32b"], num_layers=2)}
+    monkeypatch.setattr(experiments.run_plan, "SIZES", sizes)
+
+
+QWEN = ("run", "qwen2.5-32b-longgenbench-gsm8k", "--methods", "retro", "--dense-layers", 1, "--compile")
+
+
+def test_compiled_from_shapes_for_the_mesh(json_command, two_layers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = json_command(*QWEN)
+    plan, programs = values["plan"], {program["name"]: program for program in values["programs"]}
+    assert programs.keys() == {"prefill", "decode"}
+    cache = plan["caches"]["retro-w4-0.15"]
+    for program in programs.values():  # arguments: tokens too, but not the metrics of the step before
+        assert program["arguments"] == pytest.approx(plan["weights"] + cache, abs=1e5)
+        assert program["aliased"] == pytest.approx(cache, abs=1e3)
+        assert program["collectives"]["all-reduce"] == 4  # two in a layer
+        assert program["temporary"] > 1e6
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_compile_into_the_devices_is_an_error(command, two_layers):
+    fits = 3.5  # weights and cache alone, 3.49 GB
+    status, out, err = command(*QWEN, "--device-gb", fits)
+    assert status == 2 and "| retro-w4-0.15 | prefill |" in out
+    assert "the program 'prefill' of retro-w4-0.15 takes" in err and "over --device-gb 3.50 GB" in err
 
 
 def test_memory_is_that_of_the_arrays():

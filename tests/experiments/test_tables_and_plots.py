@@ -2,11 +2,13 @@ import struct
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from experiments.compare import configurations, rows
+from experiments.compare import rows
 from experiments.estimates import Estimate
-from experiments.plots import comparison_figure
-from experiments.results import Run, run_name
+from experiments.plots import comparison_figure, sweep_figure
+from experiments.results import Run
+from experiments.sweep import Sweep, order, quest_of, run_name
 from experiments.tables import comparison_report, comparison_table, markdown, number, score_table
 from retro_jax import DecodeConfig
 
@@ -16,7 +18,7 @@ IDENTITY = {
     "texts": ["a", "b"],
     "tokens": 640,
     "prompt_tokens": 128,
-    "config": {"budget": 0.15, "budget_floor": 256, "budget_tokens": 64, "page_size": 16},
+    "config": {"budget_floor": 256, "cache_tokens": None},
 }
 
 
@@ -27,11 +29,11 @@ def runs():
     full = rng.normal(3.0, 1.0, size=(2, 512))
     excess = {"full": 0.0, "quest": 0.2, 2: 0.15, 4: 0.1}
     found = []
-    for config in configurations(DecodeConfig(budget_tokens=64), [2, 4], [0, 1], no_overwrite=True):
+    for config in Sweep((2, 4), (64,), sink_pages=(0, 1), no_overwrite=True).configurations(DecodeConfig()):
         added = excess[config.method] if config.method != "retro" else excess[config.window]
         exposure = np.array([np.nan]) if config.method == "full" else 1.0 + 0.1 * np.arange(config.slots)
         nll = full + (added if config.overwrite else 0.2)
-        found.append(Run(run_name(config), config, nll, exposure, 2.5e6, 1.0, {}))
+        found.append(Run(run_name(config), config, nll, exposure, 4.0, 2.5e6, 1.0, {}))
     return found
 
 
@@ -47,47 +49,63 @@ def test_number():
     assert number(Estimate(1.0, float("nan")), 1) == "1.0"
 
 
+def names(common=None, **values):
+    return [run_name(config) for config in Sweep(**values).configurations(common or DecodeConfig())]
+
+
 def test_configurations():
-    names = [run_name(config) for config in configurations(DecodeConfig(), [1, 8, 2, 2], [1], False)]
-    assert names == ["full", "quest-sinks1", "retro-w2-sinks1", "retro-w8-sinks1"]
+    assert names(windows=(1, 8, 2, 2)) == ["full", "quest", "retro-w2", "retro-w8"]
     with pytest.raises(ValueError, match="window 0 is below 1"):
-        configurations(DecodeConfig(), [0], [1], False)
-    with pytest.raises(ValueError, match="at least one value each"):
-        configurations(DecodeConfig(), [], [1], False)
+        names(windows=(0,))
+    with pytest.raises(ValueError, match="--page-sizes needs at least one value"):
+        names(page_sizes=())
 
 
 def test_configurations_of_other_methods_scores_and_evictions():
     common = DecodeConfig(cache_tokens=512)
-    more = {"methods": ["tova", "snapkv"], "scores": ["bounds", "mean_key"], "evict": ["h2o"]}
-    configs = configurations(common, [1, 4], [1], False, **more)
-    assert [run_name(config) for config in configs] == [
+    more = {"methods": ("tova", "snapkv"), "scores": ("bounds", "mean_key"), "evict": ("h2o",)}
+    assert names(common, **more) == [
         "full",
-        "quest-sinks1",
-        "retro-w4-sinks1",
-        "quest-sinks1-mean_key",
-        "retro-w4-sinks1-mean_key",
-        "quest-sinks1-evict_h2o",
-        "retro-w4-sinks1-evict_h2o",
-        "quest-sinks1-mean_key-evict_h2o",
-        "retro-w4-sinks1-mean_key-evict_h2o",
-        "tova-sinks1",
-        "snapkv-sinks1",
+        "quest",
+        "retro-w4",
+        "quest-mean_key",
+        "retro-w4-mean_key",
+        "quest-evict_h2o",
+        "retro-w4-evict_h2o",
+        "quest-evict_h2o-mean_key",
+        "retro-w4-evict_h2o-mean_key",
+        "tova",
+        "snapkv",
     ]
+    configs = Sweep(**more).configurations(common)
     assert {config.statistics for config in configs if config.score == "mean_key"} == {"mean_key"}
     with pytest.raises(ValueError, match=r"--methods has 'quest'; use streaming, tova, h2o, snapkv"):
-        configurations(common, [1], [1], False, methods=["quest"])
+        names(methods=("quest",))
+
+
+def test_a_sweep_runs_every_combination_and_full_attention_once():
+    swept = {"budgets": (256, 0.25), "page_sizes": (16, 32), "group_reduces": ("mean", "max")}
+    configs = Sweep(**swept, methods=("streaming",)).configurations(DecodeConfig(page_size=64))
+    assert len(configs) == 1 + 8 * 3 and len({run_name(config) for config in configs}) == len(configs)
+    assert {run_name(c) for c in configs} >= {"quest-b256", "retro-w4-b0.25-p32-max", "streaming-b0.25-max"}
+    last = next(config for config in configs if run_name(config) == "retro-w4-b256-p32-max")
+    assert (last.budget_tokens, last.page_size, last.group_reduce) == (256, 32, "max")
+    assert quest_of(last) in configs and quest_of(last).page_size == 32
+    in_order = sorted(configs, key=order)
+    assert in_order[0].method == "full"
+    assert [config.budget_tokens for config in in_order[1:]] == [256] * 12 + [None] * 12
 
 
 def test_rows_compare_with_the_quest_of_their_sink_pages(runs):
     found = {row.run.name: row for row in rows(runs, [(128, 384), (384, 640)], 128)}
     assert found["full"].excess == Estimate(0.0, 0.0)
     assert found["full"].ratio is None
-    row = found["retro-w4-sinks1"]
+    row = found["retro-w4-b64"]
     assert row.excess.mean == pytest.approx(0.1)
     assert [part.mean for part in row.by_position] == pytest.approx([0.1, 0.1])
     assert row.ratio.mean == pytest.approx(0.5)
     assert row.quest_difference == pytest.approx(0.1)
-    assert found["retro-w4-sinks0-no_overwrite"].quest_difference == pytest.approx(0.0, abs=1e-12)
+    assert found["retro-w4-b64-sinks0-no_overwrite"].quest_difference == pytest.approx(0.0, abs=1e-12)
 
 
 def test_rows_of_one_text(runs):
@@ -128,8 +146,8 @@ def test_report_has_every_text(runs):
     assert "## a\n" in report
     assert "## b\n" in report
     assert "128-383" in report
-    assert "Settings: budget_tokens 64, page_size 16." in report
-    assert "(w = 4, sink pages 1) no token's value differs from Quest's by more than" in report
+    assert "Settings: budget 64, page size 16, group reduce mean, budget_floor 256." in report
+    assert "In retro-w4-b64-no_overwrite no token's value differs from Quest's by more than" in report
 
 
 def test_score_table():
@@ -143,8 +161,46 @@ def test_score_table():
 
 @pytest.mark.parametrize("tokens", [640, 200, 140])  # 8 blocks of text, one block, less than one
 def test_figure_is_a_png(runs, tokens):
-    short = [Run(r.name, r.config, r.nll[:, : tokens - 128], r.exposure, r.kv_bytes, 1.0, {}) for r in runs]
+    short = [
+        Run(r.name, r.config, r.nll[:, : tokens - 128], r.exposure, 4.0, r.kv_bytes, 1.0, {}) for r in runs
+    ]
     png = comparison_figure(IDENTITY | {"tokens": tokens}, short)
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", png[16:24])
     assert width > 2 * height > 800
+
+
+def curves(runs, setting, monkeypatch):
+    """What is drawn against a setting: panel titles, and each line's points by panel and name."""
+    titles, drawn = [], {}
+
+    def savefig(figure, *_, **__):
+        for panel in figure.axes:
+            titles.append(panel.get_title("left"))
+            for line in panel.containers:
+                drawn[titles[-1], line.get_label()] = line.lines[0].get_xydata().tolist()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    assert sweep_figure(IDENTITY, runs, setting) is not None
+    return titles, drawn
+
+
+def test_excess_against_budget(monkeypatch):
+    found = []
+    for config in Sweep((1, 4), (64, 128), sink_pages=(0, 1)).configurations(DecodeConfig()):
+        pages = 4.0 if config.budget_tokens == 64 else 8.0
+        nll = np.full((1, 256), 3.0 if config.method == "full" else 3.0 + 1 / pages / config.slots)
+        found.append(Run(run_name(config), config, nll, np.ones(1), pages, 1e6, 1.0, {}))
+    titles, drawn = curves(found[::-1], "budget", monkeypatch)
+    assert titles == ["sink pages 0", "sink pages 1"]
+    assert list(drawn) == [(title, name) for title in titles for name in ("Quest", "Retro, w = 4")]
+    assert drawn["sink pages 1", "Quest"] == [[64, 0.25], [128, 0.125]]
+    assert drawn["sink pages 0", "Retro, w = 4"] == [[64, 0.0625], [128, 0.03125]]
+    assert sweep_figure(IDENTITY, found, "page size") is None
+    assert sweep_figure(IDENTITY, found, "window") is None
+
+
+def test_excess_against_window(runs, monkeypatch):
+    _, drawn = curves(runs, "window", monkeypatch)
+    assert [x for x, _ in drawn["sink pages 0", "Retro"]] == [1, 2, 4]
+    assert [y for _, y in drawn["sink pages 0", "Retro"]] == pytest.approx([0.2, 0.15, 0.1])

@@ -1,9 +1,11 @@
 import base64
 import json
 import pickle
+import sys
 import zipfile
 import zlib
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -13,9 +15,10 @@ from experiments.tasks.extraction import boxed, choice, number, plain_number, se
 from experiments.tasks.gpqa import CHOICES, GPQA
 from experiments.tasks.livecodebench import LiveCodeBench, program, same_output
 from experiments.tasks.longbench import LongBench, f1, paragraph, rouge_l
-from experiments.tasks.longgenbench import LongGenBench
+from experiments.tasks.longgenbench import READ, LongGenBench
 from experiments.tasks.needles import Needles
 from experiments.tasks.pg19 import PG19
+from experiments.tasks.questions import Question
 from experiments.tasks.recall import Recall
 from experiments.tasks.sandbox import run_python
 
@@ -322,6 +325,45 @@ def test_longbench_from_the_hubs_archive(tmp_path, monkeypatch):
     assert example.max_new_tokens == 512
     with pytest.raises(ValueError, match=r"not a zip archive with data/qasper\.jsonl"):
         LongBench("qasper").examples(0, None)
+
+
+HUB = {  # a record as the hub's parquet files have it, and the question it becomes
+    "gsm8k": (
+        {"question": "Two and two?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"},
+        Question("Two and two?", "1004", "2+2=4"),
+    ),
+    "mmlu": (
+        {"question": "Which?", "choices": ["x", "y"], "answer": 1, "subject": "set_theory"},
+        Question("Which?\n(A) x\n(B) y", "B", subject="set theory"),
+    ),
+    "commonsenseqa": (
+        {"question": "Which?", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "A"},
+        Question("Which?\n(A) x\n(B) y", "A"),
+    ),
+}
+
+
+@pytest.mark.parametrize("source", HUB)
+def test_questions_from_the_hub(source, tmp_path, monkeypatch):
+    record, question = HUB[source]
+    reader = ModuleType("pyarrow.parquet")
+    reader.read_table = lambda path: SimpleNamespace(to_pylist=lambda: json.loads(path.read_text()))
+    monkeypatch.setitem(sys.modules, "pyarrow", ModuleType("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", reader)
+    (tmp_path / "stored.parquet").write_text(json.dumps([record]))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: tmp_path / "stored.parquet")
+    assert READ[source](None, "test") == [question]
+
+
+def test_parquet_without_its_reader_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as if it were not installed
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    refused = r"openai/gsm8k/main/train.*parquet is read by pyarrow.*\[hub\].*--task\.data"
+    with pytest.raises(ValueError, match=refused):
+        LongGenBench().examples(0, None)
+    (tmp_path / "test.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"test\.parquet is read by pyarrow .*which is not installed"):
+        AIME24(data=tmp_path).examples(0, None)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
+from pallas_kernels.statistics import quantize
 from tests.pallas_kernels import oracle
 
 PAGES, PAGE_SIZE, HEADS, GROUP, DIM = 9, 4, 2, 3, 8
@@ -22,14 +23,15 @@ def selected(page_ids, counts):
 @given(
     seed=st.integers(0, 10**6),
     score=st.sampled_from(sorted(pallas_kernels.SCORES)),
-    group_reduce=st.sampled_from(["mean", "max"]),
+    group_reduce=st.sampled_from(["mean", "max", "mass"]),
     sink_pages=st.integers(0, 2),
     budget=st.integers(3, 6),
     coarse=st.booleans(),
 )
 def test_selection_equals_the_oracle(seed, score, group_reduce, sink_pages, budget, coarse):
     rng = np.random.default_rng(seed)
-    kind = pallas_kernels.SCORES[score].statistics
+    kind = pallas_kernels.SCORES[score].statistics[0]
+    coarse = coarse and group_reduce != "mass"
     positions = rng.integers(0, PAGES * PAGE_SIZE, 3).astype(np.int32)
     shape = (3, HEADS, PAGES, pallas_kernels.STATISTICS[kind].vectors, DIM)
     vectors, q = rng.standard_normal(shape), rng.standard_normal((3, HEADS * GROUP, DIM))
@@ -50,20 +52,35 @@ def test_selection_equals_the_oracle(seed, score, group_reduce, sink_pages, budg
         group_reduce=group_reduce,
         sink_pages=sink_pages,
     )
-    reduce = np.mean if group_reduce == "mean" else np.max
+    reduce = np.max if group_reduce == "max" else np.mean
     for b, sets in enumerate(selected(page_ids, counts)):
         newest = positions[b] // PAGE_SIZE
         for head, got in enumerate(sets):
             queries = np.float32(q[b, head * GROUP : (head + 1) * GROUP])
-            scores = [
-                reduce(
+            by_query = np.array(
+                [
                     [oracle.page_score(query, np.float32(vectors[b, head, p]), score) for query in queries]
-                )
-                for p in range(newest + 1)
-            ]
+                    for p in range(newest + 1)
+                ]
+            )
+            if group_reduce == "mass":  # of the pages before the newest
+                by_query = np.exp(by_query / np.sqrt(DIM))
+                by_query /= np.maximum(by_query[:newest].sum(axis=0), 1e-30)
+            scores = reduce(by_query, axis=1)
             forced = {newest, *range(min(sink_pages, newest + 1))}
             ranked = sorted(range(newest + 1), key=lambda p: (p not in forced, -scores[p], p))
             assert got == sorted(ranked[: budgets[b]])
+
+
+def test_eight_bit_mean_keys_select_as_their_values_do():
+    rng = np.random.default_rng(1)
+    q = jnp.float32(rng.standard_normal((2, HEADS * GROUP, DIM)))
+    eight = quantize(jnp.float32(rng.standard_normal((2, HEADS, PAGES, 1, DIM))))
+    fields = {"page_size": PAGE_SIZE, "capacity": 4, "score": "mean_key", "group_reduce": "mass"}
+    arguments = jnp.array([33, 17]), jnp.array([4, 3])
+    got = pallas_kernels.select_pages(q, eight, *arguments, **fields)
+    want = pallas_kernels.select_pages(q, eight.at_float32(), *arguments, **fields)
+    assert selected(*got) == selected(*want)
 
 
 def test_the_mean_over_the_group_and_the_maximum_choose_differently():
@@ -94,7 +111,7 @@ def test_bad_arguments_are_refused():
     arguments = (q, vectors, jnp.array([3]), jnp.array([2]))
     with pytest.raises(ValueError, match="score 'l2' is unknown; use one of bounds, mean_key"):
         pallas_kernels.select_pages(*arguments, **fields, score="l2")
-    with pytest.raises(ValueError, match="group_reduce 'sum' is unknown; use one of mean, max"):
+    with pytest.raises(ValueError, match="group_reduce 'sum' is unknown; use one of mean, max, mass"):
         pallas_kernels.select_pages(*arguments, **fields, group_reduce="sum")
     with pytest.raises(ValueError, match=r"capacity 4 is not within 1\.\.3"):
         pallas_kernels.select_pages(*arguments, page_size=4, capacity=4)

@@ -21,6 +21,13 @@ GROUPS = (1, 3, 4)
 PAGE_SIZES = (8, 16)
 LENGTHS = (2, 13, 37)  # shorter than a window, than a page, and off every page boundary
 STEPS = 20
+CENTROIDS = {
+    "score": "mean_key",
+    "statistics": "mean_key_int8",
+    "group_reduce": "mass",
+    "residual_pages": 2,
+    "budget_covers": "traffic",
+}
 
 
 def sparse(window: int, page_size: int, **fields) -> rj.DecodeConfig:
@@ -29,13 +36,18 @@ def sparse(window: int, page_size: int, **fields) -> rj.DecodeConfig:
     return rj.DecodeConfig(window=window, page_size=page_size, **fields)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_with_a_budget_of_all_pages_it_is_full_attention(window, group, page_size):
+@pytest.mark.parametrize(
+    ("window", "group", "page_size", "fields"),
+    [
+        *((*sizes, {}) for sizes in itertools.product(WINDOWS, GROUPS, PAGE_SIZES)),
+        *((window, 3, 8, CENTROIDS) for window in (1, 3)),
+    ],
+)
+def test_with_a_budget_of_all_pages_it_is_full_attention(window, group, page_size, fields):
     model, tokens = tiny(group), token_ids(3, 60)
     expected = np.asarray(models.forward(model.params, model.config, tokens))
-    logits = forced_logits(model, sparse(window, page_size, budget_tokens=64), tokens, LENGTHS, STEPS)
+    config = sparse(window, page_size, budget_tokens=64, **fields)
+    logits = forced_logits(model, config, tokens, LENGTHS, STEPS)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(logits[:, row], expected[row, length : length + STEPS], atol=ATOL)
 
@@ -51,26 +63,32 @@ def test_a_window_of_one_is_quest(group, page_size):
     assert np.abs(full[2, LENGTHS[2] + 49] - expected[49, 2]).max() > 0.01  # the budget binds
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_without_overwriting_it_is_quest(group):
+@pytest.mark.parametrize(
+    ("group", "fields"), (*((group, {}) for group in GROUPS), (3, {"score": "mean_key"}))
+)
+def test_without_overwriting_it_is_quest(group, fields):
     model, tokens = tiny(group), token_ids(3, 90)
-    expected = forced_logits(model, sparse(1, 8, method="quest"), tokens, LENGTHS, 50)
+    expected = forced_logits(model, sparse(1, 8, method="quest", **fields), tokens, LENGTHS, 50)
     for window in WINDOWS[1:]:
-        kept = forced_logits(model, sparse(window, 8, overwrite=False), tokens, LENGTHS, 50)
+        kept = forced_logits(model, sparse(window, 8, overwrite=False, **fields), tokens, LENGTHS, 50)
         np.testing.assert_allclose(kept, expected, atol=ATOL)
-    overwritten = forced_logits(model, sparse(3, 8), tokens, LENGTHS, 50)
+    overwritten = forced_logits(model, sparse(3, 8, **fields), tokens, LENGTHS, 50)
     assert np.abs(overwritten - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("window", (2, 3, 8))
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize(
+    ("window", "group", "page_size", "fields"),
+    [
+        *((*sizes, {}) for sizes in itertools.product((2, 3, 8), GROUPS, PAGE_SIZES)),
+        (3, 3, 8, {"score": "mean_key", "residual_pages": 2}),  # estimates are not in the output cache
+    ],
+)
 def test_in_the_first_sparse_layer_outputs_are_attention_over_the_union_of_page_sets(
-    window, group, page_size
+    window, group, page_size, fields
 ):
     model, tokens, dense, steps = tiny(group), token_ids(3, 120), 1, 24
     lengths = (2, 13, 91)
-    config = sparse(window, page_size, dense_layers=dense)
+    config = sparse(window, page_size, dense_layers=dense, **fields)
     state, _ = begin(model, config, tokens, lengths, 120)
     loaded = []  # per step: bool [B, K, P]
 
@@ -105,10 +123,10 @@ def _attend(q, k, v, pages, position, page_size):
     return np.stack(outputs), np.stack(sums)
 
 
-@pytest.mark.parametrize("window", (1, 3))
-def test_a_scan_is_its_steps_and_a_saved_state_goes_on(window):
+@pytest.mark.parametrize(("window", "fields"), ((1, {}), (3, {}), (3, CENTROIDS)))
+def test_a_scan_is_its_steps_and_a_saved_state_goes_on(window, fields):
     model, tokens = tiny(3), token_ids(3, 40)
-    config = sparse(window, 8)
+    config = sparse(window, 8, **fields)
     scan = jax.jit(rj.decode, static_argnames=("model", "config", "steps"))
 
     def run(state, first, steps):
@@ -138,10 +156,13 @@ def test_a_scan_is_its_steps_and_a_saved_state_goes_on(window):
         )
 
 
-@pytest.mark.parametrize(("method", "window"), (("full", 1), ("retro", 1), ("retro", 3)))
-def test_a_sequence_depends_neither_on_its_batch_nor_on_the_capacity(window, method):
+@pytest.mark.parametrize(
+    ("method", "window", "fields"),
+    (("full", 1, {}), ("retro", 1, {}), ("retro", 3, {}), ("retro", 3, CENTROIDS)),
+)
+def test_a_sequence_depends_neither_on_its_batch_nor_on_the_capacity(method, window, fields):
     model, tokens = tiny(3), token_ids(3, 60)
-    config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(window, 8)
+    config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(window, 8, **fields)
     together = forced_logits(model, config, tokens, LENGTHS, STEPS, capacity=60)
     larger = forced_logits(model, config, tokens, LENGTHS, STEPS, capacity=200)
     np.testing.assert_allclose(larger, together, atol=ATOL)
@@ -150,10 +171,13 @@ def test_a_sequence_depends_neither_on_its_batch_nor_on_the_capacity(window, met
         np.testing.assert_allclose(alone[:, 0], together[:, row], atol=ATOL)
 
 
-@pytest.mark.parametrize(("method", "window"), (("full", 1), *(("retro", window) for window in WINDOWS)))
-def test_what_lies_beyond_a_sequence_is_never_read(window, method):
+@pytest.mark.parametrize(
+    ("method", "window", "fields"),
+    (("full", 1, {}), *(("retro", window, {}) for window in WINDOWS), ("retro", 3, CENTROIDS)),
+)
+def test_what_lies_beyond_a_sequence_is_never_read(method, window, fields):
     model, tokens = tiny(3), token_ids(3, 60)
-    config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(window, 8)
+    config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(window, 8, **fields)
     clean, _ = begin(model, config, tokens, LENGTHS, 100)
     beyond = np.arange(clean.capacity).reshape(-1, 8) >= np.asarray(clean.length)[:, None, None]  # [B, P, S]
 
@@ -162,6 +186,12 @@ def test_what_lies_beyond_a_sequence_is_never_read(window, method):
         if layer.statistics is None:
             return layer.replace(pages=pages)
         unused = beyond.all(axis=-1)[:, None, :, None, None]
+        if config.residual_pages:
+            scales = jnp.where(unused[..., 0], jnp.nan, layer.statistics.scales)
+            blocks = np.arange(layer.block_values.shape[2]) * 16 + 16 > np.asarray(clean.length)[:, None]
+            values = jnp.where(blocks[:, None, :, None], jnp.nan, layer.block_values)
+            statistics = layer.statistics.replace(scales=scales)
+            return layer.replace(pages=pages, statistics=statistics, block_values=values)
         return layer.replace(pages=pages, statistics=jnp.where(unused, jnp.nan, layer.statistics))
 
     poisoned = jax.tree.map(jnp.copy, clean.replace(layers=tuple(map(poison, clean.layers))))
@@ -171,10 +201,10 @@ def test_what_lies_beyond_a_sequence_is_never_read(window, method):
     )
 
 
-@pytest.mark.parametrize("window", (1, 3))
-def test_a_sequence_that_is_not_active_changes_nothing(window):
+@pytest.mark.parametrize(("window", "fields"), ((1, {}), (3, {}), (3, CENTROIDS)))
+def test_a_sequence_that_is_not_active_changes_nothing(window, fields):
     model, tokens = tiny(3), token_ids(2, 60)
-    config = sparse(window, 8)
+    config = sparse(window, 8, **fields)
     state, _ = force(model, config, begin(model, config, tokens, [9, 30], 60)[0], tokens, 5)
     before = jax.tree.map(np.asarray, state)
     active = jnp.array([True, False])
@@ -191,11 +221,18 @@ def test_a_sequence_that_is_not_active_changes_nothing(window):
 
 
 @pytest.mark.parametrize(
-    ("method", "mesh_shape"), (("full", (2, 2)), ("retro", (1, 2)), ("retro", (2, 2)), ("retro", (4, 1)))
+    ("method", "mesh_shape", "fields"),
+    (
+        ("full", (2, 2), {}),
+        ("retro", (1, 2), {}),
+        ("retro", (2, 2), {}),
+        ("retro", (4, 1), {}),
+        ("retro", (2, 2), CENTROIDS),
+    ),
 )
-def test_sharded_is_unsharded(method, mesh_shape):
+def test_sharded_is_unsharded(method, mesh_shape, fields):
     model, tokens, lengths = tiny(3), token_ids(4, 60), (2, 13, 37, 20)
-    config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(3, 8)
+    config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(3, 8, **fields)
     expected = forced_logits(model, config, tokens, lengths, STEPS)
     mesh = rj.make_mesh(*mesh_shape)
     sharded = rj.Model(model.config, rj.shard_params(model.params, model.config, mesh), None)

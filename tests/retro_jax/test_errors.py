@@ -28,10 +28,31 @@ CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24)
         ({"budget_tokens": 16}, r"budget_tokens 16 is below the 2 pages of 16 .*must exceed 16"),
         ({"budget_tokens": 40, "sink_pages": 3}, r"budget_tokens 40 is below the 4 pages"),
         ({"budget_floor": 0}, r"budget_floor 0 is below the 2 pages"),
-        ({"statistics": "median"}, r"statistics 'median' are unknown; use one of min_max, mean_key"),
+        ({"statistics": "median"}, r"statistics 'median' are unknown; use None or one of min_max, mean_key"),
         ({"score": "cosine"}, r"score 'cosine' is unknown; use one of bounds, mean_key"),
-        ({"score": "mean_key"}, r"reads 'mean_key' statistics, .* keep 'min_max'; set statistics='mean_key'"),
-        ({"group_reduce": "sum"}, r"group_reduce 'sum' is unknown; use 'mean' or 'max'"),
+        (
+            {"score": "mean_key", "statistics": "min_max"},
+            r"reads mean_key or mean_key_int8 statistics, not 'min_max'; use statistics=None",
+        ),
+        ({"group_reduce": "sum"}, r"group_reduce 'sum' is unknown; use one of mean, max, mass"),
+        ({"residual_pages": -1}, r"residual_pages -1 is below 0"),
+        (
+            {"residual_pages": 8},
+            r"residual_pages 8 estimates .* score 'bounds' keeps 'min_max' .*; use score 'mean_key'",
+        ),
+        (
+            {"residual_pages": 8, "method": "tova"},
+            r"residual_pages 8 .* method 'tova', which selects no pages by a score; use method 'quest'",
+        ),
+        (
+            {"residual_pages": 8, "score": "mean_key", "evict": "h2o", "cache_tokens": 512},
+            r"residual_pages 8 .* evict 'h2o', whose pages are gone for good; use only one",
+        ),
+        ({"budget_covers": "all"}, r"budget_covers 'all' is unknown; use 'pages' or 'traffic'"),
+        (
+            {"budget_covers": "traffic", "method": "streaming"},
+            r"'traffic' .* method 'streaming', evict None, which evicts .*; use method 'quest' or 'retro'",
+        ),
         (
             {"method": "streaming", "window": 2},
             r"'streaming' serves only the newest query, window 2 .*the earlier queries too.*'retro'",

@@ -11,6 +11,7 @@ import pytest
 
 import models
 import retro_jax as rj
+from retro_jax.budget import Budget, budget_pages, most_pages
 from retro_jax.methods import METHODS
 from tests.retro_jax.tiny import ATOL, begin, force, forced_logits, step, tiny, token_ids
 
@@ -209,9 +210,42 @@ def test_the_budget_is_a_share_with_a_floor_or_a_number_of_tokens():
     context = jnp.array([1, 320, 1706, 1707, 4096, 131072])
     share = rj.DecodeConfig(budget=0.15, budget_floor=256)
     # 0.15 * 1707 = 256.05 tokens round to 256; 0.15 * 4096 = 614.4 to 614, 39 pages.
-    assert share.budget_pages(context).tolist() == [16, 16, 16, 16, 39, 1229]
-    assert rj.DecodeConfig(budget_tokens=250).budget_pages(context).tolist() == [16] * 6
-    for capacity in range(16, 9000, 97):
-        pages = share.num_pages(capacity)
-        most = int(share.budget_pages(jnp.array([pages * 16]))[0])
-        assert share.max_selected_pages(pages) >= min(most, pages)
+    assert pages_of(share, context) == [16, 16, 16, 16, 39, 1229]
+    assert pages_of(rj.DecodeConfig(budget_tokens=250), context) == [16] * 6
+    for pages in range(1, 600, 7):
+        most = max(pages_of(share, jnp.arange(1, pages * 16 + 1)))
+        assert most_pages(share, pages, 64, 2) >= min(most, pages)
+
+
+def test_statistics_that_take_less_leave_room_for_pages_at_the_same_traffic():
+    context = jnp.array([64, 4096, 8192])
+    fields = {"budget_tokens": 256, "budget_covers": "traffic"}
+    assert pages_of(rj.DecodeConfig(**fields), context) == [16, 16, 16]
+    # 256 pages of 4096 tokens save one vector each: 8 pages of 32 vectors.
+    mean_key = rj.DecodeConfig(score="mean_key", **fields)
+    assert pages_of(mean_key, context) == [16, 24, 32]
+    # Quest reads 2 * 256 + 512 vectors. 512 mean keys take (64 + 4) / 128 vectors in 8 bits, 64 blocks one
+    # each, the block that settles one: 272 + 64 + 1. What is left are 42 pages of 16 vectors.
+    fields |= {"score": "mean_key", "statistics": "mean_key_int8", "residual_pages": 8, "page_size": 8}
+    small = rj.DecodeConfig(**fields)
+    assert pages_of(small, context)[1] == 42
+    for pages in (8, 64, 1024):
+        most = max(pages_of(small, jnp.arange(1, pages * 8 + 1)))
+        assert min(most, pages) <= most_pages(small, pages, 64, 2) <= min(most + 1, pages)
+
+
+def test_sequences_of_one_batch_may_have_different_budgets():
+    model, tokens = tiny(3), np.repeat(token_ids(1, 60), 2, axis=0)
+    configs = [rj.DecodeConfig("retro", page_size=8, budget_tokens=n, dense_layers=1) for n in (24, 40)]
+    alone = [forced_logits(model, config, tokens[:1], [37], STEPS)[:, 0] for config in configs]
+    state, _ = begin(model, configs[1], tokens, [37, 37], 60)
+    state = state.replace(budget=state.budget.replace(floor=jnp.array([24, 40])))
+    together = force(model, configs[1], state, tokens, STEPS)[1]
+    for row in range(2):
+        np.testing.assert_allclose(together[:, row], alone[row], atol=ATOL)
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3
+
+
+def pages_of(config, context, head_dim=64, itemsize=2):
+    budget = Budget.of(config, len(context))
+    return budget_pages(config, budget, context, head_dim, itemsize).tolist()

@@ -48,7 +48,7 @@ def begin(model: rj.Model, config: rj.DecodeConfig, tokens: np.ndarray, lengths,
     """
     lengths = np.asarray(lengths, np.int32)
     prompts = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
-    if config.eviction:
+    if config.eviction or config.residual_pages:
         return prefill(model.params, model.config, config, prompts, lengths, capacity=capacity)
     plain = rj.DecodeConfig(
         "quest", page_size=config.page_size, dense_layers=0, statistics=config.statistics, score=config.score

@@ -1,0 +1,27 @@
+"""From Quest to the best configuration at the same memory traffic, one part after another."""
+
+from dataclasses import replace
+
+from retro_jax import PRESETS, DecodeConfig
+
+LADDER = (
+    ("Quest", {}),
+    ("a sink page", {"sink_pages": 1}),
+    ("scored by mean keys", {"score": "mean_key"}),
+    ("in shares of attention", {"group_reduce": "mass"}),
+    ("the bytes saved spent on pages", {"budget_covers": "traffic"}),
+    ("mean keys in 8 bits", {"statistics": "mean_key_int8"}),
+    ("pages of 8 tokens", {"page_size": 8}),
+    ("a residual, by mean values of 8 pages", {"residual_pages": 8}),
+    ("RetroAttention, w = 4: preset retro", {"method": "retro", "window": 4}),
+)
+"""What leads from Quest to preset retro: each part in words, and what it sets beside all before it."""
+
+
+def ladder(full: DecodeConfig, budget: dict) -> list[DecodeConfig]:
+    """Returns the configurations of `LADDER` at one budget; `full` has the fields that all share."""
+    found, fields = [], dict(PRESETS["quest"]) | budget
+    for _, part in LADDER:
+        fields = fields | part
+        found.append(replace(full, **fields))
+    return found

@@ -1,0 +1,308 @@
+"""`retro-jax overlap`: how many of a query's pages the queries before it had loaded, or only just missed.
+
+That is what retrospection lives on: a page that an earlier query missed by little is loaded for a later one
+and then serves both (RetroAttention, section 3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from matplotlib.axes import Axes
+
+from experiments.budgets import budget_value
+from experiments.compare import Texts
+from experiments.estimates import Estimate, estimate
+from experiments.flags import NoPrefix, TextCommand, common_flags
+from experiments.plots import COLOURS, QUEST_COLOUR, picture
+from experiments.progress import Progress
+from experiments.provenance import provenance
+from experiments.results import print_json, write_bytes, write_json
+from experiments.tables import markdown, number
+from experiments.text import read_tokens
+from models import Model, transformer
+from models.config import ModelConfig
+from models.transformer import Params
+from pallas_kernels import choose_pages
+from retro_jax import DecodeConfig, DecodeState
+from retro_jax.generate import run_prefill
+from retro_jax.inputs import check_token_ids
+from retro_jax.layers import dense_layer, retro_layer, window_slots
+from retro_jax.methods import Query
+from retro_jax.methods.eviction import members
+from retro_jax.selectors import SELECTORS
+from retro_jax.sharding import new_state, under_mesh_of_weights
+from retro_jax.state import LayerState
+
+RANKS = {"loaded": "loaded", "next": "next k"}
+"""Ranks 1..k of a query's pages, which its step loads, and k+1..2k; in words."""
+CommonFlags = common_flags("method", "window", "overwrite", "evict", "cache_tokens", "observation")
+
+
+@flax.struct.dataclass
+class Ranked:
+    """The pages of a query, or of several, in every sparse layer.
+
+    Attributes:
+      loaded: those that its step loaded, its k best and the forced ones.
+      next: the k best of the others.
+    """
+
+    loaded: Bool[Array, "*queries L B K P"]
+    next: Bool[Array, "*queries L B K P"]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the pages that a query chose, the share that earlier queries had in certain ranks.
+
+    Attributes:
+      loaded: in the ranks that their own steps loaded; distance 1 is the query just before.
+      next: in as many ranks after those.
+    """
+
+    loaded: Float[np.ndarray, "distances L B T"]
+    next: Float[np.ndarray, "distances L B T"]
+
+
+def ranked_step(
+    params: Params, model: ModelConfig, config: DecodeConfig, state: DecodeState, tokens: Int[Array, " B"]
+) -> tuple[DecodeState, Ranked]:
+    """What `decode_step` does to the state, without logits, and the ranks of the pages of each sparse layer.
+
+    Args:
+      params: weights.
+      model: the model's configuration; static.
+      config: how to decode, with a window of 1 and no eviction; static.
+      state: donate it.
+      tokens: the newest ones.
+    """
+    active = jnp.ones(tokens.shape, bool)
+    slots = window_slots(config, state, active)
+    dense = config.num_dense_layers(model)
+    x = transformer.embed(params, tokens[:, None])
+    layers, ranked = [], []
+    for index, (layer, cache) in enumerate(zip(params.layers, state.layers, strict=True)):
+        if index < dense:
+            x, cache = dense_layer(
+                layer, model, config, cache, x, state.length, active[:, None], config.implementation
+            )
+        else:
+            q = transformer.qkv(layer, model, x, slots.positions)[0]
+            query = Query(q[:, -1], slots.positions[:, -1], slots.budgets, index)
+            x, cache, _ = retro_layer(layer, model, config, cache, x, slots, slots.newest, index)
+            ranked.append(_rank(config, cache, query))
+        layers.append(cache)
+    state = state.replace(length=state.length + 1, layers=tuple(layers))
+    return state, jax.tree.map(lambda *by_layer: jnp.stack(by_layer), *ranked)
+
+
+def _rank(config: DecodeConfig, cache: LayerState, query: Query) -> Ranked:
+    pages = cache.pages.shape[2]
+    scores = SELECTORS[config.score].scores(config, cache, query, jnp.ones(cache.pages.shape[:3], bool))
+    page_ids, counts = choose_pages(
+        scores,
+        query.positions,
+        2 * query.budgets,
+        page_size=config.page_size,
+        capacity=min(2 * config.max_selected_pages(pages), pages),
+        sink_pages=config.sink_pages,
+    )
+    loaded = cache.last_loaded == query.positions[:, None, None]
+    return Ranked(loaded, members(page_ids, counts, pages) & ~loaded)
+
+
+@partial(jax.jit, static_argnames=("model", "config"), donate_argnames=("state", "past"))
+def _step(params, model, config, state, past, tokens):
+    """One step; the shares[distances, L, B], and the queries of the past with the newest in front."""
+    newest = state.length // config.page_size
+    state, now = ranked_step(params, model, config, state, tokens)
+    page = jnp.arange(now.loaded.shape[-1])
+    forced = (page < config.sink_pages) | (page == newest[:, None])  # [B, P]
+    chosen = now.loaded & ~forced[:, None]
+    shares = jax.tree.map(lambda then: jnp.sum(chosen & then, (-2, -1)) / jnp.sum(chosen, (-2, -1)), past)
+    return state, jax.tree.map(lambda a, then: jnp.concatenate([a[None], then[:-1]]), now, past), shares
+
+
+@under_mesh_of_weights
+def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, progress) -> Shares:
+    """Decodes along the texts, and compares each query's pages with those of the `distances` before it.
+
+    Forced pages (sink pages, the newest) are none that a query chose. The first `distances` queries have too
+    few before them and are left out.
+
+    Args:
+      model: the model.
+      texts: B of one length, scored as one batch.
+      config: how to decode, as for `ranked_step`.
+      distances: how many earlier queries.
+      progress: called as tokens are done.
+
+    Raises:
+      ValueError: every layer is dense, there are too few tokens, or only forced pages are loaded.
+    """
+    batch, tokens = texts.ids.shape
+    steps = tokens - texts.prompt_tokens
+    dense = config.num_dense_layers(model.config)
+    if dense == model.config.num_layers:
+        raise ValueError(f"all {model.config.num_layers} layers are dense; lower --dense-layers")
+    if not 1 <= distances < steps:
+        raise ValueError(
+            f"--distances is {distances}; it must be in 1..{steps - 1} for {steps} scored tokens"
+        )
+    ids = check_token_ids(model.config, texts.ids, "token_ids")
+    state = new_state(model.config, config, batch, tokens)
+    state, _ = run_prefill(model, config, state, list(ids[:, : texts.prompt_tokens]), progress)
+    none = (distances, model.config.num_layers - dense, *state.layers[-1].pages.shape[:3])
+    past = Ranked(jnp.zeros(none, bool), jnp.zeros(none, bool))
+    found = []
+    for step, column in enumerate(ids[:, texts.prompt_tokens :].T, 1):
+        state, past, shares = _step(model.params, model.config, config, state, past, column)
+        found.append(jax.tree.map(np.asarray, shares))
+        progress("decode", step, steps)
+    loaded, then = (np.stack([getattr(share, rank) for share in found[distances:]], -1) for rank in RANKS)
+    if np.isnan(loaded).any():
+        raise ValueError("only pages that are always loaded fit the budget; raise it, or lower --sink-pages")
+    return Shares(loaded, then)
+
+
+def summary(shares: Shares, first_layer: int) -> dict:
+    """Returns means with standard errors as JSON values: over all sparse layers, and of each."""
+
+    def at(values: Float[np.ndarray, "L B T"]) -> dict:
+        return asdict(estimate(values.mean(axis=0)))
+
+    def by_distance(layers: slice) -> list[dict]:
+        return [
+            {"distance": distance} | {rank: at(getattr(shares, rank)[distance - 1, layers]) for rank in RANKS}
+            for distance in range(1, len(shares.loaded) + 1)
+        ]
+
+    layers = range(shares.loaded.shape[1])
+    return {
+        "mean": by_distance(slice(None)),
+        "layers": {str(first_layer + layer): by_distance(slice(layer, layer + 1)) for layer in layers},
+    }
+
+
+def overlap_report(values: dict) -> str:
+    """Returns the result as Markdown."""
+    config = values["config"]
+    budget = budget_value(DecodeConfig(**config))
+    distances = sorted({1, len(values["mean"])})
+    ends = [(rank, distance) for rank in RANKS for distance in distances]
+    parts = [
+        f"# {values['model']} ({values['dtype']}), {', '.join(values['texts'])}: pages of earlier queries",
+        f"{values['tokens']} tokens of each text: a prompt of {values['prompt_tokens']}, then teacher-forced "
+        f"decoding with Quest. Budget {budget}, page size {config['page_size']}, sink pages "
+        f"{config['sink_pages']}, dense layers {config['dense_layers']}.",
+        "Of the k pages that a query chose (those that are always loaded are left out), the share that the "
+        "query so many steps before had among the k that it loaded, or among its next k; ± is one standard "
+        "error, from the means of blocks of tokens.",
+        markdown(
+            ["steps before", *RANKS.values(), "neither"],
+            [
+                [
+                    str(row["distance"]),
+                    *(number(Estimate(**row[rank]), 3) for rank in RANKS),
+                    f"{1 - sum(row[rank]['mean'] for rank in RANKS):.3f}",
+                ]
+                for row in values["mean"]
+            ],
+        ),
+        "## By layer",
+        markdown(
+            ["layer", *(f"{RANKS[rank]}, {distance} before" for rank, distance in ends)],
+            [
+                [layer, *(number(Estimate(**rows[distance - 1][rank]), 3) for rank, distance in ends)]
+                for layer, rows in values["layers"].items()
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def overlap_figure(values: dict) -> bytes:
+    """Draws the shares against distance, with a thin line for each layer, and against layers; a PNG file."""
+    colours = {"loaded": QUEST_COLOUR, "next": COLOURS[0]}
+
+    def curve(panel: Axes, x: list, rows: list[dict], rank: str, **look) -> None:
+        points = [row[rank] for row in rows]
+        means, errors = [point["mean"] for point in points], [point["error"] for point in points]
+        panel.errorbar(x, means, errors, color=colours[rank], markersize=4, capsize=2, **look)
+
+    def draw(axes: Sequence[Axes]) -> None:
+        steps = [row["distance"] for row in values["mean"]]
+        layers = [int(layer) for layer in values["layers"]]
+        for rank in RANKS:
+            for rows in values["layers"].values():
+                means = [row[rank]["mean"] for row in rows]
+                axes[0].plot(steps, means, color=colours[rank], linewidth=0.6, alpha=0.3)
+            curve(axes[0], steps, values["mean"], rank, fmt="o-", label=RANKS[rank])
+            for distance, dash in ((1, "-"), (steps[-1], ":")):
+                rows = [rows[distance - 1] for rows in values["layers"].values()]
+                name = f"{RANKS[rank]}, {distance} before"
+                curve(axes[1], layers, rows, rank, fmt=f"o{dash}", label=name)
+        axes[0].set_xlabel("steps before the query (thin: each layer)")
+        axes[1].set_xlabel("layer")
+        for panel in axes:
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.set_ylim(0, 1)
+            panel.legend(loc="best")
+        axes[0].set_ylabel("share of a query's chosen pages")
+
+    title = f"{values['model']}, {', '.join(values['texts'])}: pages of earlier queries"
+    return picture(2, draw, title)
+
+
+@dataclass(kw_only=True)
+class Overlap(TextCommand):
+    """Measure how many of a query's pages earlier queries had loaded, and how many they had only just missed.
+
+    Decodes along the text with Quest. Pages that an earlier query had next in rank are what retrospection
+    adds to it.
+    """
+
+    distances: int = 8
+    """Earlier queries that each one is compared with."""
+    out: Path | None = None
+    """Folder for table, JSON and picture; it must not exist."""
+    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
+
+    def run(self) -> None:
+        """Decodes along the texts, then writes and prints the result."""
+        if self.out is not None and self.out.exists():
+            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
+        config = self.config.config(method="quest")
+        model = self.load()
+        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
+        texts = Texts(names, ids, self.prompt_tokens)
+        with Progress() as progress:
+            shares = measure(model, texts, config, self.distances, progress)
+        values = {
+            "model": self.model,
+            "dtype": model.config.dtype,
+            "texts": names,
+            "tokens": ids.shape[1],
+            "prompt_tokens": self.prompt_tokens,
+            "config": asdict(config),
+            **summary(shares, config.num_dense_layers(model.config)),
+            "provenance": provenance(),
+        }
+        report = overlap_report(values)
+        if self.out is not None:
+            self.out.mkdir(parents=True)
+            write_json(self.out / "results.json", values)
+            write_bytes(self.out / "table.md", report.encode())
+            write_bytes(self.out / "overlap.png", overlap_figure(values))
+        if self.json:
+            print_json(values)
+        else:
+            print(report)

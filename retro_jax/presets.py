@@ -1,0 +1,47 @@
+"""Named configurations: Quest, the paper's method, and the best that was found at their memory traffic."""
+
+from collections.abc import Mapping
+
+from retro_jax.config import DecodeConfig
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "quest": {"method": "quest", "sink_pages": 0},
+    "paper": {"method": "retro", "sink_pages": 0},
+    "retro": {
+        "method": "retro",
+        "page_size": 8,
+        "score": "mean_key",
+        "statistics": "mean_key_int8",
+        "group_reduce": "mass",
+        "budget_covers": "traffic",
+        "residual_pages": 8,
+    },
+}
+"""What each preset sets in `DecodeConfig`:
+
+- "quest": Quest (arXiv 2406.10774), with one page set per KV head. Reads the budget's pages, and two vectors
+  of every page of 16 tokens.
+- "paper": RetroAttention (arXiv 2508.09001), with the same traffic.
+- "retro": at no more traffic, pages of 8 tokens that are scored by 8-bit mean keys, in shares of attention;
+  one sink page; pages that are not loaded count by their mean keys and the mean value of 64 tokens. What its
+  statistics save is spent on pages. Its selection and its residual run through XLA everywhere, and so does all
+  else on pages of 8 tokens; with `page_size=16` attention and updates run through kernels.
+
+How accurate each is: docs/results.
+"""
+
+
+def preset(name: str = "retro", **changes: object) -> DecodeConfig:
+    """A named configuration.
+
+    Args:
+      name: in `PRESETS`.
+      **changes: fields of `DecodeConfig` to set otherwise.
+
+    Raises:
+      ValueError: the name is unknown, or the configuration is not possible.
+      TypeError: a change is no field of `DecodeConfig`.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+    return DecodeConfig(**(dict(PRESETS[name]) | changes))
