@@ -85,22 +85,26 @@ def test_quickstart(reader, capsys):
         AVERAGED_BLOCKS=1,
     )
     summaries = {name: run.metrics.summary() for name, run in seen["written"].items()}
-    assert set(summaries["full"]["exposure"]) == {None}
-    assert summaries["quest"]["exposure"] == [1.0]
-    assert 1.0 < summaries["retro"]["exposure"][-1] <= 3.0
-    assert summaries["retro"]["pages_loaded"] == 3
-    assert summaries["retro"]["kv_bytes"] == summaries["quest"]["kv_bytes"] < summaries["full"]["kv_bytes"]
+    assert set(summaries["full attention"]["exposure"]) == {None}
+    assert summaries["Quest"]["exposure"] == [1.0]
+    assert 1.0 < summaries["RetroAttention"]["exposure"][-1] <= 3.0
+    assert summaries["RetroAttention"]["pages_loaded"] == 3
+    assert (
+        summaries["RetroAttention"]["kv_bytes"]
+        == summaries["Quest"]["kv_bytes"]
+        < summaries["full attention"]["kv_bytes"]
+    )
     for values in seen["excess"].values():
         assert values.shape == (1, 64)
         assert values[0, 0] == 0.0  # comes from the prompt, which has full attention in every method
         assert np.abs(values).max() > 0.01
-    assert np.abs(seen["excess"]["retro"] - seen["excess"]["quest"]).max() > 1e-3
+    assert np.abs(seen["excess"]["RetroAttention"] - seen["excess"]["Quest"]).max() > 1e-3
 
     (figure,) = drawn()
     curves = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    for name, label in (("quest", "Quest"), ("retro", "Retro")):
-        np.testing.assert_allclose(curves[label], [seen["excess"][name].mean()])
-    assert re.search(r"full +\| +all \| +[\d.]+ \| +none \|", capsys.readouterr().out)
+    for name, values in seen["excess"].items():
+        np.testing.assert_allclose(curves[name], [values.mean()])
+    assert re.search(r"full attention +\| +all \| +[\d.]+ \| +none \|", capsys.readouterr().out)
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
