@@ -21,7 +21,7 @@ SYSTEM := $(shell uname -sm)
 COMPILERS := $(if $(filter Linux,$(SYSTEM)),$(CUDA_COMPILER)/.ready)
 COMPILERS += $(if $(findstring Linux x86_64,$(SYSTEM)),$(TPU_COMPILER)/.ready)
 
-.PHONY: demo test tpu lint format clean
+.PHONY: demo test tpu notebooks lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -39,6 +39,13 @@ test: lint $(COMPILERS)
 # On a TPU VM: adds what JAX needs to use its chips.
 tpu: $(READY)
 	"$(UV)" pip install --quiet --python $(BIN)/python --no-deps -r tests/pallas_kernels/tpu-compiler.txt
+
+# Runs the notebooks from their first cell on and keeps what they show; Jupyter stays out of the environment.
+notebooks: export MPLBACKEND := module://matplotlib_inline.backend_inline
+notebooks: $(READY)
+	"$(UV)" run --frozen --with nbconvert --with ipykernel \
+	  jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False docs/notebooks/*.ipynb
 
 lint: $(READY)
 	$(BIN)/ruff check .
