@@ -13,7 +13,7 @@ from experiments.estimates import block_means
 from experiments.run_folder import KEYS, read_identity, read_lines, read_results
 
 RESAMPLES = 2000
-FREE = ("methods", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
+FREE = ("methods", "presets", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
 """Fields of a run's configuration that change which results there are, and none of them."""
 
 

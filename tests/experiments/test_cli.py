@@ -1,12 +1,13 @@
 import itertools
 import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from experiments.cli import main
-from retro_jax import DecodeConfig
+from retro_jax import DecodeConfig, preset
 
 FAST = ("--budget-tokens", 32, "--page-size", 8, "--window", 2)
 SCORED = ("--tokens", 96, "--prompt-tokens", 24, "--budget-tokens", 32, "--page-size", 8)
@@ -95,6 +96,14 @@ def test_score(json_command, ids_file):
     assert 4.0 < values["nll"]["mean"] < 9.0  # log(512) is 6.2
     assert values["metrics"]["pages_loaded"] == pytest.approx(4.0)  # 32 tokens in pages of 8
     assert values["provenance"]["versions"]["jax"]
+
+
+def test_a_preset_gives_the_defaults_that_flags_change(json_command, ids_file):
+    flags = ("--token-ids", ids_file, "--tokens", 40, "--prompt-tokens", 36, "--budget-tokens", 64)
+    values = json_command("score", "random:tiny", *flags, "--preset", "retro", "--page-size", 16)["config"]
+    assert values == json.loads(json.dumps(asdict(preset("retro", budget_tokens=64, page_size=16))))
+    plain = json_command("score", "random:tiny", *flags)["config"]
+    assert plain == json.loads(json.dumps(asdict(DecodeConfig(budget_tokens=64))))
 
 
 def test_score_prints_a_table(command, ids_file):

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 import experiments.compare
+from experiments.ladder import LADDER
+from experiments.sweep import run_name
+from retro_jax import preset
 
 SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budgets", 32, "--page-sizes", 8, "--windows", 1, 2)
 
@@ -14,9 +17,11 @@ def scored(monkeypatch):
     configs = []
     real = experiments.compare.score
 
-    def score(model, ids, config, **rest):
+    def score(model, ids, own, **rest):
+        assert len(own) == len(ids)
+        config = own[0]
         configs.append((config.method, config.window, config.sink_pages))
-        return real(model, ids, config, **rest)
+        return real(model, ids, own, **rest)
 
     monkeypatch.setattr(experiments.compare, "score", score)
     return configs
@@ -140,6 +145,7 @@ def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, 
     [
         (("--windows", 0), "window 0 is below 1"),
         (("--sink-pages", 4), "budget_tokens 32 is below the 5 pages of 8 tokens"),
+        (("--presets", "best"), "--presets has 'best'; use quest, paper, retro"),
         (("--group-reduces", "best"), "group_reduce 'best' is unknown"),
         (("--scores", "best"), "score 'best' is unknown; use one of bounds, mean_key, oracle, random"),
         (("--methods", "tova", "best"), "--methods has 'best'; use streaming, tova, h2o, snapkv"),
@@ -178,3 +184,25 @@ def test_a_sweep_over_budgets(json_command, ids_file, tmp_path, scored):
     assert [row[3].strip() for row in rows[:2]] == ["32", "0.5"]
     assert (out / "excess-budget.png").read_bytes()[:4] == b"\x89PNG"
     assert not (out / "excess-window.png").exists() and not (out / "excess-page-size.png").exists()
+
+
+def test_the_ladder_with_all_budgets_as_one_batch(json_command, ids_file, tmp_path, scored):
+    out = tmp_path / "out"
+    sweep = ("--budgets", 32, 48, "--page-sizes", 16, "--windows", 1, "--sink-pages", 0)
+    alone = run(json_command, ids_file, out, *sweep)
+    assert len(scored) == 3
+    (out / "runs" / "quest-b32-sinks0.npz").unlink()
+    (out / "runs" / "quest-b48-sinks0.npz").unlink()
+    scored.clear()
+    values = run(json_command, ids_file, out, *sweep, "--ladder", "--presets", "retro", "--budgets-together")
+    assert len(scored) == len(LADDER)  # each serves both budgets, and the last step is the preset
+    pooled, before = ({row["run"]: row for row in rows["pooled"]} for rows in (values, alone))
+    for name in ("quest-b32-sinks0", "quest-b48-sinks0"):
+        assert pooled[name]["nll"]["mean"] == pytest.approx(before[name]["nll"]["mean"], abs=1e-5)
+    top = preset("retro", budget_tokens=48, window=4)
+    assert run_name(top) in pooled and len(pooled) == 1 + 2 * len(LADDER)
+    table = (out / "table.md").read_text()
+    for budget in (32, 48):
+        section = table.split(f"## From Quest to preset retro, budget {budget}\n")[1].split("##")[0]
+        words = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
+        assert words == ["Quest, no sink page", *(f"+ {step}" for step, _ in LADDER[1:])]

@@ -98,6 +98,24 @@ def test_texts_of_different_lengths_score_as_alone():
         assert np.isnan(result.nll[index, count:]).all() and not result.hits[index, count:].any()
 
 
+def test_texts_with_budgets_of_their_own_score_as_alone():
+    model, tokens = tiny(3), np.repeat(token_ids(1, 60), 2, axis=0)
+    fields = {"page_size": 8, "dense_layers": 1, "window": 3, "prefill_chunk": 16}
+    configs = [rj.DecodeConfig(budget_tokens=n, **fields) for n in (24, 40)]
+    result = rj.score(model, tokens, configs, prompt_tokens=40)
+    for index, config in enumerate(configs):
+        alone = rj.score(model, tokens[0], config, prompt_tokens=40)
+        np.testing.assert_allclose(result.nll[index], alone.nll[0], atol=ATOL)
+        own = result.of(slice(index, index + 1)).metrics
+        np.testing.assert_allclose(own.kv_bytes, alone.metrics.kv_bytes)
+    assert np.abs(result.nll[0] - result.nll[1]).max() > 1e-4
+    with pytest.raises(ValueError, match="1 configurations were given for 2 texts; give one for each"):
+        rj.score(model, tokens, configs[:1], prompt_tokens=40)
+    other = rj.DecodeConfig(budget_tokens=24, **fields | {"window": 2})
+    with pytest.raises(ValueError, match=r"window=2.* may differ in their budgets only"):
+        rj.score(model, tokens, [configs[0], other], prompt_tokens=40)
+
+
 def test_hits_are_the_tokens_that_greedy_decoding_would_choose():
     model, config = tiny(3), rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1)
     prompt = token_ids(1, 40)[0]
