@@ -30,7 +30,7 @@ from experiments.flags import (
     preset_flags,
 )
 from experiments.overlap import Overlap
-from experiments.plots import SWEPT, comparison_figure, sweep_figure
+from experiments.plots import SWEPT, comparison_figure, ladder_figure, sweep_figure
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
 from experiments.report import Report
@@ -232,6 +232,8 @@ class Compare(TextCommand):
         for setting in SWEPT:
             if picture := sweep_figure(what, runs, setting):
                 write_bytes(folder.path / f"excess-{setting.replace(' ', '-')}.png", picture)
+        if picture := ladder_figure(what, runs):
+            write_bytes(folder.path / "ladder.png", picture)
         if self.json:
             print_json(values)
         else:

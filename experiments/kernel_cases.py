@@ -112,7 +112,7 @@ class Case:
         rows = self.batch * dims.kv_heads * dims.vector_bytes
         match self.operation:
             case "select":
-                return rows * self.pages(dims) * STATISTICS[SCORES[self.score].statistics].vectors
+                return rows * self.pages(dims) * STATISTICS[SCORES[self.score].statistics[0]].vectors
             case "update":
                 touched = (self.first_token(dims) + self.tokens - 1) // dims.page_size + 1
                 return rows * (
@@ -279,7 +279,7 @@ def _dense(case: Case, dims: Dimensions, implementation, sets: int, calls: int, 
 
 def _select(case: Case, dims: Dimensions, implementation, sets: int, calls: int, seed: int):
     keys = random_keys(seed)
-    statistics = [_statistics(next(keys), case, dims, SCORES[case.score].statistics) for _ in range(sets)]
+    statistics = [_statistics(next(keys), case, dims, SCORES[case.score].statistics[0]) for _ in range(sets)]
     queries = [_queries(next(keys), case, dims)[:, 0] for _ in range(sets)]
     positions = jnp.full((case.batch,), case.context - 1, jnp.int32)
     budgets = jnp.full((case.batch,), case.selected(dims), jnp.int32)

@@ -18,6 +18,9 @@ LADDER = (
 """What leads from Quest to preset retro: each part in words, and what it sets beside all before it."""
 
 
+PAPER_WINDOWS = (2, 4, 8)
+
+
 def ladder(full: DecodeConfig, budget: dict) -> list[DecodeConfig]:
     """Returns the configurations of `LADDER` at one budget; `full` has the fields that all share."""
     found, fields = [], dict(PRESETS["quest"]) | budget
@@ -25,3 +28,12 @@ def ladder(full: DecodeConfig, budget: dict) -> list[DecodeConfig]:
         fields = fields | part
         found.append(replace(full, **fields))
     return found
+
+
+def beside_ladder(full: DecodeConfig, budget: dict) -> dict[str, DecodeConfig]:
+    """Returns the paper's method at one budget, by words: Quest of the ladder's first step, with a window."""
+    quest = ladder(full, budget)[0]
+    return {
+        f"RetroAttention as in the paper, w = {window}": replace(quest, method="retro", window=window)
+        for window in PAPER_WINDOWS
+    }

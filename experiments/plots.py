@@ -9,9 +9,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.budgets import budget_fields, budget_value
 from experiments.estimates import BLOCK, block_means, estimate, running_mean
+from experiments.ladder import LADDER, beside_ladder, ladder
 from experiments.results import Run
-from experiments.sweep import NAMES, Axis, columns, constants, label, order
+from experiments.sweep import NAMES, Axis, columns, constants, label, order, run_name
 
 FULL_COLOUR = "#888888"
 QUEST_COLOUR = "#222222"
@@ -124,6 +126,52 @@ def sweep_figure(identity: dict, runs: Sequence[Run], setting: str) -> bytes | N
         _legends(axes)
 
     return picture(len(panels), draw, _title(identity, runs))
+
+
+def ladder_figure(identity: dict, runs: Sequence[Run]) -> bytes | None:
+    """Draws excess against what a step reads: the steps of the ladder, the paper's method, further methods.
+
+    Both axes are logarithmic; each line is one method at several budgets. What reads more than half of what
+    full attention does, and random selection, are left out.
+
+    Returns:
+      a PNG file, or None where the ladder was not run.
+    """
+    full, others = _split(runs)
+    by_name = {run.name: run for run in others}
+    lines: dict[str, list[Run]] = {}
+    for budget in map(budget_fields, sorted({budget_value(run.config) for run in others})):
+        steps = ladder(full.config, budget)
+        parts = {f"+ {words}": config for (words, _), config in zip(LADDER[1:], steps[1:], strict=True)}
+        named = {"Quest": steps[0]} | parts
+        for words, config in (named | beside_ladder(full.config, budget)).items():
+            if run := by_name.pop(run_name(config), None):
+                lines.setdefault(words, []).append(run)
+    if f"+ {LADDER[-1][0]}" not in lines:
+        return None
+    for run in by_name.values():
+        if run.kv_bytes < full.kv_bytes / 2 and run.config.score != "random":
+            lines.setdefault(_name(run), []).append(run)
+
+    def draw(axes: Sequence[Axes]) -> None:
+        looks = itertools.product(DASHES, COLOURS)
+        for (words, line), (dash, colour) in zip(lines.items(), looks, strict=False):
+            line = sorted(line, key=lambda run: run.kv_bytes)
+            axes[0].plot(
+                [run.kv_bytes / 1e6 for run in line],
+                [estimate(run.nll - full.nll).mean for run in line],
+                dash,
+                color=QUEST_COLOUR if words == "Quest" else colour,
+                marker="o",
+                markersize=3,
+                label=words,
+            )
+        axes[0].set(xscale="log", yscale="log", ylabel=EXCESS)
+        axes[0].set_xlabel("MB of keys, values and page statistics that a step reads for a text")
+        axes[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes[1].remove()  # room for the legend
+
+    return picture(2, draw, _title(identity, runs))
 
 
 def picture(panels: int, draw: Callable[[Sequence[Axes]], None], title: str = "") -> bytes:

@@ -1,7 +1,6 @@
 """Comparisons and scores as Markdown tables that can also be read as they are."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +8,7 @@ from jaxtyping import Float
 from experiments.budgets import budget_fields, budget_value
 from experiments.compare import Row, rows
 from experiments.estimates import BLOCK, Estimate, estimate, position_bins, ratio
-from experiments.ladder import LADDER, ladder
+from experiments.ladder import LADDER, beside_ladder, ladder
 from experiments.results import Run
 from experiments.sweep import columns, constants, label, run_name
 
@@ -59,36 +58,39 @@ def comparison_table(comparison: Sequence[Row], bins: Sequence[tuple[int, int]])
 
 
 def ladder_table(runs: Sequence[Run], budget: float) -> str:
-    """Returns what each part of `LADDER` adds at one budget, beside the paper's method; all texts together.
+    """Returns what each part of `LADDER` adds at one budget, beside the paper's and all other methods.
 
     Args:
-      runs: of a comparison; steps whose run is not among them are left out.
+      runs: of a comparison, all texts together; steps whose run is not among them are left out.
       budget: up to 1 a share of the context, above it tokens.
     """
     by_name = {run.name: run for run in runs}
     full = by_name["full"]
-    steps = ladder(full.config, budget_fields(budget))
-    listed = [(words, config) for (words, _), config in zip(LADDER, steps, strict=True)]
-    listed[0] = ("Quest, no sink page", steps[0])
-    listed[1:1] = [
-        (f"RetroAttention as in the paper, w = {window}", replace(steps[0], method="retro", window=window))
-        for window in (2, 4, 8)
-    ]
-    present = [(words, by_name[run_name(config)]) for words, config in listed if run_name(config) in by_name]
+    fields = budget_fields(budget)
+    steps, paper = ladder(full.config, fields), beside_ladder(full.config, fields)
+    words = {run_name(config): f"+ {words}" for config, (words, _) in zip(steps, LADDER, strict=True)}
+    first = run_name(steps[0])
+    listed = {first: "Quest, no sink page"} | {run_name(config): name for name, config in paper.items()}
+    listed |= {name: text for name, text in words.items() if name != first}
+    for run in runs:
+        if run is not full and budget_value(run.config) == budget:
+            text = label(run.config) + (f", w = {run.config.slots}" if run.config.slots > 1 else "")
+            listed.setdefault(run.name, f"{text}, {run.config.sink_pages} sink pages")
     quest, sink = (by_name.get(run_name(config)) for config in steps[:2])
     body, before = [], None
-    for words, run in present:
+    for name, text in listed.items():
+        if (run := by_name.get(name)) is None:
+            continue
         excess = run.nll - full.nll
-        on_ladder = run.config in steps
         body.append([
-            words if not on_ladder or before is None else f"+ {words}",
+            text,
             number(estimate(excess)),
-            number(estimate(run.nll - before.nll)) if on_ladder and before else "",
+            number(estimate(run.nll - before.nll)) if name in words and before else "",
             *(number(ratio(excess, base.nll - full.nll), 3) if base else "" for base in (quest, sink)),
             f"{run.pages_loaded * run.config.page_size:.0f}",
             f"{run.kv_bytes / 1e6:.2f}",
         ])  # fmt: skip
-        before = run if on_ladder else before
+        before = run if name in words else before
     header = [
         "method", "excess NLL", "less that of the row it adds to", "of Quest's",
         "of Quest's with a sink page", "tokens loaded", "KV MB/step",
