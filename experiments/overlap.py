@@ -32,6 +32,7 @@ from models.config import ModelConfig
 from models.transformer import Params
 from pallas_kernels import choose_pages
 from retro_jax import DecodeConfig, DecodeState
+from retro_jax.budget import most_pages
 from retro_jax.generate import run_prefill
 from retro_jax.inputs import check_token_ids
 from retro_jax.layers import dense_layer, retro_layer, window_slots
@@ -105,14 +106,15 @@ def ranked_step(
 
 
 def _rank(config: DecodeConfig, cache: LayerState, query: Query) -> Ranked:
-    pages = cache.pages.shape[2]
+    _, _, pages, _, _, head_dim = cache.pages.shape
+    most = most_pages(config, pages, head_dim, cache.pages.dtype.itemsize)
     scores = SELECTORS[config.score].scores(config, cache, query, jnp.ones(cache.pages.shape[:3], bool))
     page_ids, counts = choose_pages(
         scores,
         query.positions,
         2 * query.budgets,
         page_size=config.page_size,
-        capacity=min(2 * config.max_selected_pages(pages), pages),
+        capacity=min(2 * most, pages),
         sink_pages=config.sink_pages,
     )
     loaded = cache.last_loaded == query.positions[:, None, None]

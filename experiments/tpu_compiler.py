@@ -70,14 +70,15 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-    from pallas_kernels.dispatch import SEQUENCES
-    from retro_jax import decode_step, make_mesh
+    from pallas_kernels.dispatch import HEADS, SEQUENCES
+    from retro_jax import decode_step
     from retro_jax.sharding import abstract_arguments
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    mesh = make_mesh(1, devices, topology.devices)
+    # In the order of the topology: make_mesh would want whole chips, of which a v4 has two cores.
+    mesh = Mesh([topology.devices[:devices]], (SEQUENCES, HEADS), axis_types=(AxisType.Auto,) * 2)
     params, state = abstract_arguments(model, config, mesh, batch, capacity)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(SEQUENCES)))
     step = jax.jit(decode_step, static_argnums=(1, 2), donate_argnums=3)

@@ -83,7 +83,9 @@ def score(
         raise ValueError(f"{len(configs)} configurations were given for {batch} texts; give one for each")
     itemsize = jnp.dtype(model.config.dtype).itemsize
     config = largest(configs, configs[0].num_pages(capacity), model.config.head_dim, itemsize)
-    state = new_state(model.config, config, batch, capacity).replace(budget=Budget.of_each(configs))
+    state = new_state(model.config, config, batch, capacity)
+    shardings = jax.tree.map(lambda array: array.sharding, state.budget)
+    state = state.replace(budget=jax.device_put(Budget.of_each(configs), shardings))
     heads = [row[:count] for row, count in zip(rows, prompts, strict=True)]
     state, logits = run_prefill(model, config, state, heads, progress)
     firsts = jnp.array([row[count] for row, count in zip(rows, prompts, strict=True)])

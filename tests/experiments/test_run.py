@@ -177,9 +177,8 @@ def test_memory_is_that_of_the_arrays():
     config = RunConfig(model="random:tiny", task=Recall(pairs=4, questions=2, count=2), methods=("full",))
     plan = make_plan(config)
     tiny = known_model("random:tiny", None)
-    assert plan.caches["full"] == 4 * 2 * 16 * 2 * 256 * 4 + 4 * 2 + 4 * (
-        1 + 1 + 1
-    )  # pages, lengths, metrics
+    pages, lengths, budget, metrics = 4 * 2 * 16 * 2 * 256 * 4, 4 * 2, 4 * 2, 4 * 3
+    assert plan.caches["full"] == pages + lengths + budget + metrics
     embeddings = 2 * 512 * 128
     layer = 2 * 128 + 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 256
     assert plan.weights == 4 * (embeddings + tiny.num_layers * layer + 128)

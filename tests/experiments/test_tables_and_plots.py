@@ -78,7 +78,7 @@ def test_configurations_of_other_methods_scores_and_evictions():
         "snapkv",
     ]
     configs = Sweep(**more).configurations(common)
-    assert {config.statistics for config in configs if config.score == "mean_key"} == {"mean_key"}
+    assert {config.kept_statistics for config in configs if config.score == "mean_key"} == {"mean_key"}
     with pytest.raises(ValueError, match=r"--methods has 'quest'; use streaming, tova, h2o, snapkv"):
         names(methods=("quest",))
 

@@ -212,7 +212,7 @@ def test_the_budget_is_a_share_with_a_floor_or_a_number_of_tokens():
     # 0.15 * 1707 = 256.05 tokens round to 256; 0.15 * 4096 = 614.4 to 614, 39 pages.
     assert pages_of(share, context) == [16, 16, 16, 16, 39, 1229]
     assert pages_of(rj.DecodeConfig(budget_tokens=250), context) == [16] * 6
-    for pages in range(1, 600, 7):
+    for pages in (1, 7, 99, 100, 599):
         most = max(pages_of(share, jnp.arange(1, pages * 16 + 1)))
         assert most_pages(share, pages, 64, 2) >= min(most, pages)
 
