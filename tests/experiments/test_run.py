@@ -13,6 +13,7 @@ from experiments.run_work import Row, make_batches
 from experiments.tasks import Example
 from experiments.tasks.recall import Recall
 from models.presets import SIZES
+from retro_jax import preset
 from tests.experiments import stand_in
 
 SMALL = ("--task.pairs", 8, "--task.questions", 3, "--task.count", 3, "--batch", 2, "--windows", 2)
@@ -182,6 +183,23 @@ def test_memory_is_that_of_the_arrays():
     embeddings = 2 * 512 * 128
     layer = 2 * 128 + 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 256
     assert plan.weights == 4 * (embeddings + tiny.num_layers * layer + 128)
+
+
+def test_presets_run_beside_methods():
+    task = Recall(pairs=4, questions=2, count=2)
+    config = RunConfig(
+        model="random:tiny",
+        task=task,
+        methods=("full",),
+        presets=("quest", "retro"),
+        windows=(2, 4),
+        budgets=(256,),
+    )
+    found = config.configurations()
+    assert list(found) == ["full", "preset_quest-256", "preset_retro-w2-256", "preset_retro-w4-256"]
+    assert found["preset_retro-w2-256"] == preset("retro", window=2, budget_tokens=256)
+    with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, retro"):
+        replace(config, presets=("best",)).check()
 
 
 def test_known_models():

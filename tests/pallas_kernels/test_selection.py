@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
+from pallas_kernels.selection import mosaic_gpu, mosaic_tpu
 from pallas_kernels.statistics import quantize
 from tests.pallas_kernels import oracle
 
@@ -81,6 +82,17 @@ def test_eight_bit_mean_keys_select_as_their_values_do():
     got = pallas_kernels.select_pages(q, eight, *arguments, **fields)
     want = pallas_kernels.select_pages(q, eight.at_float32(), *arguments, **fields)
     assert selected(*got) == selected(*want)
+
+
+@pytest.mark.parametrize(("kernels", "name"), ((mosaic_gpu, "Mosaic GPU"), (mosaic_tpu, "Mosaic TPU")))
+def test_kernels_refuse_what_only_the_reference_selects_by(kernels, name):
+    q, vectors = jnp.zeros((1, 2, 64)), jnp.zeros((1, 2, 128, 1, 64))
+    fields = {"page_size": 16, "capacity": 4, "score": "mean_key", "sink_pages": 1}
+    arguments = jnp.array([33]), jnp.array([4])
+    with pytest.raises(NotImplementedError, match=f"statistics 8-bit has no {name} kernel"):
+        kernels.select_pages(q, quantize(vectors), *arguments, group_reduce="mean", **fields)
+    with pytest.raises(NotImplementedError, match=rf"group_reduce mass has no {name} kernel \(mean, max\)"):
+        kernels.select_pages(q, vectors, *arguments, group_reduce="mass", **fields)
 
 
 def test_the_mean_over_the_group_and_the_maximum_choose_differently():
