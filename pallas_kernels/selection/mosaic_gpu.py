@@ -26,6 +26,7 @@ from pallas_kernels.operation import operation
 from pallas_kernels.selection.compaction import write_pages
 from pallas_kernels.selection.scores import SCORES, check_kernel
 from pallas_kernels.selection.threshold import chosen, count, find_threshold
+from pallas_kernels.statistics import Statistics
 
 _MAX_STAGES = 4
 _EIGHT_ROWS = plgpu.Layout.TILED(  # of 64 columns or more: two to a warp, four neighbours to a thread
@@ -37,7 +38,7 @@ _CHUNK = 32  # tiles that are counted at once
 @operation
 def select_pages(
     q: Float[Array, "B N D"],
-    statistics: Float[Array, "B K P Z D"],
+    statistics: Statistics,
     positions: Int[Array, " B"],
     budgets: Int[Array, " B"],
     *,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.operation import operation
 from pallas_kernels.selection.choice import CHUNK, choose, scratch_of
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES, check_kernel
+from pallas_kernels.statistics import Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 _BLOCK_SECONDS = 1e-6
@@ -26,7 +27,7 @@ _BLOCK_SECONDS = 1e-6
 @operation
 def select_pages(
     q: Float[Array, "B N D"],
-    statistics: Float[Array, "B K P Z D"],
+    statistics: Statistics,
     positions: Int[Array, " B"],
     budgets: Int[Array, " B"],
     *,
