@@ -220,6 +220,24 @@ def test_a_sequence_that_is_not_active_changes_nothing(window, fields):
     assert after.metrics.kv_bytes[1] == 0 and after.metrics.pages_attended[1].sum() == 0
 
 
+def test_settled_blocks_are_the_mean_of_their_values_in_the_cache():
+    model, tokens = tiny(3), token_ids(2, 60)
+    config = sparse(3, 8, **CENTROIDS)
+    state, _ = begin(model, config, tokens, [9, 30], 60)
+
+    def check(state, settled):
+        for layer in state.layers[config.dense_layers :]:
+            for row, count in enumerate(settled):
+                for block in range(count // 16):
+                    values = layer.pages[row, :, 2 * block : 2 * block + 2, 1]
+                    got = layer.block_values[row, :, block]
+                    np.testing.assert_allclose(got, values.mean(axis=(1, 2)), atol=1e-6)
+
+    check(state, [9, 30])
+    state, _ = force(model, config, state, tokens, 26)
+    check(state, [9 + 26 - 2, 30 + 26 - 2])  # the window's older tokens may still change
+
+
 @pytest.mark.parametrize(
     ("method", "mesh_shape", "fields"),
     (
