@@ -119,7 +119,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         if config.kept_statistics:
             statistics = STATISTICS[config.kept_statistics].zeros((B, K, P), D, model.dtype)
         if config.residual_pages:
-            block_values = jnp.zeros((B, K, P // config.residual_pages, D), model.dtype)
+            block_values = jnp.zeros((B, K, -(-P // config.residual_pages), D), model.dtype)
         return LayerState(
             pages=pages,
             statistics=statistics,

@@ -23,10 +23,9 @@ values will not change again, and each of their values is read once, when the bl
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import fold_rows, rows_of_slots, unfold_rows
+from pallas_kernels.attention.reference import attend, fold_rows, rows_of_slots, unfold_rows
 from pallas_kernels.layout import VALUES
-from pallas_kernels.selection.scores import SCORES
-from pallas_kernels.statistics import Statistics
+from pallas_kernels.statistics import Quantized, Statistics
 
 
 def settle_blocks(
@@ -87,23 +86,18 @@ def attend_estimates(
     Returns:
       o and lse, as `retro_attention` returns them: 0 and -inf where there is nothing to estimate.
     """
-    _, W, N, D = q.shape
-    K, blocks = block_values.shape[1:3]
-    P = blocks * block_pages  # a last, incomplete block never settles
-    rows = fold_rows(q, K)
-    logits = SCORES["mean_key"].compute(rows, statistics)[..., :P] * D**-0.5 + jnp.log(page_size)
+    W, N = q.shape[1:3]
+    K, P = last_loaded.shape[1:]
+    if isinstance(statistics, Quantized):
+        statistics = statistics.at_float32()
 
     slot = positions[:, None, :, None]  # [B, 1, W, 1]
     complete = settled // (block_pages * page_size) * block_pages
-    missed = (last_loaded[:, :, None, :P] < slot) & (jnp.arange(P) < complete[:, None, None, None])
-    logits = jnp.where(rows_of_slots(missed, N // K), logits, -jnp.inf)
-
-    highest = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
-    weights = jnp.exp(logits - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    by_block = weights.reshape(*weights.shape[:-1], blocks, block_pages).sum(axis=-1)
-    values = jnp.where(jnp.any(by_block > 0, axis=2)[..., None], block_values, 0)  # 0 * NaN is NaN
-    o = jnp.einsum("bkrp,bkpd->bkrd", by_block, values.astype(jnp.float32))
-    o, lse = o / jnp.where(total == 0.0, 1.0, total), (highest + jnp.log(total))[..., 0]
-    return unfold_rows(o, W), unfold_rows(lse, W)
+    missed = (last_loaded[:, :, None] < slot) & (jnp.arange(P) < complete[:, None, None, None])
+    o, lse = attend(
+        fold_rows(q, K),
+        statistics[:, :, :, 0],
+        jnp.repeat(block_values, block_pages, axis=2)[:, :, :P],
+        rows_of_slots(missed, N // K),
+    )
+    return unfold_rows(o, W), unfold_rows(lse, W) + jnp.log(page_size)  # each stands for that many tokens

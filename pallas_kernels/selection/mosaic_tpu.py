@@ -39,10 +39,7 @@ def select_pages(
     block: int | None = None,
     interpret: Any = False,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """See `pallas_kernels.selection.api.select_pages`; `block` is how many pages of a head are read at once.
-
-    The pages come in ascending order.
-    """
+    """See `pallas_kernels.selection.api.select_pages`; pages ascend, `block` of a head are read at once."""
     check_kernel("Mosaic TPU", statistics, group_reduce)
     B, N, D = q.shape
     K, P, Z = statistics.shape[1:4]
