@@ -36,8 +36,8 @@ class Report(Output):
     """Make one Markdown page with tables and plots from the folders of one or more runs.
 
     Folders of one run that was made in parts, on several machines or with other methods, are joined.
-    Unfinished runs are shown as far as they are. Intervals are 95% bootstrap intervals over examples;
-    differences are taken on the same examples.
+    Unfinished runs are shown as far as they are, with what is missing. Intervals are 95% bootstrap intervals
+    over examples; differences are taken on the same examples.
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
@@ -85,13 +85,21 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
     if beside := paper_rows(runs):
         parts += ["## Beside the paper", PAPER_NOTE, _paper_table(beside)]
     for number, run in enumerate(runs, 1):
-        parts += [f"## {run.title}", _about(run), _table(run)]
+        parts += [f"## {run.title}", _about(run), *_missing(run), _table(run)]
         for name, (plot, title) in PLOTS.items():
             if contents := plot(run):
                 file = f"{stem}-{number}-{name}.png"
                 pictures[file] = contents
                 parts.append(f"![{title}]({file})")
     return "\n\n".join(parts) + "\n", pictures
+
+
+def _missing(run: Measured) -> list[str]:
+    """What an unfinished run lacks, in words; nothing for a finished one."""
+    if not run.missing:
+        return []
+    told = ", ".join(f"{label} has {have} of {planned}" for label, (have, planned) in run.missing.items())
+    return [f"**Unfinished.** Replies: {told}. The command that made the run continues it."]
 
 
 def _about(run: Measured) -> str:

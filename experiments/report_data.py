@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.estimates import block_means
+from experiments.run_config import method_fields
 from experiments.run_folder import KEYS, read_identity, read_lines, read_results
 
 RESAMPLES = 2000
@@ -42,6 +44,7 @@ class Measured:
       lines: results, each (example, method, sample) once.
       timings: of batches, each with the device of its folder's last start.
       starts: provenance of the last start of each folder; none for a folder that lost it.
+      planned: replies that each method is to have, by label.
     """
 
     paths: Sequence[Path]
@@ -49,6 +52,7 @@ class Measured:
     lines: Sequence[dict]
     timings: Sequence[dict]
     starts: Sequence[Mapping]
+    planned: Mapping[str, int]
 
     @property
     def config(self) -> Mapping:
@@ -64,6 +68,14 @@ class Measured:
     def methods(self) -> list[str]:
         """Labels of the methods that have results, in the order of the work."""
         return list(dict.fromkeys(line["method"] for line in self.lines))
+
+    @property
+    def missing(self) -> dict[str, tuple[int, int]]:
+        """Replies that unfinished methods have, and those that they are to have."""
+        have = Counter(line["method"] for line in self.lines)
+        return {
+            label: (have[label], planned) for label, planned in self.planned.items() if have[label] < planned
+        }
 
     @property
     def is_likelihood(self) -> bool:
@@ -127,7 +139,16 @@ def read_run(path: Path) -> Measured:
     starts = read_lines(sorted(path.glob("provenance-*.jsonl")))[-1:]
     device = starts[0]["device"] if starts else "unknown device"
     timings = read_lines(sorted(path.glob("timings-*.jsonl")))
-    return Measured([path], identity, lines, [timing | {"device": device} for timing in timings], starts)
+    timings = [timing | {"device": device} for timing in timings]
+    return Measured([path], identity, lines, timings, starts, _planned(identity["config"], lines, starts))
+
+
+def _planned(config: Mapping, lines: Sequence[dict], starts: Sequence[Mapping]) -> dict[str, int]:
+    """The replies that each method of a run is to have, as many as the fullest has if no start tells it."""
+    asked = (config["methods"], config.get("presets", ()), config["windows"], config["budgets"])
+    most = max(Counter(line["method"] for line in lines).values())
+    replies = max((start["replies"] for start in starts if "replies" in start), default=most)
+    return dict.fromkeys(method_fields(*asked), replies)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Measured]:
@@ -172,6 +193,11 @@ def merge(parts: Sequence[Measured]) -> Measured:
         lines=[line for line, _ in found.values()],
         timings=[timing for part in parts for timing in part.timings],
         starts=[start for part in parts for start in part.starts],
+        planned={
+            label: max(part.planned.get(label, 0) for part in parts)
+            for part in parts
+            for label in part.planned
+        },
     )
 
 
@@ -244,7 +270,8 @@ def run_values(run: Measured) -> dict:
             "exposure": run.exposure(method),
             "kv_bytes": run.mean(method, "kv_bytes"),
         }
-    return {"name": run.identity["name"], "config": run.config, "methods": methods}
+    missing = {label: {"replies": have, "planned": planned} for label, (have, planned) in run.missing.items()}
+    return {"name": run.identity["name"], "config": run.config, "methods": methods, "missing": missing}
 
 
 def _values(interval: Interval | None) -> dict | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -84,28 +84,8 @@ class RunConfig:
         Raises:
           ValueError: a method is unknown, or a configuration is not possible.
         """
-        found = {}
-        for name in self.methods:
-            if name not in METHODS:
-                raise ValueError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}")
-            method = METHODS[name]
-            if method.dense:
-                # Full attention has no sink pages to choose; 0 is within any budget.
-                found[name] = self.decode.config(method=name, sink_pages=0)
-                continue
-            for budget in self.budgets:
-                for window in self.windows if method.revises else (None,):
-                    found[_label(name, window, budget)] = self.decode.config(
-                        method=name, window=window, **budget_fields(budget)
-                    )
-        for name in self.presets:
-            for budget in self.budgets:
-                chosen = preset(name, **budget_fields(budget))
-                for window in self.windows if chosen.attention.revises else (None,):
-                    found[_label(f"preset_{name}", window, budget)] = self.decode.config(
-                        **dict(PRESETS[name]) | {"window": window} | budget_fields(budget)
-                    )
-        return found
+        fields = method_fields(self.methods, self.presets, self.windows, self.budgets)
+        return {label: self.decode.config(**own) for label, own in fields.items()}
 
     @property
     def task_name(self) -> str:
@@ -125,6 +105,36 @@ class RunConfig:
         for name in VARIED:
             del values["decode"][name]
         return json.loads(json.dumps(values, default=str))
+
+
+def method_fields(
+    methods: Sequence[str], presets: Sequence[str], windows: Sequence[int], budgets: Sequence[float]
+) -> dict[str, dict]:
+    """The fields of `DecodeConfig` that a run's methods set, by label; see `RunConfig` for the arguments.
+
+    Raises:
+      ValueError: a method or a preset is unknown.
+    """
+    found = {}
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}")
+        method = METHODS[name]
+        if method.dense:
+            # Full attention has no sink pages to choose; 0 is within any budget.
+            found[name] = {"method": name, "sink_pages": 0}
+            continue
+        for budget in budgets:
+            for window in windows if method.revises else (None,):
+                own = {"method": name, "window": window} | budget_fields(budget)
+                found[_label(name, window, budget)] = own
+    for name in presets:
+        for budget in budgets:
+            chosen = preset(name, **budget_fields(budget))
+            for window in windows if chosen.attention.revises else (None,):
+                own = dict(PRESETS[name]) | {"window": window} | budget_fields(budget)
+                found[_label(f"preset_{name}", window, budget)] = own
+    return found
 
 
 def _label(name: str, window: int | None, budget: float) -> str:

@@ -20,7 +20,7 @@ def result(example, method, **values):
     return {"example": example, "method": method, "sample": 0} | loaded | values
 
 
-def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu: c", **config):
+def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu: c", replies=None, **config):
     config = RunConfig(**{"model": "m", "task": task, "budgets": (128, 256)} | config)
     with RunFolder(path, {"name": name, "config": config.identity(), "examples": examples}) as folder:
         folder.append(lines)
@@ -28,7 +28,8 @@ def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu:
             timing = {"batch": config.batch, "context": 900}
             folder.note("timings-0.jsonl", timing | {"method": "full", "steps_per_second": 20.0})
             folder.note("timings-0.jsonl", timing | {"method": "quest-128", "steps_per_second": None})
-            folder.note("provenance-0.jsonl", {"commit": "abc", "device": device, "versions": {"jax": "9"}})
+            start = {"commit": "abc", "device": device, "versions": {"jax": "9"}}
+            folder.note("provenance-0.jsonl", start | ({"replies": replies} if replies else {}))
     return path
 
 
@@ -192,6 +193,32 @@ def test_a_run_without_scores_says_so(tmp_path):
     page, pictures = make_page([read_run(a_run(tmp_path / "a", LongGenBench(n=2), lines))], "p")
     assert page.count("not scored") == len(METHODS)
     assert set(pictures) == {"p-1-exposure.png", "p-1-latency.png"}
+
+
+@pytest.mark.parametrize(("replies", "full"), [(6, "full has 4 of 6, "), (None, "")])
+def test_an_unfinished_run_says_what_is_missing(json_command, tmp_path, replies, full):
+    lines = [line for line in scored(4, 4) if line["method"] in ("full", "quest-128")][:-1]
+    folder = a_run(tmp_path / "a", LongGenBench(n=4), lines, replies=replies)
+    (values,) = json_command("report", folder, "--out", tmp_path / "page.md")["runs"]
+    planned = replies or 4  # as many as any method has, where no start tells
+    assert f"**Unfinished.** Replies: {full}quest-128 has 3 of {planned}, quest-256 has 0 of {planned}, " in (
+        page := (tmp_path / "page.md").read_text()
+    )
+    assert "- Quest, same budget" in page
+    assert values["missing"]["retro-w4-256"] == {"replies": 0, "planned": planned}
+    assert ("full" in values["missing"]) == bool(replies)
+
+
+def test_parts_that_are_a_whole_run_together_miss_nothing(tmp_path):
+    lines, kinds = scored(4, examples=2), {"full": ["full"], "quest": ["quest-128", "quest-256"]}
+    kinds["retro"] = ["retro-w4-128", "retro-w4-256"]
+    folders = [
+        a_run(tmp_path / kind, LongGenBench(n=4), some(lines, *labels), replies=2, methods=(kind,))
+        for kind, labels in kinds.items()
+    ]
+    (whole,) = read_runs(folders)
+    assert whole.missing == {} and len(whole.planned) == 5
+    assert "Unfinished" not in make_page([whole], "p")[0]
 
 
 def test_refused(failure, tmp_path):

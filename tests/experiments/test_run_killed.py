@@ -66,6 +66,7 @@ def test_killed_ten_times(whole, tmp_path):
     assert file.read_bytes() == whole
     starts = (tmp_path / "run" / "provenance-0.jsonl").read_text().splitlines()
     assert len(starts) == 11 and json.loads(starts[0])["versions"]["jax"]
+    assert json.loads(starts[0])["replies"] == LINES // 5
 
 
 def test_sigterm_ends_after_the_batch(whole, tmp_path):
