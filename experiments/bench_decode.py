@@ -4,7 +4,6 @@ The contestants take turns, a few steps each, in an order that rotates, so that 
 meets all of them. Times are wall time of single steps, the token on the host; ratios are medians over rounds.
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -21,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
-from matplotlib.axes import Axes
 
 from experiments.flags import Command, NoPrefix, common_flags
-from experiments.plots import COLOURS, FULL_COLOUR, QUEST_COLOUR, picture
+from experiments.plot_files import pictures
+from experiments.plot_text import counted, shortened
+from experiments.plots import FULL, QUEST, Curves, Line, Scale, looks
 from experiments.progress import Progress
 from experiments.provenance import cpus, provenance
 from experiments.results import print_json, write_bytes, write_json
@@ -218,7 +218,8 @@ class BenchDecode(Command):
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.out, values)
-            write_bytes(self.out.with_suffix(".png"), latency_figure(values))
+            for name, picture in latency_pictures(values, self.out.stem).items():
+                write_bytes(self.out.with_name(name), picture)
         if self.json:
             print_json(values)
             return
@@ -351,35 +352,37 @@ def speed_table(contestants: dict[str, dict], batch: int) -> str:
     return markdown(header, body)
 
 
-def latency_figure(values: dict) -> bytes:
-    """Draws time and traffic of a step against context; bars reach from the 10th to the 90th percentile."""
-    contexts = [measured["context"] for measured in values["contexts"]]
-    names = list(values["contexts"][0]["contestants"])
-    others = [name for name in names if name not in ("full", "quest")]
-    colours = {"full": FULL_COLOUR, "quest": QUEST_COLOUR} | dict(
-        zip(others, itertools.cycle(COLOURS), strict=False)
-    )
+def latency_pictures(values: dict, stem: str) -> dict[str, bytes]:
+    """Draws time and traffic of a step against context.
 
-    def draw(axes: Sequence[Axes]) -> None:
-        for name in names:
-            rows = [measured["contestants"][name] for measured in values["contexts"]]
-            middle = np.array([row["ms_per_step"] for row in rows])
-            low, high = np.array([row["ms_10_90"] for row in rows]).T
-            bars, look = (
-                [middle - low, high - middle],
-                {"color": colours[name], "markersize": 4, "label": name},
-            )
-            axes[0].errorbar(contexts, middle, bars, fmt="o-", capsize=2, **look)
-            if rows[0]["kv_bytes"] is not None:
-                axes[1].plot(contexts, [row["kv_bytes"] / 1e6 for row in rows], "o-", **look)
-        axes[0].set_ylabel(f"ms per step of {values['batch']} sequence{'s' * (values['batch'] > 1)}")
-        axes[1].set_ylabel("KV MB read by a step, for a sequence")
-        for panel in axes:
-            panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_formatter("{x:.0f}")
-            panel.set_ylim(bottom=0)
-            panel.set_xlabel("context (tokens)")
-        axes[0].legend(loc="best")
+    Args:
+      values: as in the JSON file.
+      stem: of the picture's name.
 
-    title = f"{values['model']} ({values['dtype']}), {values['provenance']['device']}"
-    return picture(2, draw, title)
+    Returns:
+      PNG files by name.
+    """
+    measured = values["contexts"]
+    method_looks = looks(measured[0]["contestants"], {"full": FULL, "quest": QUEST})
+    contexts = [each["context"] for each in measured]
+    times, traffic = [], []
+    for name, look in method_looks.items():
+        rows = [each["contestants"][name] for each in measured]
+        low, high = zip(*(row["ms_10_90"] for row in rows), strict=True)
+        times.append(Line(name, look, contexts, [row["ms_per_step"] for row in rows], low, high))
+        if rows[0]["kv_bytes"] is not None:
+            traffic.append(Line(name, look, contexts, [row["kv_bytes"] / 1e6 for row in rows]))
+    x = Scale("context (tokens)", log=True, at_values=True)
+    step = f"ms per step of {counted(values['batch'], 'sequence')}"
+    panels = [
+        Curves(times, x, Scale(step, shown=(0.0,))),
+        Curves(traffic, x, Scale("KV MB read by a step, for a sequence", shown=(0.0,))),
+    ]
+    turns = next(iter(measured[0]["milliseconds"].values()))
+    steps = counted(len(turns) * len(turns[0]), "step")
+    notes = [
+        f"n = {steps} of each, in {counted(len(turns), 'turn')}; medians",
+        values["provenance"]["device"],
+    ]
+    title = f"{shortened(values['model'])} ({values['dtype']}): a decode step"
+    return pictures(stem, panels, title, notes, interval="10th to 90th percentile of the steps")

@@ -36,7 +36,7 @@ from experiments.kernel_report import kernel_report
 from experiments.progress import Progress
 from experiments.provenance import provenance
 from experiments.results import finite, write_bytes, write_json
-from experiments.roofline import roofline_figure
+from experiments.roofline import roofline_pictures
 from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
 from retro_jax import make_mesh
 
@@ -149,7 +149,8 @@ class BenchKernels(Output):
             self.out.mkdir(parents=True)
             write_json(self.out / "results.json", values)
             write_bytes(self.out / "table.md", report.encode())
-            write_bytes(self.out / "roofline.png", roofline_figure(values))
+            for name, picture in roofline_pictures(values).items():
+                write_bytes(self.out / name, picture)
         print(json.dumps(finite(values)) if self.json else report, end="\n" if self.json else "")
 
     def planned(self) -> list[Case]:

@@ -2,16 +2,14 @@
 
 import json
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
 
 from experiments import tpu_compiler
 from experiments.flags import Output
 from experiments.kernel_report import rounded
-from experiments.plots import STYLE
+from experiments.plot_files import Layout, pictures
+from experiments.plot_text import counted
+from experiments.plots import Bars, Scale
 from experiments.progress import Progress
 from experiments.provenance import provenance
 from experiments.results import finite, write_bytes, write_json
@@ -78,7 +76,8 @@ class BenchTpuStatic(Output):
             self.out.mkdir(parents=True)
             write_json(self.out / "results.json", values)
             write_bytes(self.out / "table.md", report.encode())
-            write_bytes(self.out / "steps.png", static_figure(values))
+            for name, picture in static_pictures(values).items():
+                write_bytes(self.out / name, picture)
         print(json.dumps(finite(values)) if self.json else report, end="\n" if self.json else "")
 
     def _check(self) -> None:
@@ -175,40 +174,36 @@ def static_report(values: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def static_figure(values: dict) -> bytes:
+def static_pictures(values: dict) -> dict[str, bytes]:
     """Draws the parts of every step, a panel per context and page size of a chip.
 
     Args:
       values: as in results.json.
 
     Returns:
-      a PNG file.
+      PNG files by name.
     """
-    contexts = list(dict.fromkeys(row["context"] for row in values["rows"]))
     chips = list(dict.fromkeys((row["chip"], row["page_size"]) for row in values["rows"]))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.2 * len(chips) + 1, 2.6 * len(contexts) + 0.6), layout="constrained")
-        grid = figure.subplots(len(contexts), len(chips), squeeze=False)
-        colours = dict(zip(PARTS, mpl.colormaps["tab10"].colors, strict=False))
-        for context, panels in zip(contexts, grid, strict=True):
-            for (chip, page_size), panel in zip(chips, panels, strict=True):
-                rows = [
-                    row
-                    for row in values["rows"]
-                    if (row["chip"], row["page_size"], row["context"]) == (chip, page_size, context)
+    panels = []
+    for context in dict.fromkeys(row["context"] for row in values["rows"]):
+        for chip, page_size in chips:
+            place = chip, page_size, context
+            rows = [row for row in values["rows"] if (row["chip"], row["page_size"], row["context"]) == place]
+            names = [row["method"].replace("retro ", "") for row in rows]
+            heights = {
+                name: [
+                    1e3 * part["layers"] * part["time"] if (part := _of(row, name)) else 0.0 for row in rows
                 ]
-                bottoms = [0.0] * len(rows)
-                for name in PARTS:
-                    parts = [_of(row, name) for row in rows]
-                    heights = [1e3 * part["layers"] * part["time"] if part else 0.0 for part in parts]
-                    label = name if panel is grid[0, 0] else None
-                    panel.bar(range(len(rows)), heights, bottom=bottoms, color=colours[name], label=label)
-                    bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
-                names = [row["method"].replace("retro ", "") for row in rows]
-                panel.set_xticks(range(len(rows)), names, rotation=60, fontsize=7)
-                panel.set_title(f"{chip}, pages of {page_size}, {context // 1024}k", fontsize=8)
-            panels[0].set_ylabel("ms a step")
-        figure.legend(loc="outside upper center", ncols=len(PARTS), fontsize=8)
-        stream = BytesIO()
-        figure.savefig(stream, format="png", dpi=140)
-    return stream.getvalue()
+                for name in PARTS
+            }
+            title = f"{chip}, pages of {page_size}, {context / 1024:g}k tokens"
+            panels.append(Bars(names, heights, Scale("ms a step"), title))
+    notes = [
+        f"n = {counted(len(values['rows']), 'step')}, none measured: lower bounds from bytes and schedules",
+        f"bfloat16, budget {values['budget']}, batch {values['batch']}, devices {values['devices']}",
+        "w: window of RetroAttention",
+    ]
+    across = min(5, len(chips))
+    layout = Layout(across, across * max(1, 10 // across), panel=(3.0, 2.8))
+    title = f"{values['model']}: parts of a decode step, predicted"
+    return pictures("steps", panels, title, notes, layout)

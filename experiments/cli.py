@@ -15,6 +15,7 @@ from experiments.bench_decode import BenchDecode
 from experiments.bench_kernels import BenchKernels
 from experiments.bench_tpu import BenchTpuStatic
 from experiments.compare import Texts, compare, identity, summary
+from experiments.compare_plots import comparison_pictures
 from experiments.estimates import estimate
 from experiments.flags import (
     Command,
@@ -30,7 +31,6 @@ from experiments.flags import (
     preset_flags,
 )
 from experiments.overlap import Overlap
-from experiments.plots import SWEPT, comparison_figure, ladder_figure, sweep_figure
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
 from experiments.report import Report
@@ -204,7 +204,7 @@ class Score(TextCommand):
 class Compare(TextCommand):
     """Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.
 
-    Writes a table, JSON and a picture, and each run's value for every token. Each run is saved when it is
+    Writes a table, JSON and pictures, and each run's value for every token. Each run is saved when it is
     finished: the same command continues where it was stopped, and further values and methods add rows.
     """
 
@@ -228,17 +228,16 @@ class Compare(TextCommand):
         values = summary(what, runs, self.bin_tokens)
         write_json(folder.path / "results.json", values)
         write_bytes(folder.path / "table.md", report.encode())
-        write_bytes(folder.path / "comparison.png", comparison_figure(what, runs))
-        for setting in SWEPT:
-            if picture := sweep_figure(what, runs, setting):
-                write_bytes(folder.path / f"excess-{setting.replace(' ', '-')}.png", picture)
-        if picture := ladder_figure(what, runs):
-            write_bytes(folder.path / "ladder.png", picture)
+        pictures = comparison_pictures(what, runs)
+        for name, picture in pictures.items():
+            write_bytes(folder.path / name, picture)
         if self.json:
             print_json(values)
         else:
             print(report)
-            print(f"Table, JSON, pictures and raw values: {folder.path}\n{folder.path / 'comparison.png'}")
+            print(f"Table, JSON, pictures and raw values: {folder.path}")
+            for name in pictures:
+                print(folder.path / name)
 
 
 Bench = (

@@ -4,6 +4,7 @@ That is what retrospection lives on: a page that an earlier query missed by litt
 and then serves both (RetroAttention, section 3).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +22,9 @@ from experiments.budgets import budget_value
 from experiments.compare import Texts
 from experiments.estimates import Estimate, estimate
 from experiments.flags import NoPrefix, TextCommand, common_flags
-from experiments.plots import COLOURS, QUEST_COLOUR, picture
+from experiments.plot_files import pictures
+from experiments.plot_text import counted, listed, shortened
+from experiments.plots import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
 from experiments.progress import Progress
 from experiments.provenance import provenance
 from experiments.results import print_json, write_bytes, write_json
@@ -231,37 +234,57 @@ def overlap_report(values: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def overlap_figure(values: dict) -> bytes:
-    """Draws the shares against distance, with a thin line for each layer, and against layers; a PNG file."""
+def overlap_pictures(values: dict) -> dict[str, bytes]:
+    """Draws the shares against distance, with a thin line for each layer, and against layers.
+
+    Args:
+      values: as in results.json.
+
+    Returns:
+      PNG files by name.
+    """
+    share = Scale("share of a query's chosen pages", shown=(0.0, 1.0))
+    steps = [row["distance"] for row in values["mean"]]
+    layers = [int(layer) for layer in values["layers"]]
+    ends = list(dict.fromkeys((1, steps[-1])))
     colours = {"loaded": QUEST_COLOUR, "next": COLOURS[0]}
+    markers = dict(zip(RANKS, "os", strict=True))
 
-    def curve(panel: Axes, x: list, rows: list[dict], rank: str, **look) -> None:
-        points = [row[rank] for row in rows]
-        means, errors = [point["mean"] for point in points], [point["error"] for point in points]
-        panel.errorbar(x, means, errors, color=colours[rank], markersize=4, capsize=2, **look)
+    def line(name: str, look: Look, x: Sequence[int], points: Sequence[dict]) -> Line:
+        mean, error = (np.array([point[part] for point in points], float) for part in ("mean", "error"))
+        return Line(name, look, x, mean, mean - error, mean + error)
 
-    def draw(axes: Sequence[Axes]) -> None:
-        steps = [row["distance"] for row in values["mean"]]
-        layers = [int(layer) for layer in values["layers"]]
-        for rank in RANKS:
-            for rows in values["layers"].values():
-                means = [row[rank]["mean"] for row in rows]
-                axes[0].plot(steps, means, color=colours[rank], linewidth=0.6, alpha=0.3)
-            curve(axes[0], steps, values["mean"], rank, fmt="o-", label=RANKS[rank])
-            for distance, dash in ((1, "-"), (steps[-1], ":")):
-                rows = [rows[distance - 1] for rows in values["layers"].values()]
-                name = f"{RANKS[rank]}, {distance} before"
-                curve(axes[1], layers, rows, rank, fmt=f"o{dash}", label=name)
-        axes[0].set_xlabel("steps before the query (thin: each layer)")
-        axes[1].set_xlabel("layer")
-        for panel in axes:
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.set_ylim(0, 1)
-            panel.legend(loc="best")
-        axes[0].set_ylabel("share of a query's chosen pages")
+    def each_layer(axes: Axes) -> None:
+        for rank, rows in itertools.product(RANKS, values["layers"].values()):
+            means = [row[rank]["mean"] for row in rows]
+            axes.plot(steps, means, color=colours[rank], linewidth=0.6, alpha=0.3)
 
-    title = f"{values['model']}, {', '.join(values['texts'])}: pages of earlier queries"
-    return picture(2, draw, title)
+    by_distance, by_layer = [], []
+    for rank, words in RANKS.items():
+        look = Look(colours[rank], marker=markers[rank])
+        points = [row[rank] for row in values["mean"]]
+        by_distance.append(line(f"{words}, mean of layers", look, steps, points))
+        for distance, dash in zip(ends, ("--", ":"), strict=False):
+            look = Look(colours[rank], dash, markers[rank], hollow=distance > 1)
+            points = [rows[distance - 1][rank] for rows in values["layers"].values()]
+            by_layer.append(line(f"{words}, {distance} before", look, layers, points))
+    distance = Scale("steps before the query (thin: each layer)", whole=True)
+    thin = each_layer if len(steps) > 1 else None
+    panels = [
+        Curves(by_distance, distance, share, decorate=thin),
+        Curves(by_layer, Scale("layer", whole=True), share),
+    ]
+    config, texts = values["config"], values["texts"]
+    prompt = values["prompt_tokens"]
+    queries = counted(values["tokens"] - prompt - len(steps), "query", "queries")
+    notes = [
+        f"n = {counted(len(texts), 'text')} ({listed(texts)}), {queries} of each after a prompt of {prompt} "
+        f"tokens, {counted(len(layers), 'layer')}",
+        f"Budget {budget_value(DecodeConfig(**config))}, page size {config['page_size']}, sink pages "
+        f"{config['sink_pages']}",
+    ]
+    title = f"{shortened(values['model'])} ({values['dtype']}): where earlier queries had a query's pages"
+    return pictures("overlap", panels, title, notes, interval="one standard error to each side")
 
 
 @dataclass(kw_only=True)
@@ -303,7 +326,8 @@ class Overlap(TextCommand):
             self.out.mkdir(parents=True)
             write_json(self.out / "results.json", values)
             write_bytes(self.out / "table.md", report.encode())
-            write_bytes(self.out / "overlap.png", overlap_figure(values))
+            for name, picture in overlap_pictures(values).items():
+                write_bytes(self.out / name, picture)
         if self.json:
             print_json(values)
         else:

@@ -1,6 +1,6 @@
 """The command `report`: one page of tables and plots from the folders of runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,16 @@ import tyro
 
 from experiments.flags import Flag, Output
 from experiments.paper import PAPER_NOTE, paper_rows
-from experiments.report_data import Interval, Measured, bootstrap, difference, quest_of, read_runs, run_values
+from experiments.report_data import (
+    LEAST_EXAMPLES,
+    Interval,
+    Measured,
+    bootstrap,
+    difference,
+    quest_of,
+    read_runs,
+    run_values,
+)
 from experiments.report_plots import (
     budget_plot,
     excess_plot,
@@ -73,25 +82,29 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
     """The page, and its pictures by file name."""
     parts = [
         "# Results",
-        "In brackets: 95% bootstrap intervals over examples. Differences are taken on the same examples. "
+        f"In brackets: 95% bootstrap intervals over examples, where there are {LEAST_EXAMPLES} or more. "
+        "Differences are taken on the same examples. "
         "*Exposure*: pages that a query has attended to in the end over those of its own step. *KV MB/step*: "
         "keys, values and page statistics that a step reads for a sequence.",
     ]
     pictures = {}
-    if across := questions_plot(runs):
-        pictures[f"{stem}-questions.png"] = across
-        parts += ["## By number of questions", f"![]({stem}-questions.png)"]
-        parts += [_questions_table(group) for group in questions_groups(runs)]
+    if groups := questions_groups(runs):
+        parts.append("## By number of questions")
+        parts += _shown("Score by number of questions", questions_plot(runs, f"{stem}-questions"), pictures)
+        parts += [_questions_table(group) for group in groups]
     if beside := paper_rows(runs):
         parts += ["## Beside the paper", PAPER_NOTE, _paper_table(beside)]
     for number, run in enumerate(runs, 1):
         parts += [f"## {run.title}", _about(run), *_missing(run), _table(run)]
         for name, (plot, title) in PLOTS.items():
-            if contents := plot(run):
-                file = f"{stem}-{number}-{name}.png"
-                pictures[file] = contents
-                parts.append(f"![{title}]({file})")
+            parts += _shown(title, plot(run, f"{stem}-{number}-{name}"), pictures)
     return "\n\n".join(parts) + "\n", pictures
+
+
+def _shown(title: str, found: Mapping[str, bytes], pictures: dict[str, bytes]) -> list[str]:
+    """Adds pictures to those of the page; returns the lines that show them."""
+    pictures |= found
+    return [f"![{title}]({file})" for file in found]
 
 
 def _missing(run: Measured) -> list[str]:

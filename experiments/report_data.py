@@ -15,13 +15,15 @@ from experiments.run_config import method_fields
 from experiments.run_folder import KEYS, read_identity, read_lines, read_results
 
 RESAMPLES = 2000
+LEAST_EXAMPLES = 6
+"""Values of which an interval is told: the range of fewer holds their median with a probability below 95%."""
 FREE = ("methods", "presets", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
 """Fields of a run's configuration that change which results there are, and none of them."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval; NaN for the ends where there are fewer than two values to resample."""
+    """A mean and its 95% interval; NaN for the ends where there are fewer than `LEAST_EXAMPLES` values."""
 
     mean: float
     low: float
@@ -88,7 +90,8 @@ class Measured:
         found: dict[str, list[float]] = {}
         for line in self.lines:
             if line["method"] == method and line[name]:
-                found.setdefault(line["example"], []).append(float(np.mean(line[name])))
+                # null, which is not finite, becomes NaN
+                found.setdefault(line["example"], []).append(float(np.mean(np.array(line[name], float))))
         return {example: float(np.mean(values)) for example, values in found.items()}
 
     def matrix(self, method: str, name: str) -> Float[np.ndarray, "lines positions"]:
@@ -208,7 +211,7 @@ def bootstrap(*groups: Sequence[float]) -> Interval:
     """
     arrays = [np.asarray(values, float) for values in groups]
     mean = float(np.mean([values.mean() for values in arrays]))
-    if min(map(len, arrays)) < 2:
+    if min(map(len, arrays)) < LEAST_EXAMPLES:
         return Interval(mean, float("nan"), float("nan"))
     rng = np.random.default_rng(0)
     picks = [values[rng.integers(len(values), size=(RESAMPLES, len(values)))] for values in arrays]

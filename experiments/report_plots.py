@@ -1,146 +1,143 @@
-"""The pictures of a report; each function returns a PNG file, or None where the runs do not show it."""
+"""The pictures of a report; each function returns PNG files by name, none where the runs do not show it."""
 
-import itertools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from experiments.plots import COLOURS, DASHES, FULL_COLOUR, QUEST_COLOUR, picture
-from experiments.report_data import Interval, Measured, bootstrap, by_bins, excess_by_position, same_json
+from experiments.plot_files import Layout, pictures
+from experiments.plot_text import counted, shortened
+from experiments.plots import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
+from experiments.report_data import (
+    LEAST_EXAMPLES,
+    Interval,
+    Measured,
+    bootstrap,
+    by_bins,
+    excess_by_position,
+    same_json,
+)
 
 BLOCK = 256
-"""Tokens in a point of the curves of likelihood."""
+"""Tokens in a point of the curves of likelihood, at most."""
+BINS = 10
+"""Points of a curve against position, at most."""
+INTERVAL = f"95% bootstrap intervals over examples, where there are {LEAST_EXAMPLES} or more"
 
 
-def position_plot(run: Measured) -> bytes | None:
-    """Score against the answer's position in the reply."""
+def position_plot(run: Measured, stem: str) -> dict[str, bytes]:
+    """Draws score against the answer's position in the reply."""
     if run.is_likelihood:
-        return None
+        return {}
     curves = {method: run.matrix(method, "scores") for method in run.methods}
-    if any(not values.size or values.shape[1] < 2 for values in curves.values()):
-        return None
-
-    def draw(axes: Axes) -> None:
-        for method, values in curves.items():
-            _line(axes, run, method, *by_bins(values, bins=10))
-        axes.set_xlabel("position of the answer in the reply")
-        axes.set_ylabel("share right")
-
-    return _picture(draw)
-
-
-def excess_plot(run: Measured) -> bytes | None:
-    """Excess negative log-likelihood against position."""
-    if not run.is_likelihood or "full" not in run.methods:
-        return None
-    length = run.matrix("full", "nll").shape[1]
-    curves = {
-        method: excess_by_position(run, method, min(BLOCK, length))
-        for method in run.methods
-        if method != "full"
+    lines = {
+        method: by_bins(values, bins=BINS)
+        for method, values in curves.items()
+        if values.size and values.shape[1] > 1
     }
-    curves = {method: curve for method, curve in curves.items() if curve is not None}
-    if not curves:
-        return None
-
-    def draw(axes: Axes) -> None:
-        axes.axhline(0.0, color="0.6", linewidth=0.8)
-        for method, (centres, intervals) in curves.items():
-            _line(axes, run, method, centres, intervals)
-        axes.set_xlabel("position (tokens)")
-        axes.set_ylabel("excess NLL over full attention (nats per token)")
-
-    return _picture(draw)
+    position = Scale("position of the answer in the reply", whole=True)
+    panels = _by_budget(run, lines, position, Scale("share right"))
+    return _pictures(stem, panels, f"{_name(run)}: score by position", [run], share_y=True)
 
 
-def exposure_plot(run: Measured) -> bytes | None:
-    """Exposure against the number of later steps."""
-    curves = {method: run.exposure(method) for method in run.methods}
-    curves = {method: curve for method, curve in curves.items() if len(curve) > 1}
-    if not curves:
-        return None
+def excess_plot(run: Measured, stem: str) -> dict[str, bytes]:
+    """Draws excess negative log-likelihood against position."""
+    if not run.is_likelihood or "full" not in run.methods:
+        return {}
+    length = run.matrix("full", "nll").shape[1]
+    block = min(BLOCK, max(1, length // BINS))
+    lines = {
+        method: curve
+        for method in run.methods
+        if method != "full" and (curve := excess_by_position(run, method, block))
+    }
+    position = Scale(f"position (tokens), mean of {counted(block, 'token')} around it", whole=True)
+    panels = _by_budget(run, lines, position, Scale("excess NLL (nats per token)", shown=(0.0,)))
+    title = f"{_name(run)}: excess NLL over full attention by position"
+    return _pictures(stem, panels, title, [run], share_y=True)
 
-    def draw(axes: Axes) -> None:
-        for method, curve in curves.items():
-            axes.plot(range(len(curve)), curve, "o-", color=_colour(run, method), markersize=3, label=method)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("later decode steps (window w: up to w - 1)")
-        axes.set_ylabel("exposure (pages attended to / own step's)")
 
-    return _picture(draw)
+def exposure_plot(run: Measured, stem: str) -> dict[str, bytes]:
+    """Draws exposure against later steps: of methods that differ in their window only, the widest's."""
+    widest: dict[tuple[str, str], tuple[str, list[float]]] = {}
+    for method in run.methods:
+        family, budget = _split(method)
+        kind, curve = re.sub(r"-w\d+$", "", family), run.exposure(method)
+        if len(curve) > max(1, len(widest.get((kind, budget), ("", ()))[1])):
+            widest[kind, budget] = method, curve
+    lines = {
+        method: (np.arange(len(curve)), [Interval(value, np.nan, np.nan) for value in curve])
+        for method, curve in widest.values()
+    }
+    steps = Scale("later decode steps (a window of w has w - 1)", whole=True)
+    panels = _by_budget(run, lines, steps, Scale("exposure (pages attended to / loaded)"))
+    return _pictures(stem, panels, f"{_name(run)}: exposure", [run], share_y=True)
 
 
-def budget_plot(run: Measured) -> bytes | None:
-    """A run's value against what a step really read."""
+def budget_plot(run: Measured, stem: str) -> dict[str, bytes]:
+    """Draws a run's value against what a step really read."""
     families: dict[str, list[str]] = {}
     for method in run.methods:
         if method != "full" and run.by_example(method):
-            families.setdefault(method.rpartition("-")[0], []).append(method)
+            families.setdefault(_split(method)[0], []).append(method)
     if not any(len(labels) > 1 for labels in families.values()):
-        return None
+        return {}
+    family_looks = _looks(families)
+    lines, read = [], []
+    for family, labels in families.items():
+        points = sorted((run.mean(label, "kv_bytes") / 1e6, label) for label in labels)
+        intervals = [bootstrap(list(run.by_example(label).values())) for _, label in points]
+        x = [megabytes for megabytes, _ in points]
+        read += x
+        lines.append(_line(family, family_looks[family], x, intervals))
+    if full := list(run.by_example("full").values()):
+        lines.append(Line("full (reads more)", LEVEL, [min(read), max(read)], [np.mean(full)] * 2))
+    value = Scale("NLL (nats per token)" if run.is_likelihood else "score")
+    panel = Curves(
+        lines, Scale("MB of keys, values and page statistics that a step reads for a sequence"), value
+    )
+    return _pictures(stem, [panel], f"{_name(run)}: by budget", [run], panel=(6.0, 4.4))
 
-    def draw(axes: Axes) -> None:
-        for number, (family, labels) in enumerate(families.items()):
-            points = sorted((run.mean(label, "kv_bytes") / 1e6, label) for label in labels)
-            intervals = [bootstrap(list(run.by_example(label).values())) for _, label in points]
-            colour = QUEST_COLOUR if family == "quest" else COLOURS[number % len(COLOURS)]
-            _curve(axes, np.array([x for x, _ in points]), intervals, colour, family)
-        if "full" in run.methods:
-            axes.axhline(
-                bootstrap(list(run.by_example("full").values())).mean, color=FULL_COLOUR, label="full"
-            )
-        axes.set_xlabel("MB of keys, values and page statistics that a step reads for a sequence")
-        axes.set_ylabel("NLL (nats per token)" if run.is_likelihood else "score")
 
-    return _picture(draw)
-
-
-def latency_plot(run: Measured) -> bytes | None:
-    """Wall time of a decode step against context, apart for each device and batch."""
+def latency_plot(run: Measured, stem: str) -> dict[str, bytes]:
+    """Draws wall time of a decode step against context, a panel for each device and batch."""
     timed = [timing for timing in run.timings if timing["steps_per_second"]]
-    if not timed:
-        return None
     kinds = dict.fromkeys((timing["device"], timing["batch"]) for timing in timed)
-
-    def draw(axes: Axes) -> None:
-        for method, (kind, style) in itertools.product(run.methods, zip(kinds, itertools.cycle(DASHES))):
+    method_looks = _looks(run.methods)
+    panels = []
+    for device, batch in kinds:
+        lines = []
+        for method in run.methods:
             points = sorted(
                 (timing["context"], 1000 / timing["steps_per_second"])
                 for timing in timed
-                if timing["method"] == method and (timing["device"], timing["batch"]) == kind
+                if (timing["method"], timing["device"], timing["batch"]) == (method, device, batch)
             )
             if points:
-                x, y = zip(*points, strict=True)
-                about = f", {kind[0]}, batch {kind[1]}" if len(kinds) > 1 else ""
-                axes.plot(
-                    x, y, f"o{style}", markersize=3, color=_colour(run, method), label=f"{method}{about}"
-                )
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("context (tokens, in the middle of the longest reply)")
-        axes.set_ylabel("ms per step of a batch")
-
-    return _picture(draw)
+                lines.append(Line(method, method_looks[method], *zip(*points, strict=True)))
+        x = Scale("context (tokens, in the middle of the longest reply)")
+        y = Scale("ms per step of a batch", shown=(0.0,))
+        panels.append(Curves(lines, x, y, f"{device}, batch {batch}"))
+    note = f"{counted(len(timed), 'timed batch', 'timed batches')}, a point for each"
+    return _pictures(stem, panels, f"{_name(run)}: wall time of a decode step", [run], note)
 
 
-def questions_plot(runs: Sequence[Measured]) -> bytes | None:
-    """Score against the number of questions in one prompt, over runs that differ in nothing else."""
-    alike = questions_groups(runs)
-    if not alike:
-        return None
-
-    def draw(axes: Axes) -> None:
-        for group in alike:
-            for method in group[0].methods:
-                having = [run for run in group if run.by_example(method)]
-                intervals = [bootstrap(list(run.by_example(method).values())) for run in having]
-                name = f"{group[0].config['task']['source']} {method}"
-                x = np.array([run.config["task"]["n"] for run in having])
-                _curve(axes, x, intervals, _colour(group[0], method), name)
-        axes.set_xlabel("questions in one prompt")
-        axes.set_ylabel("score")
-
-    return _picture(draw)
+def questions_plot(runs: Sequence[Measured], stem: str) -> dict[str, bytes]:
+    """Draws score against the number of questions in one prompt, over runs that differ in nothing else."""
+    panels = []
+    groups = questions_groups(runs)
+    method_looks = _looks([method for group in groups for run in group for method in run.methods])
+    for group in groups:
+        lines = []
+        for method in dict.fromkeys(method for run in group for method in run.methods):
+            having = [run for run in group if run.by_example(method)]
+            intervals = [bootstrap(list(run.by_example(method).values())) for run in having]
+            x = [run.config["task"]["n"] for run in having]
+            lines.append(_line(method, method_looks[method], x, intervals))
+        about = f"{shortened(group[0].config['model'])}, {group[0].config['task']['source']}"
+        panels.append(Curves(lines, Scale("questions in one prompt", whole=True), Scale("score"), about))
+    having = [run for group in groups for run in group]
+    return _pictures(stem, panels, "Score by number of questions", having)
 
 
 def questions_groups(runs: Sequence[Measured]) -> list[list[Measured]]:
@@ -157,31 +154,57 @@ def questions_groups(runs: Sequence[Measured]) -> list[list[Measured]]:
     ]
 
 
-def _colour(run: Measured, method: str) -> str:
-    if method == "full":
-        return FULL_COLOUR
-    others = [label for label in run.methods if label != "full" and not label.startswith("quest")]
-    return COLOURS[others.index(method) % len(COLOURS)] if method in others else QUEST_COLOUR
+def _by_budget(
+    run: Measured, curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]], x: Scale, y: Scale
+) -> list[Curves]:
+    """A panel of curves for each budget; full attention's, which has none, is in all of them."""
+    family_looks = _looks([_split(method)[0] for method in run.methods])
+    budgets = dict.fromkeys(budget for method in curves if (budget := _split(method)[1])) or {"": None}
+    panels = []
+    for budget in budgets:
+        chosen = [method for method in curves if _split(method)[1] in ("", budget)]
+        lines = [_line(_split(name)[0], family_looks[_split(name)[0]], *curves[name]) for name in chosen]
+        panels.append(Curves(lines, x, y, f"budget {budget}" if budget else ""))
+    return panels
 
 
-def _line(axes: Axes, run: Measured, method: str, x: np.ndarray, intervals: Sequence[Interval]) -> None:
-    quests = [label for label in run.methods if label.startswith("quest")]
-    style = ("-", "--", ":", "-.")[quests.index(method) % 4 if method in quests else 0]  # they share a colour
-    _curve(axes, x, intervals, _colour(run, method), method, style)
+def _split(method: str) -> tuple[str, str]:
+    """The label of a method without its budget, and the budget; "" for full attention."""
+    family, _, budget = method.rpartition("-")
+    return (family, budget) if family else (method, "")
 
 
-def _curve(
-    axes: Axes, x: np.ndarray, intervals: Sequence[Interval], colour: str, name: str, style: str = "-"
-) -> None:
-    means = [value.mean for value in intervals]
-    axes.plot(x, means, style, marker="o", markersize=3, color=colour, label=name)
-    low, high = [value.low for value in intervals], [value.high for value in intervals]
-    axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+def _looks(names: Sequence[str]) -> dict[str, Look]:
+    """Looks of methods, with or without their budgets."""
+    return looks(names, {"full": FULL, "quest": QUEST})
 
 
-def _picture(draw: Callable[[Axes], None]) -> bytes:
-    def fill(axes: Sequence[Axes]) -> None:
-        draw(axes[0])
-        axes[0].legend(loc="best")
+def _line(name: str, look: Look, x: Sequence[float], intervals: Sequence[Interval]) -> Line:
+    columns = ([getattr(value, part) for value in intervals] for part in ("mean", "low", "high"))
+    return Line(name, look, x, *columns)
 
-    return picture(1, fill)
+
+def _name(run: Measured) -> str:
+    return f"{shortened(run.identity['name'], 40)}, {shortened(run.config['model'])}"
+
+
+def _pictures(
+    stem: str,
+    panels: Sequence[Curves],
+    title: str,
+    runs: Sequence[Measured],
+    note: str = "",
+    share_y: bool = False,
+    **layout,
+) -> dict[str, bytes]:
+    """Files of panels, on which stands how many examples there are."""
+    counts = sorted(
+        {
+            len({line["example"] for line in run.lines if line["method"] == method})
+            for run in runs
+            for method in run.methods
+        }
+    )
+    n = f"n = {counts[0]} to {counts[-1]} examples of each method" if len(counts) > 1 else ""
+    n = n or (f"n = {counted(counts[0], 'example')}" if counts else "")
+    return pictures(stem, panels, title, [n, note], Layout(share_y=share_y, **layout), INTERVAL)

@@ -13,7 +13,6 @@ from experiments.device_time import Event, busy_ns, device_events, device_time, 
 from experiments.kernel_baselines import BASELINES, Baseline
 from experiments.kernel_cases import Case, Dimensions, parse_case, prepare, random_page_ids, sets_for
 from experiments.kernel_report import kernel_report, rounded
-from experiments.roofline import roofline_figure
 
 DIMS = Dimensions(kv_heads=2, group=2, head_dim=8, page_size=8, dtype="float32")
 H100 = Dimensions(kv_heads=8, group=4, head_dim=128, page_size=16, dtype="bfloat16")
@@ -360,10 +359,3 @@ def test_report_leaves_empty_columns_out():
     assert body[0] == ["attention", "1x8@1", "1", "mosaic_gpu", "12.3", "device", "1296", "40.5", "5.00"]
     assert "events us" in cells(kernel_report(results(events=3.0)))[0]
     assert [rounded(value) for value in (None, 0.123, 12.34, 1234.5)] == ["", "0.12", "12.3", "1234"]
-
-
-@pytest.mark.parametrize("windows", [(1,), (1, 2, 4, 8, 16, 32, 64)])
-def test_figure_is_a_png(windows):
-    values = results(windows)
-    values["rows"].append(values["rows"][0] | {"operation": "update", "bytes": 1000, "gb_per_s": 0.5})
-    assert roofline_figure(values)[:8] == b"\x89PNG\r\n\x1a\n"

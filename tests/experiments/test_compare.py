@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import experiments.compare
+import experiments.compare_plots
 import experiments.ladder
-import experiments.plots
 import experiments.tables
 from experiments.ladder import LADDER
 from experiments.sweep import run_name
@@ -193,7 +193,7 @@ def test_the_ladder_with_all_budgets_as_one_batch(json_command, ids_file, tmp_pa
     # Its ends, and all that lies between them as one step: fewer programs to compile.
     between = {name: value for _, part in LADDER[2:-1] for name, value in part.items()}
     short = (*LADDER[:2], ("all that is between", between), LADDER[-1])
-    for module in (experiments.ladder, experiments.tables, experiments.plots):
+    for module in (experiments.ladder, experiments.tables, experiments.compare_plots):
         monkeypatch.setattr(module, "LADDER", short)
     out = tmp_path / "out"
     sweep = ("--budgets", 32, 48, "--page-sizes", 16, "--windows", 1, "--sink-pages", 0)
