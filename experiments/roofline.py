@@ -62,6 +62,8 @@ def _ceiling(ceiling: float, fastest: float, axes: Axes) -> None:
     """Draws the device's read bandwidth as a line, unless it is far above."""
     if ceiling < FAR * fastest:
         axes.axhline(ceiling, color="0.4", linewidth=1.0, zorder=1)
+        axes.dataLim.update_from_data_y([ceiling], ignore=False)  # a margin above it, as above points
+        axes.autoscale_view()
     axes.grid(True, which="major", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
 

@@ -355,6 +355,7 @@ def test_roofline(drawn, windows):
         [line for line in axes.get_lines() if line.get_ydata()[0] == 3200.0] for axes in drawn[0].axes
     ]
     assert [len(found) for found in ceilings] == [1, 1, 1, 0]  # far above what an update reaches
+    assert all(axes.get_ylim()[1] > 3300 for axes in drawn[0].axes[:3])
 
 
 # Parts
