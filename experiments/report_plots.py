@@ -92,7 +92,7 @@ def budget_plot(run: Measured, stem: str) -> dict[str, bytes]:
         lines.append(_line(family, family_looks[family], x, intervals))
     if full := list(run.by_example("full").values()):
         lines.append(Line("full (reads more)", LEVEL, [min(read), max(read)], [np.mean(full)] * 2))
-    value = Scale("NLL (nats per token)" if run.is_likelihood else "score")
+    value = Scale("NLL (nats per token)" if run.is_likelihood else "score (0 to 1)")
     panel = Curves(
         lines, Scale("MB of keys, values and page statistics that a step reads for a sequence"), value
     )
@@ -135,7 +135,7 @@ def questions_plot(runs: Sequence[Measured], stem: str) -> dict[str, bytes]:
             x = [run.config["task"]["n"] for run in having]
             lines.append(_line(method, method_looks[method], x, intervals))
         about = f"{shortened(group[0].config['model'])}, {group[0].config['task']['source']}"
-        panels.append(Curves(lines, Scale("questions in one prompt", whole=True), Scale("score"), about))
+        panels.append(Curves(lines, Scale("questions in one prompt", whole=True), Scale("score (0 to 1)"), about))
     having = [run for group in groups for run in group]
     return _pictures(stem, panels, "Score by number of questions", having)
 
