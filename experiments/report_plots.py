@@ -135,7 +135,8 @@ def questions_plot(runs: Sequence[Measured], stem: str) -> dict[str, bytes]:
             x = [run.config["task"]["n"] for run in having]
             lines.append(_line(method, method_looks[method], x, intervals))
         about = f"{shortened(group[0].config['model'])}, {group[0].config['task']['source']}"
-        panels.append(Curves(lines, Scale("questions in one prompt", whole=True), Scale("score (0 to 1)"), about))
+        asked = Scale("questions in one prompt", whole=True)
+        panels.append(Curves(lines, asked, Scale("score (0 to 1)"), about))
     having = [run for group in groups for run in group]
     return _pictures(stem, panels, "Score by number of questions", having)
 
