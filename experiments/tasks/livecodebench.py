@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, check_at_least
+from experiments.tasks.base import Example, Nominal, Task, check_at_least
 from experiments.tasks.sandbox import run_python
 from experiments.tasks.sources import fetch, find, records
 
@@ -24,7 +24,7 @@ FIELDS = ("question_id", "question_content", "public_test_cases", "private_test_
 
 
 @dataclass(frozen=True)
-class LiveCodeBench:
+class LiveCodeBench(Task):
     """LiveCodeBench v5, code generation; pass@1 is the mean over several sampled replies."""
 
     metric: ClassVar[str] = "pass@1"
@@ -72,11 +72,11 @@ class LiveCodeBench:
             for record in found
         ]
 
-    def grade(self, example: Example, text: str) -> list[float]:
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
         """1 if the program passes every test, else 0; nothing where programs are not run."""
         if not self.execute:
             return []
-        code, tests = program(text), json.loads(example.answers[0])
+        code, tests = program(reply), json.loads(example.answers[0])
         if code is None:
             return [0.0]
         return [float(all(self._passes(code, test, tests["function"]) for test in tests["cases"]))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, check_at_least, check_one_of
+from experiments.tasks.base import Example, Nominal, Task, check_at_least, check_one_of
 from experiments.tasks.sources import fetch, find, parse, records, zip_member
 
 
@@ -76,7 +76,7 @@ SUBSETS = {
 
 
 @dataclass(frozen=True)
-class LongBench:
+class LongBench(Task):
     """A subset of LongBench; the best score over the accepted answers."""
 
     metric: ClassVar[str] = "score"
@@ -131,6 +131,6 @@ class LongBench:
             )
         return examples
 
-    def grade(self, example: Example, text: str) -> list[float]:
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
         """One score, the best over the accepted answers."""
-        return [max(SUBSETS[self.subset].score(text.strip(), answer) for answer in example.answers)]
+        return [max(SUBSETS[self.subset].score(reply.strip(), answer) for answer in example.answers)]
