@@ -10,7 +10,7 @@ from experiments.tasks import TASKS, Asked, Passage, Task
 from experiments.tasks.aime24 import AIME24
 from experiments.tasks.gpqa import CHOICES, GPQA
 from experiments.tasks.livecodebench import LiveCodeBench
-from experiments.tasks.longbench import LongBench, f1, paragraph
+from experiments.tasks.longbench import LongBench, f1, paragraph, rouge_l
 from experiments.tasks.longgenbench import READ, LongGenBench
 from experiments.tasks.needles import Needles
 from experiments.tasks.pg19 import PG19
@@ -157,6 +157,23 @@ def test_longbench_metrics():
     assert f1("dog", "cat") == 0.0 and f1("", "cat") == 0.0
     assert paragraph("Paragraph 3, not 4", "Paragraph 3") == 0.5
     assert paragraph("none", "Paragraph 3") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "value"),  # of the package rouge 1.0.1
+    [
+        ("a b c d", "a c e", 0.5714285665),
+        ("A b", "a b", 0.4999999950),
+        ("the cat. sat there", "the cat sat. there it sat", 0.6666666617),
+        ("a b a b a b. c", "b a. c d. ", 0.7499999953),
+        ("the dog. and a cat. ", "a cat and the dog.", 0.7272727223),
+        ("x", "y", 0.0),
+        ("", "y", 0.0),
+        ("...", "y", 0.0),
+    ],
+)
+def test_rouge_l(reply, answer, value):
+    assert rouge_l(reply, answer) == pytest.approx(value, abs=1e-10)
 
 
 def test_longbench(tmp_path):
