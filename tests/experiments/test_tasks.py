@@ -256,6 +256,26 @@ def test_wrong_data(gsm8k, contents, error, message):
         LongGenBench(data=gsm8k, n=1, shots=1).examples(0, None)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n"])
+def test_data_as_programs_save_it(tmp_path, gsm8k, encoding, end):
+    wanted = LongGenBench(data=gsm8k, n=1, shots=1).examples(0, None)
+    rows = [["Question", *CHOICES], ['"Zo\u00eb, why?"', "right", "x", "y", "z"]]
+    (tmp_path / "gpqa_diamond.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    question = GPQA(data=tmp_path).examples(0, None)
+    for name in ("train.jsonl", "test.jsonl", "gpqa_diamond.csv"):
+        saved = (tmp_path / name).read_text().replace("\n", end)
+        (tmp_path / name).write_bytes(saved.encode(encoding))
+    assert LongGenBench(data=gsm8k, n=1, shots=1).examples(0, None) == wanted
+    assert GPQA(data=tmp_path).examples(0, None) == question
+
+
+def test_a_table_that_is_none(tmp_path):
+    (tmp_path / "gpqa_diamond.csv").write_text("Question\n" + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"gpqa_diamond\.csv is not CSV \(field larger than"):
+        GPQA(data=tmp_path).examples(0, None)
+
+
 def test_missing_data(tmp_path, gsm8k):
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*correct --task.data"):
         LongGenBench(data=tmp_path / "no").examples(0, None)
