@@ -183,8 +183,12 @@ def sync_folder(folder: Path) -> None:
         os.close(file)
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object that `write_json` wrote.
+def read_json(path: Path, way_out: str = "restore it, or start anew in another folder") -> dict:
+    """Reads a JSON object, by default one that `write_json` wrote.
+
+    Args:
+        path: the file.
+        way_out: what to do where it is damaged.
 
     Raises:
         ValueError: the file is damaged.
@@ -198,7 +202,7 @@ def read_json(path: Path) -> dict:
     else:
         reason = "it holds no JSON object"
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged ({reason}); restore it, or start anew in another folder")
+        raise ValueError(f"{path} is damaged ({reason}); {way_out}")
     return value
 
 

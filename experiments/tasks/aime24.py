@@ -48,6 +48,11 @@ class AIME24(Task):
             else fetch("HuggingFaceH4/aime_2024", ["data/train-00000-of-00001.parquet"])
         )
         found = [record for path in paths for record in records(path, ("problem", "answer"))]
+        for record in found:
+            if not str(record["answer"]).strip().isdecimal():
+                raise ValueError(
+                    f"{paths[0]}: the answer {record['answer']!r} is no whole number; is this AIME?"
+                )
         return [
             Example(
                 id=f"aime24-{record.get('id', index)}",

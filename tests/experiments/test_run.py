@@ -211,6 +211,13 @@ def test_known_models():
     assert known_model("nobody/knows-this", None) is None
 
 
+@pytest.mark.parametrize("contents", [b"", b'{"model_type"', b"[]"])
+def test_a_damaged_model_is_named(tmp_path, contents):
+    (tmp_path / "config.json").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*\); fetch the model again"):
+        known_model(str(tmp_path), None)
+
+
 def test_batches_are_of_similar_lengths():
     rows = [
         Row(Example(id=f"{i:02}", prompt="", max_new_tokens=5), 0, (0,) * length)

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from experiments.tasks import TASKS, Asked, Passage, Task
+from experiments.tasks import TASKS, Asked, Example, Passage, Task
 from experiments.tasks.aime24 import AIME24
 from experiments.tasks.gpqa import CHOICES, GPQA
 from experiments.tasks.livecodebench import LiveCodeBench
@@ -136,6 +136,50 @@ def test_aime24_on_real_data():
     answer = examples[0].answers[0]
     assert task.grade(examples[0], f"<think>\\boxed{{1}}</think> So \\boxed{{{answer}}}.") == [1.0]
     assert task.grade(examples[0], f"<think>\\boxed{{{answer}}}</think> So \\boxed{{1000}}.") == [0.0]
+
+
+def test_aime24(tmp_path):
+    solution = "Pages 3-5: $m + n = 70 + 3 = \\framebox{073}$.\n~someone, 2024"
+    records = [{"id": 1, "problem": "Q", "answer": "073"}, {"id": 2, "problem": "Q", "answer": 204}]
+    examples = AIME24(data=write_lines(tmp_path / "test.jsonl", records)).examples(0, None)
+    assert [example.answers for example in examples] == [("73",), ("204",)]
+    assert AIME24().grade(examples[0], solution) == [1.0]
+    assert AIME24().grade(examples[0], f"<think>{solution}</think>\\boxed{{72}}") == [0.0]
+    write_lines(tmp_path / "test.jsonl", [{"problem": "Q", "answer": "1/2"}])
+    with pytest.raises(ValueError, match=r"test\.jsonl: the answer '1/2' is no whole number; is this AIME"):
+        AIME24(data=tmp_path).examples(0, None)
+
+
+def test_solutions_of_gsm8k_are_right_replies(gsm8k):
+    task = LongGenBench(data=gsm8k, n=3, shots=0)
+    solutions = [json.loads(line)["answer"] for line in (gsm8k / "test.jsonl").read_text().splitlines()]
+    for example in task.examples(0, None):
+        chosen = [next(s for s in solutions if s.endswith(f"1,{a[1:]}")) for a in example.answers]
+        reply = "\n\n".join(f"### Answer {i}\n{solution}" for i, solution in enumerate(chosen, 1))
+        assert task.grade(example, f"<think>1. {solutions[0]}</think>\n{reply}") == [1.0] * 3
+
+
+@pytest.mark.parametrize("source", ["mmlu", "commonsenseqa"])
+def test_solutions_of_choices_are_right_replies(source):
+    example = Example(id="x", prompt="", answers=("B", "D"))
+    for form in ("({})", "{}.", "The answer is ({}).", "\\boxed{{{}}}", "The correct option is {}."):
+        reply = "\n".join(f"Answer_{i}: {form.format(a)}" for i, a in enumerate(example.answers, 1))
+        assert LongGenBench(source, n=2).grade(example, reply) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("subset", "answer", "reply"),
+    [
+        ("hotpotqa", "Lyon", "Lyon"),
+        ("passage_retrieval_en", "Paragraph 7", "Paragraph 7"),
+        ("gov_report", "a", "a"),
+    ],
+)
+def test_reasoning_costs_nothing_in_longbench(subset, answer, reply):
+    task, example = LongBench(subset), Example(id="x", prompt="", answers=(answer,))
+    thought = "Paris? Paragraph 3 says a.\n</think>\n\n"
+    assert task.grade(example, thought + reply) == task.grade(example, reply) == [pytest.approx(1.0)]
+    assert task.grade(example, "<think>" + answer) == [0.0]
 
 
 def test_gpqa(tmp_path):
