@@ -101,6 +101,8 @@ def test_recall_generated():
     whole = " ".join(example.answers)
     reply = whole.removeprefix(example.reply)
     assert reply != whole and task.grade(example, reply) == [1.0, 1.0, 1.0]
+    marked = reply.replace(" is ", " is: **").replace(".", "**.")
+    assert marked != reply and task.grade(example, marked) == [1.0, 1.0, 1.0]
     assert task.grade(example, reply.replace(example.answers[1], "")) == [1.0, 0.0, 1.0]
     wrong = example.answers[2][:-3] + ("00." if example.answers[2][-3:-1] != "00" else "11.")
     assert task.grade(example, reply.replace(example.answers[2], wrong + "\n" + example.answers[2])) == [
