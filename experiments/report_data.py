@@ -139,9 +139,14 @@ def read_run(path: Path) -> Measured:
     identity, lines = read_identity(path), read_results(path)
     if not lines:
         raise ValueError(f"{path} has no results yet")
-    starts = read_lines(sorted(path.glob("provenance-*.jsonl")))[-1:]
+    kind = "scores" if "scores" in lines[0] else "nll"
+    if without := [line for line in lines if kind not in line]:
+        which = ", ".join(str(without[0][key]) for key in KEYS)
+        raise ValueError(f"{path}: the result for {which} has no {kind!r}; were two folders mixed?")
+    starts = read_lines(sorted(path.glob("provenance-*.jsonl")), ("commit", "device", "versions"))[-1:]
     device = starts[0]["device"] if starts else "unknown device"
-    timings = read_lines(sorted(path.glob("timings-*.jsonl")))
+    timed = ("method", "batch", "context", "steps_per_second")
+    timings = read_lines(sorted(path.glob("timings-*.jsonl")), timed)
     timings = [timing | {"device": device} for timing in timings]
     return Measured([path], identity, lines, timings, starts, _planned(identity["config"], lines, starts))
 

@@ -1,10 +1,15 @@
 """A folder of finished runs: raw arrays per run, written at once and never overwritten."""
 
+import contextlib
 import json
 import math
 import os
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float
@@ -48,7 +53,8 @@ class ResultsFolder:
         identity: what all runs of the folder share, as JSON values.
 
     Raises:
-        ValueError: the folder belongs to another comparison, or holds something else.
+        OSError: nothing can be written there.
+        ValueError: the folder belongs to another comparison, or holds something else, or is damaged.
     """
 
     def __init__(self, path: Path, identity: dict):
@@ -56,11 +62,14 @@ class ResultsFolder:
         identity = json.loads(json.dumps(identity))
         file = path / IDENTITY
         if file.exists():
-            different = differences(json.loads(file.read_text()), identity)
+            different = differences(read_json(file), identity)
             if different:
                 raise ValueError(f"{path} holds another comparison ({different}); choose another --out")
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (
+            not path.is_dir() or any(".partial" not in found.name for found in path.iterdir())
+        ):
             raise ValueError(f"{path} exists and is not a comparison's folder; choose another --out")
+        check_writable(path)
         self.identity = identity
 
     def has(self, name: str) -> bool:
@@ -80,34 +89,42 @@ class ResultsFolder:
         file = self._file(name)
         if file.exists():
             raise FileExistsError(f"{file} is finished already; nothing is overwritten")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / IDENTITY, self.identity)
-        partial = file.with_suffix(f".partial{os.getpid()}")
-        with partial.open("wb") as stream:
-            np.savez_compressed(
-                stream,
-                nll=result.nll,
-                pages_attended=metrics.pages_attended,
-                pages_loaded=metrics.pages_loaded,
-                kv_bytes=metrics.kv_bytes,
-                about=json.dumps(about),
-            )
-        partial.replace(file)
+        file.parent.mkdir(exist_ok=True)
+        arrays = {
+            "nll": result.nll,
+            "pages_attended": metrics.pages_attended,
+            "pages_loaded": metrics.pages_loaded,
+            "kv_bytes": metrics.kv_bytes,
+            "about": json.dumps(about),
+        }
+        write_file(file, lambda stream: np.savez_compressed(stream, **arrays))
 
     def load(self, name: str) -> Run:
-        """Reads one finished run."""
-        with np.load(self._file(name), allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["about"]))
-            return Run(
-                name=name,
-                config=DecodeConfig(**about["config"]),
-                nll=arrays["nll"],
-                exposure=np.array(about["metrics"]["exposure"], float),
-                pages_loaded=about["metrics"]["pages_loaded"],
-                kv_bytes=about["metrics"]["kv_bytes"],
-                seconds=about["seconds"],
-                provenance=about["provenance"],
-            )
+        """Reads one finished run.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        try:
+            with np.load(self._file(name), allow_pickle=False) as arrays:
+                about = json.loads(str(arrays["about"]))
+                return Run(
+                    name=name,
+                    config=DecodeConfig(**about["config"]),
+                    nll=arrays["nll"],
+                    exposure=np.array(about["metrics"]["exposure"], float),
+                    pages_loaded=about["metrics"]["pages_loaded"],
+                    kv_bytes=about["metrics"]["kv_bytes"],
+                    seconds=about["seconds"],
+                    provenance=about["provenance"],
+                )
+        except (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"{self._file(name)} is damaged, or another version's ({error}); move it away, and the same "
+                "command computes it again"
+            ) from error
 
     def runs(self) -> list[Run]:
         """Reads every finished run, full attention first, then in the order of `order`."""
@@ -124,10 +141,78 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_bytes(path: Path, contents: bytes) -> None:
-    """Writes a file in one step, so that no reader ever sees half of it."""
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    partial.write_bytes(contents)
-    partial.replace(path)
+    """Writes a file in one step."""
+    write_file(path, lambda stream: stream.write(contents))
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file in one step, so that no reader, no kill and no full disk ever leaves half of it.
+
+    Args:
+        path: the file; replaced if it is there.
+        write: writes the contents into a stream.
+
+    Raises:
+        OSError: it could not be written; what was there before is as it was.
+    """
+    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    try:
+        with partial.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a crash could keep the name and lose the contents
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"could not write {path} ({error.strerror or error}); nothing of it was kept: make room there, "
+            "or choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, where its file system can."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read_json(path: Path, way_out: str = "restore it, or start anew in another folder") -> dict:
+    """Reads a JSON object, by default one that `write_json` wrote.
+
+    Args:
+        path: the file.
+        way_out: what to do where it is damaged.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    contents = path.read_bytes()
+    try:
+        value = json.loads(contents)
+    except ValueError as error:
+        value = None
+        reason = str(error) if contents.strip(b"\0\n ") else "it is empty"
+    else:
+        reason = "it holds no JSON object"
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged ({reason}); {way_out}")
+    return value
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError if a folder, which need not be there yet, cannot be written to: before work is lost."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file, so {folder} cannot be a folder; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{nearest} cannot be written to; choose another --out")
 
 
 def print_json(values: dict) -> None:

@@ -15,10 +15,11 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from experiments.results import differences, finite, write_json
+from experiments.results import check_writable, differences, finite, read_json, sync_folder, write_json
 
 CONFIG = "config.json"
 KEYS = ("example", "method", "sample")
+IDENTITY = ("name", "config", "examples")
 
 
 class RunFolder:
@@ -30,7 +31,8 @@ class RunFolder:
       process: this host's number.
 
     Raises:
-      ValueError: the folder belongs to another run, or holds something else.
+      OSError: nothing can be written there.
+      ValueError: the folder belongs to another run, or holds something else, or is damaged.
     """
 
     def __init__(self, path: Path, identity: dict, process: int = 0):
@@ -39,18 +41,22 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         if not (path / CONFIG).exists():
             write_json(path / CONFIG, identity)
-            _sync(path)
 
     def __enter__(self) -> "RunFolder":
         self._file = os.open(self._results, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(self._file)
-            raise ValueError(
-                f"another process is writing {self._results}; wait for it, or choose another --out"
-            ) from None
+            if isinstance(error, BlockingIOError):
+                raise ValueError(
+                    f"another process is writing {self._results}; wait for it, or choose another --out"
+                ) from None
+            raise OSError(
+                f"{self._results} cannot be locked ({error.strerror}); choose an --out on another file system"
+            ) from error
         _cut_torn_line(self._results, self._file)
+        sync_folder(self.path)
         return self
 
     def __exit__(self, *_) -> None:
@@ -66,23 +72,14 @@ class RunFolder:
         Raises:
           OSError: they could not be written; what was there before is as it was.
         """
-        size = os.fstat(self._file).st_size
-        try:
-            _write(self._file, lines)
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, size)
-            raise OSError(
-                f"could not write results to {self._results} ({error.strerror}); what was finished before is "
-                "intact: free some space and run the same command again"
-            ) from error
+        _append(self._results, self._file, lines)
 
     def note(self, name: str, value: dict) -> None:
-        """Appends one line to another file of the folder, such as timings."""
+        """Appends one line to another file of the folder, such as timings; raises as `append`."""
         file = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             _cut_torn_line(self.path / name, file)
-            _write(file, [value])
+            _append(self.path / name, file, [value])
         finally:
             os.close(file)
 
@@ -92,16 +89,22 @@ class RunFolder:
 
 
 def check_folder(path: Path, identity: dict) -> None:
-    """Raises ValueError if the folder belongs to another run or holds something else, naming what differs."""
+    """Checks that a run can be written into a folder.
+
+    Raises:
+      OSError: nothing can be written there.
+      ValueError: it belongs to another run, naming what differs, or holds something else, or is damaged.
+    """
     file = path / CONFIG
     if file.exists():
-        different = differences(json.loads(file.read_text()), identity)
+        different = differences(read_json(file), identity)
         if different:
             raise ValueError(f"{path} holds another run ({different}); choose another --out")
     elif path.exists() and (
         not path.is_dir() or any(".partial" not in found.name for found in path.iterdir())
     ):
         raise ValueError(f"{path} exists and is not a run's folder; choose another --out")
+    check_writable(path)
 
 
 def read_identity(path: Path) -> dict:
@@ -109,10 +112,16 @@ def read_identity(path: Path) -> dict:
 
     Raises:
       FileNotFoundError: the folder is not there or holds no run.
+      ValueError: its configuration is damaged, or no run's.
     """
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} is not a run's folder: it has no {CONFIG}")
-    return json.loads((path / CONFIG).read_text())
+    identity = read_json(path / CONFIG)
+    if missing := [key for key in IDENTITY if key not in identity]:
+        raise ValueError(
+            f"{path / CONFIG} is not a run's: it has no {missing[0]!r}; name the folder of a run"
+        )
+    return identity
 
 
 def read_results(path: Path) -> list[dict]:
@@ -121,7 +130,7 @@ def read_results(path: Path) -> list[dict]:
     Raises:
       ValueError: a line in the middle of a file is broken, or the same result is there twice.
     """
-    found = read_lines(sorted(path.glob("results-*.jsonl")))
+    found = read_lines(sorted(path.glob("results-*.jsonl")), KEYS)
     seen = set()
     for line in found:
         key = tuple(line[name] for name in KEYS)
@@ -133,11 +142,15 @@ def read_results(path: Path) -> list[dict]:
     return found
 
 
-def read_lines(files: Iterable[Path]) -> list[dict]:
+def read_lines(files: Iterable[Path], keys: Iterable[str]) -> list[dict]:
     """The JSON lines of files, without a torn last one.
 
+    Args:
+      files: which.
+      keys: that each line has.
+
     Raises:
-      ValueError: another line is broken.
+      ValueError: another line is broken, or one lacks a key.
     """
     found = []
     for file in files:
@@ -146,15 +159,27 @@ def read_lines(files: Iterable[Path]) -> list[dict]:
             value = _value(line)
             if value is None and number < len(lines) - 1:
                 raise ValueError(f"{file} line {number} is broken; move the file away, or restore it")
-            if value is not None:
-                found.append(value)
+            if value is None:
+                continue
+            if missing := [key for key in keys if key not in value]:
+                raise ValueError(f"{file} line {number} has no {missing[0]!r}; move it away, or restore it")
+            found.append(value)
     return found
 
 
-def _write(file: int, lines: Sequence[dict]) -> None:
+def _append(path: Path, file: int, lines: Sequence[dict]) -> None:
     data = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines).encode()
-    while data:
-        data = data[os.write(file, data) :]
+    size = os.fstat(file).st_size
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+        os.fsync(file)
+    except OSError as error:
+        os.ftruncate(file, size)
+        raise OSError(
+            f"could not write to {path} ({error.strerror}); what was finished before is intact: free some "
+            "space and run the same command again"
+        ) from error
 
 
 def _cut_torn_line(path: Path, file: int) -> None:
@@ -175,11 +200,3 @@ def _value(line: bytes) -> dict | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _sync(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

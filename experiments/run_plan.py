@@ -1,6 +1,5 @@
 """What a run takes: examples, tokens, steps, and memory by device, before anything is loaded or compiled."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from experiments.results import read_json
 from experiments.run_config import RunConfig
 from experiments.run_work import capacity_for
 from experiments.tables import markdown
@@ -112,7 +112,7 @@ def known_model(name: str, dtype: str | None) -> ModelConfig | None:
     """A model's sizes without fetching it: of a preset, a local folder, or a hub model of a known size."""
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
-        return config_from_json(json.loads((path / "config.json").read_text()), name, dtype)
+        return config_from_json(read_json(path / "config.json", "fetch the model again"), name, dtype)
     size = name.removeprefix("random:").rpartition("/")[2].lower().removesuffix("-instruct")
     found = SIZES.get(size) or SIZES.get(size.replace("llama-", "llama", 1).removeprefix("meta-"))
     return found and replace(found, name=name, dtype=dtype or found.dtype)

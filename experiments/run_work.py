@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from experiments.tasks import Asked, Example, Passage, Task
+from experiments.tasks.base import THINK
 from models import Model, Tokenizer
 from models.config import ModelConfig
 from retro_jax import DecodeConfig, Metrics, Sampling, generate, score
@@ -31,6 +32,7 @@ class Row:
       prompt: token ids to read at once.
       forced: token ids to decode along; empty if the reply is generated.
       spans: [start, end) within `forced` of each answer.
+      reasoning: whether the chat template has begun the reply's reasoning, so that its mark is in the prompt.
     """
 
     example: Example
@@ -38,6 +40,7 @@ class Row:
     prompt: tuple[int, ...]
     forced: tuple[int, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
+    reasoning: bool = False
 
     @property
     def tokens(self) -> int:
@@ -59,9 +62,10 @@ def encode(tokenizer: Tokenizer, example: Example, sample: int = 0) -> Row:
         return Row(
             example, sample, tuple(ids[: example.prompt_tokens]), tuple(ids[example.prompt_tokens : wanted])
         )
+    reasoning = False
     if example.chat and tokenizer.chat_template is not None:
         text = tokenizer.chat([{"role": "user", "content": example.prompt}]) + example.reply
-        prompt = tokenizer.encode(text, add_bos=False)
+        prompt, reasoning = tokenizer.encode(text, add_bos=False), text.rstrip().endswith(THINK)
     else:
         prompt = tokenizer.encode(example.prompt + example.reply)
     forced, spans = [], []
@@ -71,7 +75,7 @@ def encode(tokenizer: Tokenizer, example: Example, sample: int = 0) -> Row:
             start = len(forced)
             forced += tokenizer.encode(answer, add_bos=False)
             spans.append((start, len(forced)))
-    return Row(example, sample, tuple(prompt), tuple(forced), tuple(spans))
+    return Row(example, sample, tuple(prompt), tuple(forced), tuple(spans), reasoning)
 
 
 def make_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
@@ -138,7 +142,7 @@ def _generate(model, config, task, rows, capacity, sampling, progress) -> list[d
         tokens = made.tokens[index][: row.example.max_new_tokens]
         finished = made.finished[index] and len(tokens) == len(made.tokens[index])
         text = model.tokenizer.decode(tokens[:-1] if finished else tokens)
-        scores = task.grade(row.example, text)
+        scores = task.grade(row.example, THINK * row.reasoning + text)
         results.append(
             {"scores": scores, "tokens": len(tokens), "finished": finished, "text": text}
             | _loaded(made.metrics, index)

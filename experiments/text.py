@@ -1,5 +1,6 @@
 """Token ids to measure on, from text files or from `.npy` files."""
 
+import codecs
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +10,74 @@ from jaxtyping import Int
 
 from retro_jax import Model
 
+MARKS = {  # UTF-32's first, as one begins like UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Byte order marks of encodings other than UTF-8."""
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh9": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"%PDF-": "PDF",
+}
+"""How files begin that have text in them, but are none."""
+
+
+def decode(contents: bytes, name: str) -> str:
+    """The text in a file: UTF-8, or UTF-16 or UTF-32 after a byte order mark.
+
+    A byte order mark is no part of the text, and every line end (CR LF, CR) is read as LF, as Python reads
+    files: the same text gives the same tokens whatever program saved it. Nothing else is changed, and no
+    other encoding is guessed.
+
+    Args:
+        contents: the file's bytes.
+        name: the file's, for messages.
+
+    Raises:
+        ValueError: the bytes are not of that encoding, or have a NUL character, which no text has.
+    """
+    for start, kind in PACKED.items():
+        if contents.startswith(start):
+            raise ValueError(f"{name} is a {kind} file, no text; unpack or convert it first")
+    encoding = next((kind for mark, kind in MARKS.items() if contents.startswith(mark)), "UTF-8")
+    try:
+        text = contents.decode(encoding)
+    except UnicodeDecodeError as error:
+        byte, line = contents[error.start], contents.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{name} is not {encoding}: byte 0x{byte:02x} at offset {error.start}, line {line}; "
+            "save it as UTF-8, or convert it from what it is in, such as by `iconv -f WINDOWS-1252 -t UTF-8`"
+        ) from None
+    if "\0" in text:
+        raise ValueError(
+            f"{name} has a NUL character at offset {text.index(chr(0))}, so it is no text, or UTF-16 without "
+            "a byte order mark; save it as UTF-8"
+        )
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
 
 def read_text(path: Path, skip_chars: int = 0, chars: int | None = None) -> str:
-    """Reads a UTF-8 text file, without its first `skip_chars` characters, at most `chars` of them.
+    """Reads a text file (see `decode`), without its first `skip_chars` characters, at most `chars` of them.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8, or nothing is left of it.
+        ValueError: the file is no text, or nothing is left of it.
     """
     if skip_chars < 0:
         raise ValueError(f"--skip-chars is {skip_chars}; it must be 0 or more")
-    if not path.is_file():
+    if chars is not None and chars < 1:
+        raise ValueError(f"--prompt-chars is {chars}; it must be 1 or more")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not a UTF-8 text file (byte {error.start}); convert it to UTF-8"
-        ) from None
+    text = decode(path.read_bytes(), str(path))
     kept = text[skip_chars:] if chars is None else text[skip_chars : skip_chars + chars]
     if not kept.strip():
         raise ValueError(f"{path} has no text after its first {skip_chars} of {len(text)} characters")

@@ -1,14 +1,15 @@
-"""AIME 2024 (American Invitational Mathematics Examination): 30 problems with whole answers to 999.
+r"""AIME 2024 (American Invitational Mathematics Examination): 30 problems with whole answers to 999.
 
 Data: .jsonl with `problem` and `answer`, or from the hub HuggingFaceH4/aime_2024 (no licence
-stated; the problems are the Mathematical Association of America's).
+stated; the problems are the Mathematical Association of America's). There is no official harness; those in
+use take the last \boxed{} of all that was written, here it is that of the reply after the reasoning.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, check_at_least
+from experiments.tasks.base import Example, Nominal, Task, check_at_least
 from experiments.tasks.extraction import number
 from experiments.tasks.sources import fetch, find, records
 
@@ -16,8 +17,8 @@ ASK = "Reason step by step and put the final answer into \\boxed{}."
 
 
 @dataclass(frozen=True)
-class AIME24:
-    """AIME 2024; pass@1 is the mean over several sampled replies."""
+class AIME24(Task):
+    r"""AIME 2024; pass@1 is the mean over several sampled replies."""
 
     metric: ClassVar[str] = "pass@1"
 
@@ -47,6 +48,11 @@ class AIME24:
             else fetch("HuggingFaceH4/aime_2024", ["data/train-00000-of-00001.parquet"])
         )
         found = [record for path in paths for record in records(path, ("problem", "answer"))]
+        for record in found:
+            if not str(record["answer"]).strip().isdecimal():
+                raise ValueError(
+                    f"{paths[0]}: the answer {record['answer']!r} is no whole number; is this AIME?"
+                )
         return [
             Example(
                 id=f"aime24-{record.get('id', index)}",
@@ -58,6 +64,6 @@ class AIME24:
             for index, record in enumerate(found)
         ][:limit]
 
-    def grade(self, example: Example, text: str) -> list[float]:
-        """1 or 0; the reasoning before "</think>" is not read where there is any."""
-        return [float(number(text.rpartition("</think>")[2]) == example.answers[0])]
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
+        """1 or 0."""
+        return [float(number(reply) == example.answers[0])]

@@ -73,6 +73,8 @@ class Nominal:
 class Task(Protocol):
     """A frozen dataclass whose fields say which examples are made; see `experiments.tasks.TASKS`.
 
+    Tasks inherit from it, for `grade`.
+
     Attributes:
       metric: what a score means, for tables.
       data: a local file or folder with the data; None: from the Hugging Face hub, or made by code.
@@ -101,7 +103,27 @@ class Task(Protocol):
         """
 
     def grade(self, example: Example, text: str) -> list[float]:
-        """A score in 0..1 for each position of the reply; called for plain `Example`s only."""
+        """A score in 0..1 for each position of the reply; called for plain `Example`s only.
+
+        Only the final reply is graded (see `final_reply`), in every task; `text` is all that was written.
+        """
+        return self.grade_reply(example, final_reply(text))
+
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
+        """`grade` of a reply without its reasoning, for a task to define."""
+
+
+THINK, END_THINK = "<think>", "</think>"
+"""Between them reasoning models write their drafts."""
+
+
+def final_reply(text: str) -> str:
+    """What a text says outside its reasoning: after the last `</think>`, before an unclosed `<think>`.
+
+    So drafts are never graded, not even those of a reply that was cut off while reasoning, from which nothing
+    is left. Many published harnesses search the whole text and may count a draft there.
+    """
+    return text.rpartition(END_THINK)[2].partition(THINK)[0]
 
 
 def check_at_least(task: Task, low: int, *names: str) -> None:

@@ -73,6 +73,6 @@ def grade(example: Example, text: str) -> list[float]:
     scores = []
     for answer in example.answers:
         before, code = answer.removesuffix(".").rsplit(" ", 1)
-        found = re.search(rf"{re.escape(before)}\s*:?\s*(\d+)", example.reply + text)
+        found = re.search(rf"{re.escape(before)}[\s:*_`\"'$]*(\d+)", example.reply + text)
         scores.append(float(found is not None and found[1] == code))
     return scores

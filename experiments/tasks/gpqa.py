@@ -1,13 +1,15 @@
-"""GPQA-Diamond (Rein et al., arXiv 2311.12022; CC BY 4.0): 198 graduate-level questions with four choices.
+r"""GPQA-Diamond (Rein et al., arXiv 2311.12022; CC BY 4.0): 198 graduate-level questions with four choices.
 
 Data: gpqa_diamond.csv, from the hub Idavidrein/gpqa, where one must accept its terms (do not publish it).
+Harnesses differ in what they ask for ("Answer: X", "The correct answer is (X)") and read that alone; here
+\boxed{X} is asked for and any of these is read.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, check_at_least, seeded
+from experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
 from experiments.tasks.extraction import choice
 from experiments.tasks.sources import fetch, find, records
 
@@ -16,7 +18,7 @@ LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
-class GPQA:
+class GPQA(Task):
     """GPQA-Diamond, the choices in a seeded order; pass@1 is the mean over several sampled replies."""
 
     metric: ClassVar[str] = "pass@1"
@@ -61,6 +63,6 @@ class GPQA:
             )
         return found
 
-    def grade(self, example: Example, text: str) -> list[float]:
-        """1 or 0; the reasoning before "</think>" is not read where there is any."""
-        return [float(choice(text.rpartition("</think>")[2], LETTERS) == example.answers[0])]
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
+        """1 or 0."""
+        return [float(choice(reply, LETTERS) == example.answers[0])]

@@ -2,29 +2,50 @@
 
 Data: the benchmark's .jsonl files, from the hub livecodebench/code_generation_lite; by default test5.jsonl,
 the problems that version 5 added. Programs are run only if `execute` is set (see `sandbox`); else the run
-keeps the texts and scores nothing. Differences from the original: the wording of the prompt; outputs are
-compared word by word, with numbers as numbers.
+keeps the texts and scores nothing.
+
+As in the original harness, the code is what stands between the last two fences; it finds `MODULES` imported,
+by name and with all their names, and may recurse 50,000 deep; to exit, with whatever status, is no failure;
+lines of output are the same if they are so without surrounding spaces, or are equal as decimal numbers; a
+function's result is compared as a value, a tuple as a list. Differences from the original: the wording of the
+prompt; reasoning is never searched for code; each test has a process of its own, whereas the original runs
+all in one, with `open` and `sys.stdin` replaced, so that programs which keep state, start threads or read
+`sys.stdin.buffer` can fare otherwise; memory is limited.
 """
 
 import base64
 import io
 import json
 import pickle
-import re
+import secrets
 import zlib
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, check_at_least
+from experiments.tasks.base import Example, Nominal, Task, check_at_least
 from experiments.tasks.sandbox import run_python
 from experiments.tasks.sources import fetch, find, records
 
 FIELDS = ("question_id", "question_content", "public_test_cases", "private_test_cases")
+MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
+    *("itertools", "functools", "operator", "io", "sys", "json"),
+)
+"""What the original harness imports before each program, as sites that judge programs do."""
+_IMPORTS = "\n".join(
+    [
+        *(f"from {module} import *" for module in [*MODULES, "builtins", "typing"]),  # builtins hide math.pow
+        *(f"import {module}" for module in MODULES),
+        "sys.setrecursionlimit(50_000)",
+        "sys.set_int_max_str_digits(50_000)",
+    ]
+)
 
 
 @dataclass(frozen=True)
-class LiveCodeBench:
+class LiveCodeBench(Task):
     """LiveCodeBench v5, code generation; pass@1 is the mean over several sampled replies."""
 
     metric: ClassVar[str] = "pass@1"
@@ -72,51 +93,44 @@ class LiveCodeBench:
             for record in found
         ]
 
-    def grade(self, example: Example, text: str) -> list[float]:
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
         """1 if the program passes every test, else 0; nothing where programs are not run."""
         if not self.execute:
             return []
-        code, tests = program(text), json.loads(example.answers[0])
+        code, tests = program(reply), json.loads(example.answers[0])
         if code is None:
             return [0.0]
         return [float(all(self._passes(code, test, tests["function"]) for test in tests["cases"]))]
 
     def _passes(self, code: str, test: dict, function: str | None) -> bool:
-        source = f"{code}\n{_call(function)}" if function else code
-        printed = run_python(source, test["input"], self.seconds, self.memory_mb)
-        if printed is None:
-            return False
         if not function:
-            return same_output(printed, test["output"])
-        try:
-            return json.loads(printed.splitlines()[-1]) == json.loads(test["output"])
-        except (ValueError, IndexError):
-            return False
+            printed = run_python(f"{_IMPORTS}\n{code}", test["input"], self.seconds, self.memory_mb)
+            return printed is not None and same_output(printed, test["output"])
+        right = secrets.token_hex()  # which the solution cannot print by chance
+        source = _caller(code, function, test["output"], right)
+        printed = run_python(source, test["input"], self.seconds, self.memory_mb)
+        return printed is not None and printed.splitlines()[-1:] == [right]
 
 
-def program(text: str) -> str | None:
-    """The last block of code in a reply, after the reasoning."""
-    reply = text.rpartition("</think>")[2]
-    blocks = re.findall(r"```(?:[Pp]y(?:thon)?3?)?[^\S\n]*\n(.*?)```", reply, re.DOTALL)
-    return blocks[-1] if blocks else None
+def program(reply: str) -> str | None:
+    """The code between the last two lines of a reply that have three backticks, None without two."""
+    lines = reply.split("\n")
+    fences = [number for number, line in enumerate(lines) if "```" in line]
+    return "\n".join(lines[fences[-2] + 1 : fences[-1]]) if len(fences) > 1 else None
 
 
 def same_output(printed: str, wanted: str) -> bool:
-    """Whether two outputs have the same words line by line, numbers compared as numbers."""
-    ours, theirs = (
-        [line.split() for line in text.strip().splitlines() if line.strip()] for text in (printed, wanted)
-    )
-    return len(ours) == len(theirs) and all(
-        len(a) == len(b) and all(map(_same_word, a, b)) for a, b in zip(ours, theirs, strict=True)
-    )
+    """Whether two outputs are the same line by line, without surrounding spaces or as decimal numbers."""
+    ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (printed, wanted))
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
 
 
-def _same_word(one: str, other: str) -> bool:
+def _same_line(one: str, other: str) -> bool:
     if one == other:
         return True
     try:
-        return abs(float(one) - float(other)) <= 1e-9 * max(1.0, abs(float(other)))
-    except ValueError:
+        return [Decimal(word) for word in one.split()] == [Decimal(word) for word in other.split()]
+    except InvalidOperation:
         return False
 
 
@@ -132,8 +146,13 @@ def _prompt(record: dict) -> str:
 
 
 def _tests(record: dict) -> dict:
-    cases = json.loads(record["public_test_cases"]) + _private(record["private_test_cases"])
-    metadata = json.loads(record.get("metadata") or "{}")
+    try:
+        cases = json.loads(record["public_test_cases"]) + _private(record["private_test_cases"])
+        metadata = json.loads(record.get("metadata") or "{}")
+    except (ValueError, LookupError, EOFError, zlib.error, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"problem {record['question_id']} has tests that cannot be read ({error})"
+        ) from error
     return {"cases": cases, "function": metadata.get("func_name")}
 
 
@@ -155,12 +174,19 @@ class _Strings(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is no string")
 
 
-def _call(function: str) -> str:
-    """Source that calls a solution's function with the arguments on stdin, one JSON value a line."""
-    return (
-        "import json as _json, sys as _sys\n"
-        "_arguments = [_json.loads(line) for line in _sys.stdin.read().splitlines() if line.strip()]\n"
-        f"_owner = Solution() if 'Solution' in globals() else None\n"
-        f"_call = getattr(_owner, {function!r}) if _owner else globals()[{function!r}]\n"
-        "print('\\n' + _json.dumps(_call(*_arguments)))\n"
-    )
+def _caller(code: str, function: str, wanted: str, right: str) -> str:
+    """Source that calls a solution's function and prints `right` if its result is `wanted`, as JSON.
+
+    It reads the arguments from stdin, one JSON value a line. The solution is no main program, as for the
+    original: an example of its use under `__main__` is not run.
+    """
+    return f"""
+import json, sys, types
+solution = types.ModuleType("solution")
+exec(compile({f"{_IMPORTS}\n{code}"!r}, "solution.py", "exec"), solution.__dict__)
+owner = solution.Solution() if hasattr(solution, "Solution") else solution
+result = getattr(owner, {function!r})(*map(json.loads, sys.stdin.read().strip().split("\\n")))
+result = list(result) if isinstance(result, tuple) else result
+sys.stdout = sys.__stdout__
+print("\\n" + {right!r} * (result == json.loads({wanted!r})))
+"""

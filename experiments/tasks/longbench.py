@@ -1,10 +1,11 @@
 """LongBench (Bai et al., arXiv 2308.14508; MIT): long input, short output; six of its English subsets.
 
 Data: SUBSET.jsonl with `input`, `context`, `answers`, or from data.zip on the hub, THUDM/LongBench.
-Differences from the original: the wording of the prompts, and a prompt that is too long is an error instead
-of being cut.
+The metrics are the original's. Differences from it: the wording of the prompts; a prompt that is too long is
+an error instead of being cut; a model's reasoning is not graded.
 """
 
+import itertools
 import re
 import string
 from collections import Counter
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, check_at_least, check_one_of
+from experiments.tasks.base import Example, Nominal, Task, check_at_least, check_one_of
 from experiments.tasks.sources import fetch, find, parse, records, zip_member
 
 
@@ -31,17 +32,36 @@ def f1(reply: str, answer: str) -> float:
 
 
 def rouge_l(reply: str, answer: str) -> float:
-    """ROUGE-L: F1 of the longest common subsequence of words (Lin 2004)."""
-    ours, theirs = reply.lower().split(), answer.lower().split()
-    lengths = [0] * (len(theirs) + 1)
-    for word in ours:
-        before = 0
-        for index, other in enumerate(theirs, 1):
-            before, lengths[index] = (
-                lengths[index],
-                before + 1 if word == other else max(lengths[index], lengths[index - 1]),
-            )
-    return 2 * lengths[-1] / (len(ours) + len(theirs)) if lengths[-1] else 0.0
+    """ROUGE-L of summaries (Lin 2004), as the package `rouge` 1.0.1 counts, which LongBench uses.
+
+    F1 of the different words in any longest common subsequence of two sentences; periods end sentences.
+    """
+    ours, theirs = ([part.split() or [""] for part in text.split(".") if part] for text in (reply, answer))
+    shared = {word for their in theirs for our in ours for word in _common_subsequence(their, our)}
+    if not shared:
+        return 0.0
+    recall, precision = (len(shared) / len(set(itertools.chain(*sentences))) for sentences in (theirs, ours))
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def _common_subsequence(one: list[str], other: list[str]) -> list[str]:
+    """The words of a longest common subsequence; of several, the one that the package chooses."""
+    lengths = [[0] * (len(other) + 1)]
+    for word in one:
+        row, above = [0], lengths[-1]
+        for index, another in enumerate(other):
+            row.append(above[index] + 1 if word == another else max(above[index + 1], row[-1]))
+        lengths.append(row)
+    found, i, j = [], len(one), len(other)
+    while i and j:
+        if one[i - 1] == other[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(one[i])
+        elif lengths[i - 1][j] > lengths[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
 
 
 def paragraph(reply: str, answer: str) -> float:
@@ -76,7 +96,7 @@ SUBSETS = {
 
 
 @dataclass(frozen=True)
-class LongBench:
+class LongBench(Task):
     """A subset of LongBench; the best score over the accepted answers."""
 
     metric: ClassVar[str] = "score"
@@ -131,6 +151,6 @@ class LongBench:
             )
         return examples
 
-    def grade(self, example: Example, text: str) -> list[float]:
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
         """One score, the best over the accepted answers."""
-        return [max(SUBSETS[self.subset].score(text.strip(), answer) for answer in example.answers)]
+        return [max(SUBSETS[self.subset].score(reply, answer) for answer in example.answers)]

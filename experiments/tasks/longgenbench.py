@@ -3,14 +3,17 @@
 Its score is the accuracy at each question's place in the reply, so that errors that pile up along a long
 generation show. Differences from the original: the wording of the prompt; MMLU's and CommonsenseQA's worked
 examples end in the answer without steps, as their data has none; CommonsenseQA, which the RetroAttention
-paper adds, is read from its dev split.
+paper adds, is read from its dev split. The original takes the paragraphs that follow a colon and a line
+break in their order, without looking at their numbers, and of each the last number without its sign, or the
+last of the capitals A to D, and it asks again for answers that MMLU's reply lacks; here an answer belongs to
+the question that its heading names, is what it states (see `extraction`), and what is missing is wrong.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, check_at_least, check_one_of, seeded
+from experiments.tasks.base import Example, Nominal, Task, check_at_least, check_one_of, seeded
 from experiments.tasks.extraction import choice, number, sections
 from experiments.tasks.questions import LETTERS, Question, commonsenseqa, gsm8k, mmlu
 
@@ -21,7 +24,7 @@ SIZES = {"gsm8k": 1319, "mmlu": 14042, "commonsenseqa": 1221}
 
 
 @dataclass(frozen=True)
-class LongGenBench:
+class LongGenBench(Task):
     """n questions in one prompt, answered in order in one generation; accuracy by question position."""
 
     metric: ClassVar[str] = "accuracy"
@@ -68,9 +71,9 @@ class LongGenBench:
             for index, group in enumerate(groups[:limit])
         ]
 
-    def grade(self, example: Example, text: str) -> list[float]:
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
         """1 or 0 for each question."""
-        parts = sections(text, len(example.answers))
+        parts = sections(reply, len(example.answers))
         find = number if self.source == "gsm8k" else lambda part: choice(part, LETTERS[:5])
         return [float(find(part) == answer) for part, answer in zip(parts, example.answers, strict=True)]
 

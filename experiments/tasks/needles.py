@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from experiments.tasks import codes
-from experiments.tasks.base import Example, Nominal, check_at_least, seeded
+from experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
 from experiments.tasks.sources import find
 from experiments.text import read_text
 
@@ -18,7 +18,7 @@ TEXT = Path(__file__).resolve().parent.parent / "texts" / "portrait_of_a_lady.tx
 
 
 @dataclass(frozen=True)
-class Needles:
+class Needles(Task):
     """Codes hidden in a text, then asked for in one generation; accuracy by answer position."""
 
     metric: ClassVar[str] = "exact match"
@@ -57,9 +57,9 @@ class Needles:
             found.append(codes.ask(f"needles-{index:04}", " ".join(sentences), asked, self.forced))
         return found
 
-    def grade(self, example: Example, text: str) -> list[float]:
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
         """1 or 0 for each question."""
-        return codes.grade(example, text)
+        return codes.grade(example, reply)
 
     def _piece(self, rng, text: str) -> list[str]:
         """Sentences in a row of about `words` words, from a random place."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Nominal, Passage, check_at_least, seeded
+from experiments.tasks.base import Nominal, Passage, Task, check_at_least, seeded
 from experiments.tasks.sources import find
 from experiments.text import read_text
 
@@ -16,7 +16,7 @@ CHARS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
-class PG19:
+class PG19(Task):
     """Negative log-likelihood of books' tokens, decoded along after a short prompt, against position."""
 
     metric: ClassVar[str] = "NLL"
@@ -66,6 +66,6 @@ class PG19:
                 )
         return found[:limit]
 
-    def grade(self, example: Passage, text: str) -> list[float]:
+    def grade_reply(self, example: Passage, reply: str) -> list[float]:
         """Never called: a passage is not generated."""
         raise TypeError(f"{example.id} is decoded along, not generated")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from experiments.tasks import codes
-from experiments.tasks.base import Example, Nominal, check_at_least, seeded
+from experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
 
 CHARS_PER_PAIR = 42
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(Task):
     """A list of keys with codes, then questions about them in one generation; accuracy by answer position."""
 
     metric: ClassVar[str] = "exact match"
@@ -52,6 +52,6 @@ class Recall:
             found.append(codes.ask(f"recall-{index:04}", context, asked, self.forced))
         return found
 
-    def grade(self, example: Example, text: str) -> list[float]:
+    def grade_reply(self, example: Example, reply: str) -> list[float]:
         """1 or 0 for each question."""
-        return codes.grade(example, text)
+        return codes.grade(example, reply)

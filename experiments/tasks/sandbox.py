@@ -31,7 +31,8 @@ def run_python(source: str, given: str, seconds: float, memory_mb: int) -> str |
       memory_mb: limit of its address space.
 
     Returns:
-      Its standard output; None if it failed, took too long or wrote more than 10 MB.
+      Its standard output; None if it failed, took too long or wrote more than 10 MB. To exit, with whatever
+      status, is no failure.
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         program = Path(folder) / "program.py"
@@ -78,4 +79,5 @@ if __name__ == "__main__":
     _, _program, _seconds, _memory = sys.argv
     _limit(float(_seconds), int(_memory))
     sys.argv = [_program]
-    runpy.run_path(_program, run_name="__main__")
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(_program, run_name="__main__")

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import huggingface_hub
 
+from experiments.text import decode
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -70,11 +72,7 @@ def records(path: Path, fields: Iterable[str], header: Sequence[str] | None = No
     if path.suffix == ".parquet":
         found = _pyarrow(str(path)).read_table(path).to_pylist()
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
-        found = parse(text, path.suffix, str(path), header)
+        found = parse(decode(path.read_bytes(), str(path)), path.suffix, str(path), header)
     if not found:
         raise ValueError(f"{path} has no records")
     for number, record in enumerate(found, 1):
@@ -91,7 +89,10 @@ def parse(text: str, suffix: str, name: str, header: Sequence[str] | None = None
       ValueError: the text is broken.
     """
     if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text), fieldnames=header))
+        try:
+            return list(csv.DictReader(io.StringIO(text), fieldnames=header))
+        except csv.Error as error:
+            raise ValueError(f"{name} is not CSV ({error}); is this the right file?") from None
     try:
         if suffix == ".json":
             found = json.loads(text)
@@ -115,7 +116,7 @@ def zip_member(path: Path, member: str) -> str:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.read(member).decode("utf-8")
+            return decode(archive.read(member), f"{path} {member}")
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{path} is not a zip archive with {member} in it ({error})") from None
 

@@ -240,6 +240,29 @@ def test_refused(failure, tmp_path):
     page.write_text("mine")
     assert "exists; choose another --out, or pass --overwrite" in failure("report", folder, "--out", page)
     assert page.read_text() == "mine"
-    with RunFolder(tmp_path / "empty", {"name": "x"}):
+    with RunFolder(tmp_path / "empty", {"name": "x", "config": {}, "examples": ""}):
         pass
     assert "has no results yet" in failure("report", tmp_path / "empty", "--out", tmp_path / "new.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("config.json", "", r"config\.json is damaged \(it is empty\)"),
+        ("config.json", '{"name"', r"config\.json is damaged \(Expecting ':'.*restore it, or start anew"),
+        ("config.json", '{"model_type": "llama"}', r"config\.json is not a run's: it has no 'name'"),
+        ("results-0.jsonl", '{"method": "full"}\n', r"results-0\.jsonl line 1 has no 'example'"),
+        ("timings-0.jsonl", '{"method": "full"}\n', r"timings-0\.jsonl line 1 has no 'batch'"),
+        ("provenance-0.jsonl", "{}\n", r"provenance-0\.jsonl line 1 has no 'commit'"),
+        (
+            "results-1.jsonl",
+            '{"example": "a", "method": "b", "sample": 0}\n',
+            r"a, b, 0 has no 'scores'; were two",
+        ),
+    ],
+)
+def test_damaged_folders(tmp_path, name, contents, message):
+    folder = a_run(tmp_path / "a", LongGenBench(n=2), scored(2, examples=2))
+    (folder / name).write_text(contents)
+    with pytest.raises(ValueError, match=message):
+        read_run(folder)

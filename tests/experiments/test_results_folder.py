@@ -1,10 +1,12 @@
+import errno
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from experiments.results import ResultsFolder, finite, run_name
+from experiments.results import ResultsFolder, finite, run_name, write_json
 from retro_jax import DecodeConfig, Metrics
 
 IDENTITY = {"model": "m", "tokens": 8, "config": {"budget": 0.15, "page_size": 16}}
@@ -84,3 +86,52 @@ def test_order_of_runs(tmp_path):
 def test_numbers_that_are_not_finite_become_null():
     values = {"a": [float("nan"), 1.0], "b": {"c": float("inf"), "d": "text", "e": None}}
     assert json.dumps(finite(values)) == '{"a": [null, 1.0], "b": {"c": null, "d": "text", "e": null}}'
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"model"', b"[]"])
+def test_a_damaged_comparison_is_named(tmp_path, damage):
+    ResultsFolder(tmp_path, IDENTITY).save(CONFIG, a_score(), 1.5, {})
+    (tmp_path / "comparison.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"comparison\.json is damaged \(.*; restore it, or start anew"):
+        ResultsFolder(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 700, -30, "no zip", "no arrays"])
+def test_a_damaged_run_is_named(tmp_path, kept):
+    folder = ResultsFolder(tmp_path, IDENTITY)
+    folder.save(CONFIG, a_score(), 1.5, {})
+    file = tmp_path / "runs" / "retro-w2.npz"
+    if kept == "no arrays":
+        np.savez(file, nll=np.zeros(3))
+    else:
+        file.write_bytes(b"something else" if kept == "no zip" else file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"retro-w2\.npz is damaged.*move it away, and the same command"):
+        folder.runs()
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, step):
+    write_json(tmp_path / "results.json", {"a": 1})
+    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(
+        OSError, match=r"could not write .*results\.json \(No space left on device\); nothing of it"
+    ):
+        write_json(tmp_path / "results.json", {"a": 2})
+    with pytest.raises(OSError, match=r"could not write .*comparison\.json"):
+        folder.save(CONFIG, a_score(), 1.5, {})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["results.json"]
+    monkeypatch.undo()
+    (tmp_path / "new" / "comparison.json.partial1").write_text("{")  # of a kill
+    ResultsFolder(tmp_path / "new", IDENTITY).save(CONFIG, a_score(), 1.5, {})
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_door(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="cannot be written to; choose another --out"):
+        ResultsFolder(tmp_path / "new", IDENTITY)

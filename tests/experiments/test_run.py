@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import experiments.run
 from experiments.configs import CONFIGS
 from experiments.run_config import RunConfig
 from experiments.run_plan import known_model, make_plan
-from experiments.run_work import Row, make_batches
+from experiments.run_work import Row, decode_batch, encode, make_batches
 from experiments.tasks import Example
+from experiments.tasks.aime24 import AIME24
 from experiments.tasks.recall import Recall
 from models.presets import SIZES
-from retro_jax import preset
+from retro_jax import Sampling, preset
 from tests.experiments import stand_in
 
 SMALL = ("--task.pairs", 8, "--task.questions", 3, "--task.count", 3, "--batch", 2, "--windows", 2)
@@ -209,6 +211,13 @@ def test_known_models():
     assert known_model("nobody/knows-this", None) is None
 
 
+@pytest.mark.parametrize("contents", [b"", b'{"model_type"', b"[]"])
+def test_a_damaged_model_is_named(tmp_path, contents):
+    (tmp_path / "config.json").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*\); fetch the model again"):
+        known_model(str(tmp_path), None)
+
+
 def test_batches_are_of_similar_lengths():
     rows = [
         Row(Example(id=f"{i:02}", prompt="", max_new_tokens=5), 0, (0,) * length)
@@ -220,3 +229,28 @@ def test_batches_are_of_similar_lengths():
         ["02"],
     ]
     assert make_batches(rows[::-1], 2) == make_batches(rows, 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "score"),
+    [
+        ("{}<think>\n", "It may be 73.", 0),  # cut off while reasoning, which the prompt had begun
+        ("{}<think>\n", "It may be 12.</think>73", 1),
+        ("{}<think>\n\n</think>\n\n", "73", 1),
+        ("{}", "73", 1),
+        ("{}", "<think>73", 0),
+    ],
+)
+def test_drafts_are_not_graded(monkeypatch, template, written, score):
+    tokenizer = SimpleNamespace(
+        chat_template=template,
+        chat=lambda messages: template.format(messages[0]["content"]),
+        encode=lambda text, add_bos: list(map(ord, text)),
+        decode=lambda ids: "".join(map(chr, ids)),
+    )
+    model = SimpleNamespace(tokenizer=tokenizer, config=SIZES["tiny"])
+    made = SimpleNamespace(tokens=[list(map(ord, written))], finished=[False], metrics=None)
+    monkeypatch.setattr("experiments.run_work.generate", lambda *_, **__: made)
+    row = encode(tokenizer, Example(id="a", prompt="Q", answers=("73",), max_new_tokens=50, chat=True))
+    (result,) = decode_batch(model, None, AIME24(), [row], 1, Sampling(), None)
+    assert result["scores"] == [score] and result["text"] == written

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from experiments.run_folder import RunFolder, read_results
+from experiments.run_folder import RunFolder, check_folder, read_results
 
 IDENTITY = {"name": "x", "config": {"task": {"n": 3}}}
 
@@ -88,3 +88,58 @@ def test_a_kill_while_the_config_is_written_is_no_obstacle(tmp_path):
         assert folder.done() == set()
     with pytest.raises(ValueError, match=r"holds another run \(config.task.n 3, not 4\)"):
         RunFolder(tmp_path, {"name": "x", "config": {"task": {"n": 4}}})
+
+
+def test_times_that_do_not_fit_on_the_disk_leave_what_was_there(tmp_path, monkeypatch):
+    def full(file, data):
+        real(file, data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunFolder(tmp_path, IDENTITY) as folder:
+        folder.note("timings-0.jsonl", {"a": 1})
+        real = os.write
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(
+                OSError, match=r"could not write to .*timings-0\.jsonl \(No space left on device\)"
+            ):
+                folder.note("timings-0.jsonl", {"a": 2})
+    assert (tmp_path / "timings-0.jsonl").read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"name": "x"', b"\0\0\0", b"[]", b"\xff"])
+def test_a_damaged_config_is_named(tmp_path, damage):
+    with RunFolder(tmp_path, IDENTITY) as folder:
+        folder.append([line(1)])
+    (tmp_path / "config.json").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*; restore it, or start anew"):
+        check_folder(tmp_path, IDENTITY)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_the_door(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OSError, match=r"file is a file, so .*file/run cannot be a folder; choose another --out"
+    ):
+        check_folder(tmp_path / "file" / "run", IDENTITY)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=f"{tmp_path} cannot be written to; choose another --out"):
+        check_folder(tmp_path / "new" / "run", IDENTITY)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with (
+        pytest.raises(OSError, match=r"cannot be locked \(No locks available\)"),
+        RunFolder(tmp_path, IDENTITY),
+    ):
+        pass
+
+
+def test_names_with_spaces_and_umlauts(tmp_path):
+    with RunFolder(tmp_path / "mit leer \u00fcn\u00ef" / "r", IDENTITY) as folder:
+        folder.append([line(1)])
+        assert folder.done() == {("e1", "full", 0)}

@@ -1,26 +1,21 @@
-import base64
 import json
-import pickle
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from experiments.tasks import TASKS, Asked, Passage, Task
+from experiments.tasks import TASKS, Asked, Example, Passage, Task
 from experiments.tasks.aime24 import AIME24
-from experiments.tasks.extraction import boxed, choice, number, plain_number, sections
 from experiments.tasks.gpqa import CHOICES, GPQA
-from experiments.tasks.livecodebench import LiveCodeBench, program, same_output
+from experiments.tasks.livecodebench import LiveCodeBench
 from experiments.tasks.longbench import LongBench, f1, paragraph, rouge_l
 from experiments.tasks.longgenbench import READ, LongGenBench
 from experiments.tasks.needles import Needles
 from experiments.tasks.pg19 import PG19
 from experiments.tasks.questions import Question
 from experiments.tasks.recall import Recall
-from experiments.tasks.sandbox import run_python
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not here")
@@ -61,74 +56,6 @@ def test_every_task_keeps_the_protocol(name):
         assert len({example.id for example in found}) == len(found) > 0
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Answer_1:\n2+2=4\nAnswer_2: 5\n", ["2+2=4", "5"]),
-        ("**Answer 1:** a\n\n**Answer 2:** b", ["** a", "** b"]),
-        ("Sure!\n1. skipped\nAnswer_2: b", ["", "b"]),
-        ("Answer_1: a\nAnswer_1: other\nAnswer_2: b", ["a", "b"]),
-        ("Answer_2: b\nAnswer_1: a", ["a", "b"]),
-        ("Answer_1: a\nAnswer_2: b\nAnswer_3: c\nAnswer_1: z", ["a", "b"]),
-        ("Question_1: what?\nAnswer_1: a\nQuestion_2: why?\nAnswer_2: b", ["a", "b"]),
-        ("Question 1: so 3\nQuestion 2: so 4", ["so 3", "so 4"]),
-        ("### Answer_1: a ### Answer_2: b", ["a", "b"]),
-        ("answer 1) a\nANSWER 2) b", ["a", "b"]),
-        ("Answer_12: no", ["", ""]),
-        ("The answer is 1: but Answer_1: a", ["a", ""]),
-        ("", ["", ""]),
-    ],
-)
-def test_sections(text, expected):
-    assert sections(text, 2) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("So 3 and 4. The answer is 7.", "7"),
-        ("The answer is 7. The answer is 8.", "7"),
-        ("The answer is: $1,234.50 in all", "1234.5"),
-        ("The answer is **42**", "42"),
-        ("3 x 5 = 15", "15"),
-        ("it is \\boxed{\\frac{1}{2}} no, \\boxed{ 073 }", "73"),
-        ("The final answer is x = -5.", "-5"),
-        ("10.00", "10"),
-        ("0", "0"),
-        ("no digits", None),
-    ],
-)
-def test_number(text, expected):
-    assert number(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The answer is (B).", "B"),
-        ("The answer is C", "C"),
-        ("Answer: **D**", "D"),
-        ("(A) is wrong since... The answer is (B). (C) too.", "B"),
-        ("B", "B"),
-        ("C) because", "C"),
-        ("it must be (D), surely (D)", "D"),
-        ("(A) or (B)", None),
-        ("A dog is an animal", None),
-        ("\\boxed{\\text{(C)}} The answer is A", "C"),
-        ("The answer is Because", None),
-        ("", None),
-    ],
-)
-def test_choice(text, expected):
-    assert choice(text, "ABCD") == expected
-
-
-def test_boxed_braces_are_balanced():
-    assert boxed("a \\boxed{x^{2}+{1}} b") == "x^{2}+{1}"
-    assert boxed("\\boxed{1} \\boxed{2") == "1"
-    assert plain_number("007") == "7" and plain_number("-0.50") == "-0.5"
-
-
 def test_longgenbench(gsm8k):
     task = LongGenBench(data=gsm8k, n=3, shots=2, tokens_per_answer=10)
     examples = task.examples(0, None)
@@ -154,7 +81,10 @@ def test_longgenbench_on_real_data(source, n):
         form = "The answer is ({})." if source != "gsm8k" else "The answer is {}."
         right = "\n".join(f"Answer_{i}: {form.format(a)}" for i, a in enumerate(example.answers, 1))
         assert task.grade(example, right) == [1.0] * n
-        assert sum(task.grade(example, right.replace("Answer_2:", "Then:"))) == n - 1
+        left_out = [line for line in right.splitlines() if not line.startswith("Answer_2:")]
+        assert task.grade(example, "\n".join(left_out)) == [1.0, 0.0] + [1.0] * (n - 2)
+        drafts = "<think>\nQuestion_1: Answer_1: The answer is 1.\nAnswer_2: The answer is (A).\n</think>\n"
+        assert task.grade(example, drafts + right) == [1.0] * n
 
 
 def test_recall_and_needles():
@@ -171,6 +101,8 @@ def test_recall_generated():
     whole = " ".join(example.answers)
     reply = whole.removeprefix(example.reply)
     assert reply != whole and task.grade(example, reply) == [1.0, 1.0, 1.0]
+    marked = reply.replace(" is ", " is: **").replace(".", "**.")
+    assert marked != reply and task.grade(example, marked) == [1.0, 1.0, 1.0]
     assert task.grade(example, reply.replace(example.answers[1], "")) == [1.0, 0.0, 1.0]
     wrong = example.answers[2][:-3] + ("00." if example.answers[2][-3:-1] != "00" else "11.")
     assert task.grade(example, reply.replace(example.answers[2], wrong + "\n" + example.answers[2])) == [
@@ -208,6 +140,50 @@ def test_aime24_on_real_data():
     assert task.grade(examples[0], f"<think>\\boxed{{{answer}}}</think> So \\boxed{{1000}}.") == [0.0]
 
 
+def test_aime24(tmp_path):
+    solution = "Pages 3-5: $m + n = 70 + 3 = \\framebox{073}$.\n~someone, 2024"
+    records = [{"id": 1, "problem": "Q", "answer": "073"}, {"id": 2, "problem": "Q", "answer": 204}]
+    examples = AIME24(data=write_lines(tmp_path / "test.jsonl", records)).examples(0, None)
+    assert [example.answers for example in examples] == [("73",), ("204",)]
+    assert AIME24().grade(examples[0], solution) == [1.0]
+    assert AIME24().grade(examples[0], f"<think>{solution}</think>\\boxed{{72}}") == [0.0]
+    write_lines(tmp_path / "test.jsonl", [{"problem": "Q", "answer": "1/2"}])
+    with pytest.raises(ValueError, match=r"test\.jsonl: the answer '1/2' is no whole number; is this AIME"):
+        AIME24(data=tmp_path).examples(0, None)
+
+
+def test_solutions_of_gsm8k_are_right_replies(gsm8k):
+    task = LongGenBench(data=gsm8k, n=3, shots=0)
+    solutions = [json.loads(line)["answer"] for line in (gsm8k / "test.jsonl").read_text().splitlines()]
+    for example in task.examples(0, None):
+        chosen = [next(s for s in solutions if s.endswith(f"1,{a[1:]}")) for a in example.answers]
+        reply = "\n\n".join(f"### Answer {i}\n{solution}" for i, solution in enumerate(chosen, 1))
+        assert task.grade(example, f"<think>1. {solutions[0]}</think>\n{reply}") == [1.0] * 3
+
+
+@pytest.mark.parametrize("source", ["mmlu", "commonsenseqa"])
+def test_solutions_of_choices_are_right_replies(source):
+    example = Example(id="x", prompt="", answers=("B", "D"))
+    for form in ("({})", "{}.", "The answer is ({}).", "\\boxed{{{}}}", "The correct option is {}."):
+        reply = "\n".join(f"Answer_{i}: {form.format(a)}" for i, a in enumerate(example.answers, 1))
+        assert LongGenBench(source, n=2).grade(example, reply) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("subset", "answer", "reply"),
+    [
+        ("hotpotqa", "Lyon", "Lyon"),
+        ("passage_retrieval_en", "Paragraph 7", "Paragraph 7"),
+        ("gov_report", "a", "a"),
+    ],
+)
+def test_reasoning_costs_nothing_in_longbench(subset, answer, reply):
+    task, example = LongBench(subset), Example(id="x", prompt="", answers=(answer,))
+    thought = "Paris? Paragraph 3 says a.\n</think>\n\n"
+    assert task.grade(example, thought + reply) == task.grade(example, reply) == [pytest.approx(1.0)]
+    assert task.grade(example, "<think>" + answer) == [0.0]
+
+
 def test_gpqa(tmp_path):
     header = ("Record ID", "Question", *CHOICES)
     rows = [header, *((f"r{i}", f'"Q, {i}?"', "right", "x", "y", "z") for i in range(12))]
@@ -222,87 +198,28 @@ def test_gpqa(tmp_path):
     assert [e.answers for e in examples] != [e.answers for e in task.examples(1, None)]
 
 
-def a_problem(**changes):
-    hidden = json.dumps([{"input": "4\n", "output": "8\n", "testtype": "stdin"}])
-    packed = base64.b64encode(zlib.compress(pickle.dumps(hidden))).decode()
-    return {
-        "question_id": "abc",
-        "question_content": "Double it.",
-        "public_test_cases": json.dumps([{"input": "3\n", "output": "6\n", "testtype": "stdin"}]),
-        "private_test_cases": packed,
-        "metadata": "{}",
-        "starter_code": "",
-    } | changes
-
-
-def reply(code):
-    return f"<think>```python\nwrong\n```</think>Here:\n```python\n{code}\n```"
-
-
-def test_livecodebench(tmp_path):
-    path = write_lines(tmp_path / "test5.jsonl", [a_problem()])
-    task = LiveCodeBench(data=path, execute=True, seconds=5)
-    (example,) = task.examples(0, None)
-    assert len(json.loads(example.answers[0])["cases"]) == 2
-    assert task.grade(example, reply("print(2 * int(input()))")) == [1.0]
-    assert task.grade(example, reply("print(6)")) == [0.0]  # fails the hidden test
-    assert task.grade(example, "no code") == [0.0]
-    assert LiveCodeBench(data=path).grade(example, reply("print(6)")) == []  # off by default
-
-
-def test_livecodebench_functions(tmp_path):
-    cases = json.dumps([{"input": "[1, 2]\n3", "output": "[3, 6]", "testtype": "functional"}])
-    record = a_problem(
-        public_test_cases=cases,
-        private_test_cases="[]",
-        metadata='{"func_name": "scale"}',
-        starter_code="class",
-    )
-    task = LiveCodeBench(data=write_lines(tmp_path / "x.jsonl", [record]), execute=True)
-    (example,) = task.examples(0, None)
-    good = "class Solution:\n  def scale(self, a, k):\n    print('noise')\n    return [k * x for x in a]"
-    assert task.grade(example, reply(good)) == [1.0]
-    assert task.grade(example, reply(good.replace("k * x", "x"))) == [0.0]
-
-
-def test_hidden_tests_cannot_run_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return print, ("ran",)
-
-    packed = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
-    path = write_lines(tmp_path / "x.jsonl", [a_problem(private_test_cases=packed)])
-    with pytest.raises(pickle.UnpicklingError, match="is no string"):
-        LiveCodeBench(data=path).examples(0, None)
-
-
-def test_programs_and_outputs():
-    assert program("```\na\n``` text ```py\nb\n```") == "b\n"
-    assert program("none") is None
-    assert same_output("1 2.0\n\n3\n", "1 2\n3") and not same_output("1 2", "1 3")
-    assert not same_output("1\n2", "1 2") and not same_output("x", "1")
-
-
-def test_sandbox(tmp_path, monkeypatch):
-    monkeypatch.setenv("SECRET", "x")
-    assert run_python("print(input() + '!')", "hi", 5, 1000) == "hi!\n"
-    assert run_python("import os; print(os.environ.get('SECRET'), os.listdir('.'))", "", 5, 1000) == (
-        "None ['program.py']\n"
-    )
-    assert run_python("raise SystemExit(3)", "", 5, 1000) is None
-    assert run_python("while True: pass", "", 0.5, 1000) is None
-    assert run_python("x = bytearray(10**9); print('got it')", "", 5, 500) is None
-    assert run_python("open('f', 'wb').write(b'x' * 10**8)", "", 5, 1000) is None
-    assert run_python("import sys; print(sys.flags.isolated, sys.argv)", "", 5, 1000).startswith("1 ['/")
-
-
 def test_longbench_metrics():
     assert f1("The cat sat.", "a cat") == pytest.approx(2 / 3)  # cat sat, cat
     assert f1("dog", "cat") == 0.0 and f1("", "cat") == 0.0
-    assert rouge_l("a b c d", "a c e") == pytest.approx(4 / 7)
-    assert rouge_l("x", "y") == 0.0
     assert paragraph("Paragraph 3, not 4", "Paragraph 3") == 0.5
     assert paragraph("none", "Paragraph 3") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "value"),  # of the package rouge 1.0.1
+    [
+        ("a b c d", "a c e", 0.5714285665),
+        ("A b", "a b", 0.4999999950),
+        ("the cat. sat there", "the cat sat. there it sat", 0.6666666617),
+        ("a b a b a b. c", "b a. c d. ", 0.7499999953),
+        ("the dog. and a cat. ", "a cat and the dog.", 0.7272727223),
+        ("x", "y", 0.0),
+        ("", "y", 0.0),
+        ("...", "y", 0.0),
+    ],
+)
+def test_rouge_l(reply, answer, value):
+    assert rouge_l(reply, answer) == pytest.approx(value, abs=1e-10)
 
 
 def test_longbench(tmp_path):
@@ -383,6 +300,26 @@ def test_wrong_data(gsm8k, contents, error, message):
         (gsm8k / "test.jsonl").write_bytes(contents.encode("latin-1"))
     with pytest.raises(error, match=message):
         LongGenBench(data=gsm8k, n=1, shots=1).examples(0, None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n"])
+def test_data_as_programs_save_it(tmp_path, gsm8k, encoding, end):
+    wanted = LongGenBench(data=gsm8k, n=1, shots=1).examples(0, None)
+    rows = [["Question", *CHOICES], ['"Zo\u00eb, why?"', "right", "x", "y", "z"]]
+    (tmp_path / "gpqa_diamond.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    question = GPQA(data=tmp_path).examples(0, None)
+    for name in ("train.jsonl", "test.jsonl", "gpqa_diamond.csv"):
+        saved = (tmp_path / name).read_text().replace("\n", end)
+        (tmp_path / name).write_bytes(saved.encode(encoding))
+    assert LongGenBench(data=gsm8k, n=1, shots=1).examples(0, None) == wanted
+    assert GPQA(data=tmp_path).examples(0, None) == question
+
+
+def test_a_table_that_is_none(tmp_path):
+    (tmp_path / "gpqa_diamond.csv").write_text("Question\n" + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"gpqa_diamond\.csv is not CSV \(field larger than"):
+        GPQA(data=tmp_path).examples(0, None)
 
 
 def test_missing_data(tmp_path, gsm8k):

@@ -1,3 +1,6 @@
+import gzip
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +27,14 @@ def test_reads_part_of_a_text(text):
     ("contents", "skip", "message"),
     [
         (None, 0, "there is no file"),
-        (b"\xff\xfe\x00", 0, r"not a UTF-8 text file \(byte 0\)"),
+        (b"ab\ncaf\xe9 noir", 0, r"is not UTF-8: byte 0xe9 at offset 6, line 2.*save it as UTF-8.*iconv"),
+        (b"\xef\xbb\xbf\xff", 0, "is not UTF-8: byte 0xff at offset 3, line 1"),
+        (b"\xff\xfea\0b", 0, "is not UTF-16: byte 0x62 at offset 4"),
+        (b"a\0b\0", 0, "NUL character at offset 1, so it is no text, or UTF-16 without"),
+        (gzip.compress(b"abc"), 0, "is a gzip file, no text; unpack"),
+        (b"PK\x03\x04abc", 0, "is a zip file"),
+        (b"", 0, "no text after its first 0 of 0 characters"),
+        (b"\xef\xbb\xbf", 0, "no text after its first 0 of 0 characters"),
         (b"   \n", 0, "no text after its first 0 of 4 characters"),
         (b"abc", 7, "no text after its first 7 of 3 characters"),
         (b"abc", -1, "--skip-chars is -1"),
@@ -36,6 +46,37 @@ def test_text_that_cannot_be_read(tmp_path, contents, skip, message):
         path.write_bytes(contents)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_text(path, skip)
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        read_text(tmp_path)
+
+
+@pytest.mark.parametrize("chars", [0, -5])
+def test_no_characters_of_a_text(text, chars):
+    with pytest.raises(ValueError, match=f"--prompt-chars is {chars}; it must be 1 or more"):
+        read_text(text, chars=chars)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_as_programs_save_it(tmp_path, encoding, end):
+    path, wanted = tmp_path / "text.txt", "Zo\u00eb \u2014 \U0001f600\n\nthe end\n"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path.write_bytes((mark + wanted.replace("\n", end)).encode(encoding))
+    assert read_text(path) == wanted
+    assert read_text(path, skip_chars=1, chars=2) == "o\u00eb"
+
+
+def test_text_from_a_pipe():
+    read, write = os.pipe()
+    os.write(write, b"from a pipe")
+    os.close(write)
+    try:
+        assert read_text(Path(f"/dev/fd/{read}")) == "from a pipe"
+    finally:
+        os.close(read)
 
 
 def test_tokens_of_texts(text, tmp_path):
