@@ -24,11 +24,21 @@ pytestmark = pytest.mark.timeout(180)
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
+def interpreted(function, **kwargs):
+    """A kernel in the interpreter, compiled once; a call fails if it finds a race."""
+    program = jax.jit(functools.partial(function, interpret=INTERPRET, **kwargs))
+
+    def run(*args):
+        result = jax.block_until_ready(program(*args))
+        assert not gpu_callbacks.get_races().races_found
+        return result
+
+    return run
+
+
 def run(function, *args, **kwargs):
     """Runs a kernel in the interpreter; fails if it finds a race."""
-    result = jax.block_until_ready(jax.jit(functools.partial(function, interpret=INTERPRET, **kwargs))(*args))
-    assert not gpu_callbacks.get_races().races_found
-    return result
+    return interpreted(function, **kwargs)(*args)
 
 
 def assert_close(got, expected, tolerance):
@@ -130,6 +140,7 @@ def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, 
         "group_reduce": group_reduce,
         "sink_pages": sink_pages,
     }
+    select = interpreted(selection.select_pages, parts=parts, **arguments)
     reference = jax.jit(functools.partial(selection_reference.select_pages, **arguments))
     for budgets in ([40, 69, 3], [77, 4, 80], [0, 35, 0]):
         inputs = (
@@ -138,8 +149,7 @@ def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, 
             jnp.asarray(positions, jnp.int32),
             jnp.asarray(budgets, jnp.int32),
         )
-        got = run(selection.select_pages, *inputs, parts=parts, **arguments)
-        expected = reference(*inputs)
+        got, expected = select(*inputs), reference(*inputs)
         arguments_of_scores = {name: value for name, value in arguments.items() if name != "capacity"}
         assert largest_distance(got, expected, *inputs[:3], **arguments_of_scores) <= ROUNDING
 
