@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from experiments.budgets import budget_fields
 from experiments.estimates import Estimate, estimate, position_bins, ratio
+from experiments.programs import release
 from experiments.provenance import provenance
 from experiments.results import ResultsFolder, Run
 from experiments.sweep import VARIED, quest_of, run_name
@@ -108,6 +109,7 @@ def compare(
             for index, config in enumerate(group):
                 own = result.of(slice(index * count, (index + 1) * count))
                 folder.save(config, own, seconds, provenance())
+        release()  # the next group's programs are other ones
     return folder.runs()
 
 

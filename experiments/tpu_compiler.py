@@ -44,6 +44,8 @@ def compile_for(chip, function, *shapes, donate=(), row_major=False):
     from jax.experimental.layout import Format, Layout
     from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
+    from experiments.programs import not_cached
+
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     device = topology.devices[0]
     sharding = SingleDeviceSharding(device)
@@ -52,7 +54,7 @@ def compile_for(chip, function, *shapes, donate=(), row_major=False):
         place = Format(Layout(tuple(range(x.ndim))), sharding) if row_major else sharding
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    with use_abstract_mesh(Mesh([device], ("device",)).abstract_mesh):
+    with use_abstract_mesh(Mesh([device], ("device",)).abstract_mesh), not_cached():
         return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(on_device, shapes)).compile()
 
 
@@ -72,6 +74,7 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+    from experiments.programs import not_cached
     from pallas_kernels.dispatch import HEADS, SEQUENCES
     from retro_jax import decode_step
     from retro_jax.sharding import abstract_arguments
@@ -82,5 +85,5 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
     params, state = abstract_arguments(model, config, mesh, batch, capacity)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(SEQUENCES)))
     step = jax.jit(decode_step, static_argnums=(1, 2), donate_argnums=3)
-    with use_abstract_mesh(mesh.abstract_mesh):
+    with use_abstract_mesh(mesh.abstract_mesh), not_cached():
         return step.lower(params, model, config, state, tokens).compile()

@@ -5,11 +5,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 
-from experiments import tpu_compiler
+from experiments import programs, tpu_compiler
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     tpu_compiler.without_a_tpu()
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -18,6 +19,33 @@ import tests.typecheck  # noqa: F401
 install_import_hook(["models", "pallas_kernels", "retro_jax"], "tests.typecheck.functions")
 
 import models
+
+OPTIMIZED = (
+    "test_bench_decode",
+    "test_cuda_compile",
+    "test_one_compilation",
+    "test_smollm2",
+    "test_tpu_compile",
+    "test_tpu_compile_selection",
+    "test_tpu_step",
+)
+"""Modules that look at what was compiled, time it, or run it for long."""
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """The other tests run a program for moments: to optimize its machine code takes longer than it saves."""
+    quick = request.module.__name__.rpartition(".")[2] not in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Drops what was compiled before it takes all the memory maps that a process may have."""
+    yield
+    programs.release()
 
 
 @pytest.fixture(scope="session")

@@ -56,10 +56,13 @@ def test_compare(json_command, ids_file, tmp_path):
         assert arrays["nll"].mean() == pytest.approx(pooled["full"]["nll"]["mean"])
 
 
-def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scored):
+def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scored, monkeypatch):
+    released = []
+    monkeypatch.setattr(experiments.compare, "release", lambda: released.append(len(scored)))
     out = tmp_path / "out"
     first = run(json_command, ids_file, out)
     assert scored == [("full", None, 0), ("quest", None, 1), ("retro", 2, 1)]
+    assert released == [1, 2, 3]  # the programs of a sweep do not pile up
     scored.clear()
     (out / "runs" / "retro-w2-b32-p8.npz").unlink()
     second = run(json_command, ids_file, out)

@@ -18,16 +18,27 @@ from pallas_kernels.selection import reference as selection_reference
 from pallas_kernels.update import mosaic_gpu as update
 from pallas_kernels.update import reference as update_reference
 from tests.pallas_kernels.inputs import PAGES, random_cache, random_retro_inputs
+from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 
 pytestmark = pytest.mark.timeout(180)
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
+def interpreted(function, **kwargs):
+    """A kernel in the interpreter, compiled once; a call fails if it finds a race."""
+    program = jax.jit(functools.partial(function, interpret=INTERPRET, **kwargs))
+
+    def run(*args):
+        result = jax.block_until_ready(program(*args))
+        assert not gpu_callbacks.get_races().races_found
+        return result
+
+    return run
+
+
 def run(function, *args, **kwargs):
     """Runs a kernel in the interpreter; fails if it finds a race."""
-    result = jax.block_until_ready(jax.jit(functools.partial(function, interpret=INTERPRET, **kwargs))(*args))
-    assert not gpu_callbacks.get_races().races_found
-    return result
+    return interpreted(function, **kwargs)(*args)
 
 
 def assert_close(got, expected, tolerance):
@@ -129,6 +140,8 @@ def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, 
         "group_reduce": group_reduce,
         "sink_pages": sink_pages,
     }
+    select = interpreted(selection.select_pages, parts=parts, **arguments)
+    reference = jax.jit(functools.partial(selection_reference.select_pages, **arguments))
     for budgets in ([40, 69, 3], [77, 4, 80], [0, 35, 0]):
         inputs = (
             q,
@@ -136,18 +149,34 @@ def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, 
             jnp.asarray(positions, jnp.int32),
             jnp.asarray(budgets, jnp.int32),
         )
-        ids, counts = run(selection.select_pages, *inputs, parts=parts, **arguments)
-        expected_ids, expected = jax.jit(functools.partial(selection_reference.select_pages, **arguments))(
-            *inputs
-        )
-        np.testing.assert_array_equal(counts, expected)
-        for row, expected_row, count in zip(
-            np.asarray(ids).reshape(-1, capacity),
-            np.asarray(expected_ids).reshape(-1, capacity),
-            np.asarray(counts).ravel(),
-            strict=True,
-        ):
-            assert row[:count].tolist() == sorted(expected_row[:count].tolist())
+        got, expected = select(*inputs), reference(*inputs)
+        arguments_of_scores = {name: value for name, value in arguments.items() if name != "capacity"}
+        assert largest_distance(got, expected, *inputs[:3], **arguments_of_scores) <= ROUNDING
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_ties_go_to_the_lower_page(parts):
+    """All pages score alike, or there are eight scores, of both signs and zero; none of them rounds."""
+    scores = np.array([0.0, -1.0, 2.0, -3.0, 1.0, -0.5, -2.0, 0.25] * 9)
+    scores = np.stack([np.full(72, 0.5), scores])[:, None, :, None, None]
+    inputs = (
+        jnp.ones((2, 1, 64), jnp.bfloat16),
+        jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16),
+        jnp.asarray([70 * 16, 72 * 16 - 1], jnp.int32),
+        jnp.asarray([37, 50], jnp.int32),
+    )
+    arguments = {
+        "page_size": 16,
+        "capacity": 50,
+        "score": "mean_key",
+        "group_reduce": "mean",
+        "sink_pages": 0,
+    }
+    ids, counts = run(selection.select_pages, *inputs, parts=parts, **arguments)
+    expected = jax.jit(functools.partial(selection_reference.select_pages, **arguments))(*inputs)
+    np.testing.assert_array_equal(counts, expected[1])
+    for row, expected_row, count in zip(ids[:, 0], expected[0][:, 0], counts[:, 0], strict=True):
+        assert sorted(row[:count].tolist()) == sorted(expected_row[:count].tolist())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pallas_kernels
 from pallas_kernels.selection import mosaic_gpu, mosaic_tpu
 from pallas_kernels.statistics import quantize
 from tests.pallas_kernels import oracle
+from tests.pallas_kernels.page_sets import distance
 
 PAGES, PAGE_SIZE, HEADS, GROUP, DIM = 9, 4, 2, 3, 8
 
@@ -70,7 +71,11 @@ def test_selection_equals_the_oracle(seed, score, group_reduce, sink_pages, budg
             scores = reduce(by_query, axis=1)
             forced = {newest, *range(min(sink_pages, newest + 1))}
             ranked = sorted(range(newest + 1), key=lambda p: (p not in forced, -scores[p], p))
-            assert got == sorted(ranked[: budgets[b]])
+            expected = ranked[: budgets[b]]
+            if coarse:
+                assert got == sorted(expected)
+            else:  # scores of order one, and weights below it
+                assert distance(got, expected, scores, np.maximum(np.abs(scores), 1), forced) <= 1e-5
 
 
 def test_eight_bit_mean_keys_select_as_their_values_do():

@@ -8,7 +8,7 @@ import pytest
 import models
 import retro_jax as rj
 from retro_jax.sampling import sample, sequence_keys
-from tests.retro_jax.tiny import tiny, token_ids
+from tests.retro_jax.tiny import assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 
 CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, prefill_chunk=16)
 FULL = rj.DecodeConfig("full", page_size=8, prefill_chunk=16)
@@ -44,7 +44,8 @@ def greedy(model, ids, steps):
 def test_ragged_greedy_generation_with_full_attention(model):
     prompts = [row[:length].tolist() for row, length in zip(token_ids(3, 37), (2, 13, 37), strict=True)]
     result = rj.generate(model, prompts, FULL, 20, stop_tokens=[])
-    assert result.tokens == [greedy(model, prompt, 20) for prompt in prompts]
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        assert_same_tokens(model, FULL, prompt, tokens, greedy(model, prompt, 20))
     assert result.texts == [model.tokenizer.decode(tokens) for tokens in result.tokens]
     assert result.finished == [False] * 3
 
@@ -52,6 +53,8 @@ def test_ragged_greedy_generation_with_full_attention(model):
 def test_each_sequence_ends_at_its_own_stop_token_and_alone_gives_the_same(model):
     prompts = [row.tolist() for row in token_ids(3, 9, seed=5)]
     free = rj.generate(model, prompts, CONFIG, 24, stop_tokens=[])
+    texts = np.concatenate([prompts, free.tokens], axis=1).astype(np.int32)
+    assert_decided(forced_logits(model, CONFIG, texts, [9] * 3, 23))
     stop = free.tokens[1][7]
     result = rj.generate(model, prompts, CONFIG, 24, stop_tokens=[stop], steps_per_call=5)
     for tokens, unstopped, text, finished in zip(
@@ -91,7 +94,8 @@ def test_turns_on_one_state_equal_one_long_prompt(model):
         history = []
         for turn, result in zip(turns, (first, second, third), strict=True):
             history += model.tokenizer.encode(turn)
-            assert result.tokens[row] == greedy(model, history, len(result.tokens[row]))
+            tokens = result.tokens[row]
+            assert_same_tokens(model, FULL, history, tokens, greedy(model, history, len(tokens)))
             history += result.tokens[row]
 
 
@@ -134,8 +138,11 @@ def test_sampling_is_reproducible_whatever_the_steps_per_call_and_the_batch(mode
     sampling = rj.Sampling(temperature=1.0, seed=3)
     options = {"sampling": sampling, "stop_tokens": []}
     whole = rj.generate(model, prompts, CONFIG, 15, **options)
-    assert whole.tokens == rj.generate(model, prompts, CONFIG, 15, steps_per_call=4, **options).tokens
-    assert whole.tokens[:1] == rj.generate(model, prompts[:1], CONFIG, 15, **options).tokens
+    often = rj.generate(model, prompts, CONFIG, 15, steps_per_call=4, **options)
+    alone = rj.generate(model, prompts[:1], CONFIG, 15, **options)
+    keys = sequence_keys(sampling, 2)
+    for row, tokens in ((0, often.tokens[0]), (1, often.tokens[1]), (0, alone.tokens[0])):
+        assert_same_tokens(model, CONFIG, prompts[row], tokens, whole.tokens[row], sampling, keys[row])
     other = rj.generate(model, prompts, CONFIG, 15, sampling=rj.Sampling(1.0, seed=4), stop_tokens=[])
     assert whole.tokens != other.tokens
     assert rj.generate(model, prompts, CONFIG, 5, sampling=rj.Sampling(1.0, top_k=1)).tokens == (
@@ -164,5 +171,6 @@ def test_a_sequence_with_its_own_key_samples_the_same_in_any_batch():
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.array([70, 71, 72]))
     together = rj.generate(model, prompts, CONFIG, 12, sampling=sampling, keys=keys).tokens
     backward = rj.generate(model, prompts[::-1], CONFIG, 12, sampling=sampling, keys=keys[::-1]).tokens
-    assert together == backward[::-1]
+    for prompt, tokens, expected, key in zip(prompts, backward[::-1], together, keys, strict=True):
+        assert_same_tokens(model, CONFIG, prompt, tokens, expected, sampling, key)
     assert rj.generate(model, prompts, CONFIG, 12, sampling=sampling).tokens != together

@@ -13,7 +13,7 @@ import models
 import retro_jax as rj
 from retro_jax.budget import Budget, budget_pages, most_pages
 from retro_jax.methods import METHODS
-from tests.retro_jax.tiny import ATOL, begin, force, forced_logits, step, tiny, token_ids
+from tests.retro_jax.tiny import ATOL, assert_decided, begin, force, forced_logits, step, tiny, token_ids
 
 LENGTHS, STEPS = (3, 21), 12
 BUDGET_PAGES, CACHE_PAGES = 3, 4
@@ -146,6 +146,7 @@ def test_a_scan_is_its_steps_a_saved_state_goes_on_and_an_ended_sequence_stays_a
     newest, chosen = first, []
     for _ in range(12):
         state, out = step(model.params, model.config, config, state, newest)
+        assert_decided(out)
         newest = jnp.argmax(out, axis=-1).astype(jnp.int32)
         chosen.append(newest)
     np.testing.assert_array_equal(np.concatenate([half.tokens, rest.tokens], axis=1), np.stack(chosen, 1))

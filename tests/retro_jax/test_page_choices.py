@@ -10,7 +10,8 @@ import pytest
 
 import retro_jax as rj
 from tests.pallas_kernels import oracle
-from tests.retro_jax.tiny import begin, first_sparse_qkv, force, step, tiny, token_ids
+from tests.pallas_kernels.page_sets import distance
+from tests.retro_jax.tiny import ATOL, begin, first_sparse_qkv, force, step, tiny, token_ids
 
 SIZE, BUDGET, CACHE, PAGES, OBSERVED = 8, 3, 5, 16, 10
 LENGTHS, STEPS = (13, 70), 40
@@ -18,14 +19,19 @@ FIELDS = {"page_size": SIZE, "budget_tokens": 24, "dense_layers": 1, "observatio
 FIELDS |= {"prefill_chunk": 16}
 
 
-def decode(config):
-    """Pages that the sparse layer loaded, by row, step and KV head; its queries and keys; the last state."""
+def decode(config, alive=None):
+    """Pages that the sparse layer loaded, by row, step and KV head; its queries and keys; the last state.
+
+    `alive` takes, step by step, which pages eviction left: bool [B, K, P].
+    """
     model, tokens = tiny(3, layers=2), token_ids(2, 120)
     loads = []
 
     def observe(state):
         newest = np.asarray(state.length) - 1
         loads.append(np.asarray(state.layers[1].last_loaded) == newest[:, None, None])
+        if alive is not None:
+            alive.append(np.asarray(state.layers[1].kept.alive))
 
     state, _ = force(model, config, begin(model, config, tokens, LENGTHS, 120)[0], tokens, STEPS, observe)
     q, k, _ = (np.asarray(a, np.float64) for a in first_sparse_qkv(model.params, model.config, tokens, 1))
@@ -57,6 +63,15 @@ def each_head(q, k):
             yield row, head, q[row, :, head * 3 : head * 3 + 3], k[row, :, head]
 
 
+def same(got, expected, scores, newest):
+    """The pages `got`, which are the expected ones but for some within rounding of the last one chosen.
+
+    Queries and keys of the float32 decode step round, and so do scores: as logits do, by `ATOL` at order one.
+    """
+    assert distance(got, expected, scores, np.maximum(np.abs(scores), 1), {0, newest}) <= ATOL
+    return got
+
+
 def begun(position):
     return set(range(position // SIZE + 1))
 
@@ -78,8 +93,9 @@ def test_tova_drops_the_page_that_the_query_before_attended_to_least(group_reduc
             before = queries[position - 1][:, None]  # one query head at a time
             mass = [page_mass(query, keys, position - 1, alive) for query in before]
             mass = np.mean(mass, axis=0) if group_reduce == "mean" else np.max(mass, axis=0)
-            alive = best(mass, alive | {position // SIZE}, BUDGET, position // SIZE)
-            assert chosen[row][position - length][head] == alive
+            newest = position // SIZE
+            alive = best(mass, alive | {newest}, BUDGET, newest)
+            alive = same(chosen[row][position - length][head], alive, mass, newest)
 
 
 def test_h2o_keeps_heavy_hitters_of_all_queries_and_recent_pages():
@@ -92,7 +108,7 @@ def test_h2o_keeps_heavy_hitters_of_all_queries_and_recent_pages():
             newest = position // SIZE
             recent = np.where(np.arange(PAGES) > newest - 2, np.inf, mass)  # half of 5 pages
             alive = best(recent, alive | {newest}, 5, newest)
-            assert chosen[row][position - length][head] == alive
+            alive = same(chosen[row][position - length][head], alive, recent, newest)
             mass += page_mass(queries[position], keys, position, alive)
         left = sorted(alive)
         np.testing.assert_allclose(
@@ -107,9 +123,10 @@ def test_snapkv_keeps_what_the_last_prompt_queries_vote_for_and_grows():
         voters = range(length - OBSERVED, length)
         votes = sum(page_mass(queries[p], keys, p, begun(p)) for p in voters)
         votes[voters[0] // SIZE :] = np.inf
-        kept = best(votes, begun(length), 6, length // SIZE)
+        first = length // SIZE
+        kept = same(chosen[row][0][head], best(votes, begun(length), 6, first), votes, first)
         for number in range(STEPS):
-            expected = kept | {page for page in begun(length + number) if page > length // SIZE}
+            expected = kept | {page for page in begun(length + number) if page > first}
             assert chosen[row][number][head] == expected
 
 
@@ -119,14 +136,15 @@ def test_the_oracle_selects_by_exact_attention():
         for number in range(STEPS):
             position = LENGTHS[row] + number
             mass = page_mass(queries[position], keys, position, begun(position))
-            expected = best(mass, begun(position), BUDGET, position // SIZE)
-            assert chosen[row][number][head] == expected
+            newest = position // SIZE
+            same(chosen[row][number][head], best(mass, begun(position), BUDGET, newest), mass, newest)
 
 
 @pytest.mark.parametrize("rule", ("tova", "h2o"))
 def test_retro_attention_selects_among_the_pages_that_eviction_leaves(rule):
     config = rj.DecodeConfig("retro", window=3, evict=rule, cache_tokens=CACHE * SIZE, **FIELDS)
-    chosen, q, k, state = decode(config)
+    left = []
+    chosen, q, k, _ = decode(config, left)
     for row, head, queries, keys in each_head(q, k):
         length, alive = LENGTHS[row], begun(LENGTHS[row] - 1)
         prompt = range(length) if rule == "h2o" else [length - 1]
@@ -136,12 +154,15 @@ def test_retro_attention_selects_among_the_pages_that_eviction_leaves(rule):
             if rule == "h2o":
                 priority = np.where(np.arange(PAGES) > newest - 2, np.inf, mass)
             alive = best(priority, alive | {newest}, CACHE, newest)
-            scores = {page: _bound(queries[position], keys, page, position) for page in alive}
+            now = set(np.flatnonzero(left[position - length][row, head])) & begun(position)
+            alive = same(now, alive, priority, newest)
+            scores = np.full(PAGES, -np.inf)
+            for page in alive:
+                scores[page] = _bound(queries[position], keys, page, position)
             loaded = best(scores, alive, BUDGET, newest)
-            assert chosen[row][position - length][head] == loaded
+            loaded = same(chosen[row][position - length][head], loaded, scores, newest)
             fresh, pages = page_mass(queries[position], keys, position, loaded), sorted(loaded)
             mass[pages] = fresh[pages] + (mass[pages] if rule == "h2o" else 0)
-        assert set(np.flatnonzero(state.layers[1].kept.alive[row, head])) & begun(position) == alive
 
 
 def _bound(queries, keys, page, position):

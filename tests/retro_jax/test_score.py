@@ -4,7 +4,7 @@ import pytest
 
 import models
 import retro_jax as rj
-from tests.retro_jax.tiny import ATOL, tiny, token_ids
+from tests.retro_jax.tiny import ATOL, assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 
 
 @pytest.mark.parametrize("steps_per_call", (7, 64))
@@ -120,6 +120,7 @@ def test_hits_are_the_tokens_that_greedy_decoding_would_choose():
     model, config = tiny(3), rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1)
     prompt = token_ids(1, 40)[0]
     chosen = np.array(rj.generate(model, [prompt], config, 12).tokens[0], np.int32)
+    assert_decided(forced_logits(model, config, np.concatenate([prompt, chosen])[None], [40], 11))
     assert rj.score(model, np.concatenate([prompt, chosen]), config, prompt_tokens=40).hits.all()
     chosen[5] = (chosen[5] + 1) % 96
     hits = rj.score(model, np.concatenate([prompt, chosen]), config, prompt_tokens=40).hits[0]
@@ -140,7 +141,8 @@ def test_under_a_mesh():
             rj.score(sharded, tokens, config, prompt_tokens=21, capacity=capacity).nll, expected, atol=ATOL
         )
         result = rj.generate(sharded, prompts, config, 8, capacity=capacity)
-        assert result.tokens == generated
+        for prompt, *both in zip(prompts, result.tokens, generated, strict=True):
+            assert_same_tokens(model, config, prompt, *both)
         assert len(result.state.layers[0].pages.sharding.device_set) == 4
         with pytest.raises(ValueError, match="batch 3 does not divide over"):
             rj.score(sharded, tokens[:3], config, prompt_tokens=21)

@@ -83,6 +83,46 @@ def forced_logits(model, config, tokens, lengths, steps, capacity=None):
     return force(model, config, state, tokens, steps)[1]
 
 
+def assert_decided(logits):
+    """That rounding decides between no two tokens, so that every program must choose the same."""
+    second, best = np.moveaxis(np.sort(np.asarray(logits), axis=-1)[..., -2:], -1, 0)
+    assert (best - second).min() > 10 * ATOL
+
+
+def assert_same_tokens(model, config, prompt, got, expected, sampling=None, key=None):
+    """That `got` continues `prompt` as `expected` does, up to where rounding decides between two tokens.
+
+    There two programs, whose sums have other orders, may part, and what follows is another text. Another
+    token anywhere else fails.
+
+    Args:
+      model: the model.
+      config: of the generation.
+      prompt: its token ids.
+      got: the tokens of one program.
+      expected: those of another.
+      sampling: by which they were drawn; None for the most likely tokens.
+      key: the sequence's random key.
+    """
+    got, expected = np.asarray(got), np.asarray(expected)
+    both = min(len(got), len(expected))
+    if np.array_equal(got[:both], expected[:both]):
+        assert len(got) == len(expected)
+        return
+    steps = int(np.argmax(got[:both] != expected[:both]))
+    text = np.concatenate([prompt, expected])[None].astype(np.int32)
+    state, logits = begin(model, config, text, [len(prompt)], text.shape[1])
+    if steps:
+        logits = force(model, config, state, text, steps)[1][-1]
+    scores, temperature = np.asarray(logits[0]), 1.0
+    if sampling is not None:
+        temperature = sampling.temperature
+        noise = jax.random.gumbel(jax.random.fold_in(key, len(prompt) + steps), scores.shape)
+        scores = scores / temperature + np.asarray(noise)
+    places = scores[[got[steps], expected[steps]]]
+    assert (scores.max() - places <= 2 * ATOL / temperature).all(), (steps, places, scores.max())
+
+
 @functools.partial(jax.jit, static_argnames=("model", "dense"))
 def first_sparse_qkv(params, model, tokens, dense):
     """q, k, v of the first sparse layer for all tokens, by plain dense attention below it."""
