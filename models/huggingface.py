@@ -5,8 +5,7 @@ DeepSeek-R1-Distill-Qwen) and `qwen3`. A new family of the same kind is one entr
 differently in `config_from_json`, and new weight names in `TABLE`.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.errors
 import numpy as np
-import tokenizers
 from safetensors import SafetensorError, safe_open
 
 from models.config import ModelConfig, RopeScaling
+from models.huggingface_tokenizer import FILES, OTHER_FORMATS, as_list, load_tokenizer, read_json
 from models.model import Model
-from models.tokenizer import Tokenizer
 from models.weights import Progress, load_params
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -45,10 +43,8 @@ TABLE = {
 }
 HUB_PATTERNS = (
     "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    *FILES,
+    *OTHER_FORMATS,
     "model.safetensors.index.json",
     "model*.safetensors",
 )
@@ -89,11 +85,11 @@ def load_folder(
         ValueError: if a file is broken, the architecture is not supported, or the weights do not match the
             configuration (all problems named at once).
     """
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if raw is None:
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a model in Hugging Face's layout")
     config = config_from_json(raw, name or folder.resolve().name, dtype)
-    tokenizer = load_tokenizer(folder, _as_list(raw.get("eos_token_id")))
+    tokenizer = load_tokenizer(folder, as_list(raw.get("eos_token_id")))
     with ExitStack() as open_files:
         tensors, problems, lost = _open_tensors(folder, open_files)
         shapes = {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor, file in tensors.items()}
@@ -109,19 +105,9 @@ def load_folder(
     return Model(config, params, tokenizer)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Contents of a JSON file, None if there is none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}); fetch it again") from error
-
-
 def _open_tensors(folder: Path, open_files: ExitStack) -> tuple[dict[str, Any], list[str], set[str]]:
     """Opens the weights: file by tensor name, what is wrong with the files, and the tensors lost by that."""
-    index = _read_json(folder / "model.safetensors.index.json")
+    index = read_json(folder / "model.safetensors.index.json")
     if index is not None and "weight_map" not in index:
         raise ValueError(f"{folder}/model.safetensors.index.json has no weight_map; fetch it again")
     shard_of = {} if index is None else index["weight_map"]
@@ -251,54 +237,3 @@ def _rope_scaling(rope: Mapping[str, Any], max_positions: int, name: str) -> Rop
             truncate=rope.get("truncate", True),
         )
     raise ValueError(f"{name} has rope type {kind!r}; supported are default, linear, llama3, yarn")
-
-
-def load_tokenizer(folder: Path, stop_ids: Iterable[int] = ()) -> Tokenizer | None:
-    """Tokenizer of a folder in Hugging Face's layout, None if it has no tokenizer.json.
-
-    Args:
-        folder: may hold tokenizer_config.json, chat_template.jinja and generation_config.json as well.
-        stop_ids: ends of text that are known from elsewhere.
-
-    Raises:
-        ValueError: if one of the files is broken.
-    """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise ValueError(f"{path} is broken ({error}); fetch it again") from error
-    settings = _read_json(folder / "tokenizer_config.json") or {}
-    generation = _read_json(folder / "generation_config.json") or {}
-    bos_token = _token_text(settings.get("bos_token"))
-    # What the backend's post-processor puts before an empty text tells the habit where no setting does.
-    begins = backend.encode("").tokens[:1] == [bos_token]
-    return Tokenizer(
-        backend,
-        bos_token=bos_token,
-        eos_token=_token_text(settings.get("eos_token")),
-        stop_ids=[*stop_ids, *_as_list(generation.get("eos_token_id"))],
-        add_bos=begins if settings.get("add_bos_token") is None else settings["add_bos_token"],
-        chat_template=_chat_template(folder, settings),
-    )
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else ids
-
-
-def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
-    """Tokens are written as text or, by older releases, as a record with the text as its content."""
-    return token["content"] if isinstance(token, Mapping) else token
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
