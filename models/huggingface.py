@@ -5,6 +5,8 @@ DeepSeek-R1-Distill-Qwen) and `qwen3`. A new family of the same kind is one entr
 differently in `config_from_json`, and new weight names in `TABLE`.
 """
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,6 +50,12 @@ HUB_PATTERNS = (
     "model.safetensors.index.json",
     "model*.safetensors",
 )
+
+
+FLOATING = ("F32", "BF16", "F16", "F64")
+"""Types of stored weights, as safetensors names them."""
+
+_logger = logging.getLogger(__name__)
 
 
 def download(repository: str, revision: str | None = None) -> Path:
@@ -94,9 +102,12 @@ def load_folder(
         tensors, problems, lost = _open_tensors(folder, open_files)
         shapes = {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor, file in tensors.items()}
         for tensor in list(shapes):
-            # Older checkpoints hold the rotary frequencies, and some a second copy of a tied head.
-            if tensor.endswith("rotary_emb.inv_freq") or (tensor == TABLE["head"] and config.tie_embeddings):
+            # Older checkpoints hold the rotary frequencies.
+            if tensor.endswith("rotary_emb.inv_freq"):
                 del shapes[tensor]
+        problems += _not_floating(tensors, shapes)
+        if not problems:
+            config = _resolve_tied_head(config, tensors, shapes, folder)
 
         def read(tensor: str) -> np.ndarray:
             return tensors[tensor].get_tensor(tensor)
@@ -107,7 +118,9 @@ def load_folder(
 
 def _open_tensors(folder: Path, open_files: ExitStack) -> tuple[dict[str, Any], list[str], set[str]]:
     """Opens the weights: file by tensor name, what is wrong with the files, and the tensors lost by that."""
-    index = read_json(folder / "model.safetensors.index.json")
+    # A whole file comes before shards, as in transformers: an index beside it is a leftover.
+    whole = (folder / "model.safetensors").exists()
+    index = None if whole else read_json(folder / "model.safetensors.index.json")
     if index is not None and "weight_map" not in index:
         raise ValueError(f"{folder}/model.safetensors.index.json has no weight_map; fetch it again")
     shard_of = {} if index is None else index["weight_map"]
@@ -128,6 +141,54 @@ def _open_tensors(folder: Path, open_files: ExitStack) -> tuple[dict[str, Any], 
     if problems and index is None:
         raise ValueError(problems[0])
     return tensors, problems, lost
+
+
+def _not_floating(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Weights that are no numbers by themselves: integers or 8-bit floats, which need scales."""
+    kinds = {name: tensors[name].get_slice(name).get_dtype() for name in shapes}
+    return [
+        f"unsupported quantisation: {name} is {kind}, supported are {', '.join(FLOATING)}"
+        for name, kind in kinds.items()
+        if kind not in FLOATING
+    ]
+
+
+def _resolve_tied_head(
+    config: ModelConfig, tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
+) -> ModelConfig:
+    """Of a tied head that is stored, too: drops an equal copy, and follows the weights if they differ.
+
+    If only the head is stored, it is the embedding. transformers does the same.
+    """
+    embed, head = TABLE["embed"], TABLE["head"]
+    if not config.tie_embeddings or head not in shapes:
+        return config
+    if embed not in shapes:
+        tensors[embed] = _Renamed(tensors[head], head)
+        shapes[embed] = shapes.pop(head)
+        return config
+    stored = [tensors[name].get_tensor(name) for name in (embed, head)]
+    if np.array_equal(*stored):
+        del shapes[head]
+        return config
+    _logger.warning(
+        "%s: config.json says tie_word_embeddings, but %s differs from %s; the weights are followed",
+        folder,
+        head,
+        embed,
+    )
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renamed:
+    """A tensor of an open file under another name."""
+
+    file: Any
+    name: str
+
+    def get_tensor(self, _: str) -> np.ndarray:
+        return self.file.get_tensor(self.name)
 
 
 def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None) -> ModelConfig:

