@@ -1,8 +1,7 @@
 """Models in Hugging Face's layout: a folder, or a hub id, with config.json, safetensors and a tokenizer.
 
 Families `llama` (Llama 2/3/3.1, SmolLM2, DeepSeek-R1-Distill-Llama), `mistral`, `qwen2` (Qwen2, Qwen2.5,
-DeepSeek-R1-Distill-Qwen) and `qwen3`. A new family of the same kind is one entry in `FAMILIES`, what it reads
-differently in `config_from_json`, and new weight names in `TABLE`.
+DeepSeek-R1-Distill-Qwen) and `qwen3`.
 """
 
 import dataclasses
@@ -17,12 +16,11 @@ import huggingface_hub.errors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
+from models.huggingface_config import config_from_json
 from models.huggingface_tokenizer import FILES, OTHER_FORMATS, as_list, load_tokenizer, read_json
 from models.model import Model
 from models.weights import Progress, load_params
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 TABLE = {
     "embed": "model.embed_tokens.weight",
@@ -189,112 +187,3 @@ class _Renamed:
 
     def get_tensor(self, _: str) -> np.ndarray:
         return self.file.get_tensor(self.name)
-
-
-def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None) -> ModelConfig:
-    """Configuration from the contents of config.json, as written by transformers 4 or 5.
-
-    Args:
-        raw: contents of config.json.
-        name: of the model.
-        dtype: None: as the file says, bfloat16 for float16.
-
-    Raises:
-        ValueError: if the family or a part of the model is not supported, or a needed key is missing.
-    """
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{name} is of the family {family!r}; supported are {', '.join(FAMILIES)}")
-    unsupported = [
-        f"{key} {raw[key]!r}"
-        for key, supported in (
-            ("hidden_act", ("silu", None)),
-            ("quantization_config", (None,)),
-            ("mlp_bias", (False, None)),
-            # Qwen2 always has biases on q, k and v; where this key counts, it adds one on the output, too.
-            ("attention_bias", (False, None)),
-            ("partial_rotary_factor", (1.0, None)),
-        )
-        if raw.get(key) not in supported
-    ]
-    if unsupported:
-        raise ValueError(f"{name} needs what is not supported: {', '.join(unsupported)}")
-    needed = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
-    needed += ("max_position_embeddings", "rms_norm_eps")
-    missing = [key for key in needed if key not in raw]
-    if missing:
-        raise ValueError(f"config.json of {name} has no {', '.join(missing)}")
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    try:
-        scaling = _rope_scaling(rope, raw["max_position_embeddings"], name)
-    except KeyError as error:
-        raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
-    return ModelConfig(
-        name=name,
-        vocab_size=raw["vocab_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        width=raw["hidden_size"],
-        hidden_width=raw["intermediate_size"],
-        max_positions=_max_positions(raw, scaling),
-        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0,
-        rope_scaling=scaling,
-        norm_eps=raw["rms_norm_eps"],
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        dtype=dtype or _stored_dtype(raw),
-    )
-
-
-def _stored_dtype(raw: Mapping[str, Any]) -> str:
-    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return "bfloat16" if stored == "float16" else stored
-
-
-def _max_positions(raw: Mapping[str, Any], scaling: RopeScaling | None) -> int:
-    """Positions up to which the model computes what is computed here; see ModelConfig on sliding windows."""
-    positions = raw["max_position_embeddings"]
-    if scaling is not None and scaling.kind == "yarn":
-        # Qwen's cards add yarn to a configuration that keeps the unstretched number.
-        positions = max(positions, int(scaling.factor * scaling.original_positions))
-    window = raw.get("sliding_window")
-    if window is not None and raw.get("use_sliding_window", raw["model_type"] == "mistral"):
-        positions = min(positions, window)
-    return positions
-
-
-def _rope_scaling(rope: Mapping[str, Any], max_positions: int, name: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    original = rope.get("original_max_position_embeddings") or max_positions
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{name} has partial_rotary_factor {rope['partial_rotary_factor']}, only 1.0 is supported"
-        )
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", factor=rope["factor"])
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor=rope["factor"],
-            original_positions=original,
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-        )
-    if kind == "yarn":
-        if rope.get("mscale") or rope.get("mscale_all_dim"):
-            raise ValueError(f"{name} has yarn rope scaling with mscale; use attention_factor")
-        return RopeScaling(
-            "yarn",
-            factor=rope.get("factor") or max_positions / original,
-            original_positions=original,
-            beta_fast=rope.get("beta_fast") or 32.0,
-            beta_slow=rope.get("beta_slow") or 1.0,
-            attention_factor=rope.get("attention_factor"),
-            truncate=rope.get("truncate", True),
-        )
-    raise ValueError(f"{name} has rope type {kind!r}; supported are default, linear, llama3, yarn")
