@@ -20,7 +20,7 @@ class RopeScaling:
         high_freq_factor: llama3; wavelengths below original_positions / high_freq_factor are kept.
         beta_fast: yarn; frequencies that turn more often than this within original_positions are kept.
         beta_slow: yarn; frequencies that turn less often than this are divided in full.
-        attention_factor: yarn; multiplies cosine and sine. None: 0.1 ln(factor) + 1.
+        attention_factor: multiplies cosine and sine. None: 0.1 ln(factor) + 1 for yarn, else 1.
         truncate: yarn; round the ends of the ramp to whole channels.
         factors: D/2 divisors, for kind "factors".
 

@@ -4,7 +4,6 @@ Architectures `llama` (Llama, SmolLM2, Mistral, DeepSeek-R1-Distill-Llama), `qwe
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,10 @@ import gguf
 import gguf.quants
 import numpy as np
 
-from models.config import ModelConfig, RopeScaling
+from models.gguf_config import ROPE_FACTORS, config_from_metadata
 from models.gguf_tokenizer import tokenizer_from_metadata
 from models.model import Model
 from models.weights import Progress, load_params
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 TABLE = {
     "embed": "token_embd.weight",
@@ -38,32 +35,25 @@ TABLE = {
     "layers.{i}.w_up": "blk.{i}.ffn_up.weight",
     "layers.{i}.w_down": "blk.{i}.ffn_down.weight",
 }
-ROPE_FACTORS = "rope_freqs.weight"
+
+
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def load_gguf(path: Path, dtype: str | None = None, progress: Progress | None = None) -> Model:
     """Reads a model from a GGUF file.
 
     Args:
-        path: the file.
+        path: the file; of a model that is split, any part, with the others beside it.
         dtype: of the weights; None: float32, whatever the file's quantisation.
         progress: called with ("load", tensors done, tensors).
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, or a part of it is missing.
         ValueError: if the file is broken or truncated, its architecture, rotary scaling, tokenizer or
             quantisation is not supported, or its tensors do not match its metadata (all named at once).
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no GGUF file {path}")
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(
-            f"{path} is truncated or not a GGUF file ({error}); fetch or convert it again"
-        ) from error
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, tensors = _read_parts(path)
     # GGML lists the fastest axis first.
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
     factors = shapes.pop(ROPE_FACTORS, None) and _dequantize(tensors[ROPE_FACTORS])
@@ -87,6 +77,50 @@ def load_gguf(path: Path, dtype: str | None = None, progress: Progress | None = 
     return Model(config, params, tokenizer)
 
 
+def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    """Metadata of the first part, which has all of it, and the tensors of all parts by name."""
+    metadata, tensors = _read_file(path)
+    count = metadata.get("split.count", 1)
+    if count > 1:
+        name = PART.fullmatch(path.name)
+        if name is None or int(name[3]) != count:
+            raise ValueError(
+                f"{path} is part {metadata.get('split.no', 0) + 1} of {count}; name the parts "
+                f"NAME-00001-of-{count:05}.gguf and so on in one folder, or join them by gguf-split --merge"
+            )
+        paths = [path.with_name(f"{name[1]}-{number:05}-of-{name[3]}.gguf") for number in range(1, count + 1)]
+        missing = [part.name for part in paths if not part.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{path} is one of {count} parts; {', '.join(missing)} are missing beside it"
+            )
+        parts = [_read_file(part) for part in paths]
+        for number, (part, (keys, _)) in enumerate(zip(paths, parts, strict=True)):
+            if (keys.get("split.no"), keys.get("split.count")) != (number, count):
+                raise ValueError(
+                    f"{part} is not part {number + 1} of {count} by its metadata; fetch it again"
+                )
+        metadata = parts[0][0]
+        tensors = {name: tensor for _, found in parts for name, tensor in found.items()}
+    wanted = metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != wanted:
+        raise ValueError(f"{path} has {len(tensors)} tensors, its metadata says {wanted}; fetch it again")
+    return metadata, tensors
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no GGUF file {path}")
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is truncated or not a GGUF file ({error}); fetch or convert it again"
+        ) from error
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
 def _dequantize(tensor: gguf.ReaderTensor) -> np.ndarray:
     return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
 
@@ -103,89 +137,3 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """From interleaved rotary pairs, as llama.cpp stores q and k of Llama-type models, to split halves."""
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def config_from_metadata(
-    metadata: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: np.ndarray | None,
-    source: str,
-    dtype: str,
-) -> ModelConfig:
-    """Configuration of the model in a GGUF file.
-
-    Args:
-        metadata: keys and values of the file.
-        shapes: of its tensors, slowest axis first; they tell which optional parts there are.
-        rope_factors: (D/2,) divisors of the rotary frequencies, if the file has them.
-        source: the file, for messages.
-        dtype: of the configuration.
-
-    Raises:
-        ValueError: if the architecture or a part of it is not supported, or a needed key is missing.
-    """
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{source} has the architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
-        )
-    if metadata.get(f"{architecture}.expert_count"):
-        raise ValueError(f"{source} is a mixture of experts, which is not supported; use a dense model")
-
-    def value(key: str, default=None):
-        found = metadata.get(f"{architecture}.{key}", default)
-        if found is None:
-            raise ValueError(f"{source} has no metadata key {architecture}.{key}")
-        return found
-
-    if "token_embd.weight" not in shapes:
-        raise ValueError(f"{source} has no tensor token_embd.weight")
-    width, num_heads = value("embedding_length"), value("attention.head_count")
-    head_dim = value("attention.key_length", width // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if value(key, head_dim) != head_dim:
-            raise ValueError(
-                f"{source} has {architecture}.{key} {value(key)}, only {head_dim} (D) is supported"
-            )
-    max_positions = value("context_length")
-    return ModelConfig(
-        name=metadata.get("general.name", Path(source).stem),
-        vocab_size=shapes["token_embd.weight"][0],
-        num_layers=value("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=value("attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        width=width,
-        hidden_width=value("feed_forward_length"),
-        max_positions=min(max_positions, value("attention.sliding_window", max_positions) or max_positions),
-        rope_theta=value("rope.freq_base", 10_000.0),
-        rope_scaling=_rope_scaling(value, max_positions, rope_factors, source),
-        norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
-        qkv_bias="blk.0.attn_q.bias" in shapes,
-        qk_norm="blk.0.attn_q_norm.weight" in shapes,
-        tie_embeddings="output.weight" not in shapes,
-        dtype=dtype,
-    )
-
-
-def _shortest(number: float) -> float:
-    """The decimal number that a float32 of the file was written from: 1e-05, not 9.999999747e-06."""
-    return float(str(np.float32(number)))
-
-
-def _rope_scaling(value, max_positions: int, factors: np.ndarray | None, source: str) -> RopeScaling | None:
-    kind = value("rope.scaling.type", "none")
-    if factors is not None:
-        if kind not in ("none", "llama3"):
-            raise ValueError(f"{source} has both {ROPE_FACTORS} and rope scaling {kind!r}; one is supported")
-        return RopeScaling("factors", factors=tuple(factors.tolist()))
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise ValueError(f"{source} has rope scaling {kind!r}; none, linear, yarn are supported")
-    factor = value("rope.scaling.factor")
-    if kind == "linear":
-        return RopeScaling("linear", factor=factor)
-    return RopeScaling(
-        "yarn", factor=factor, original_positions=value("rope.scaling.original_context_length", max_positions)
-    )

@@ -1,12 +1,12 @@
 """Models in Hugging Face's layout: a folder, or a hub id, with config.json, safetensors and a tokenizer.
 
 Families `llama` (Llama 2/3/3.1, SmolLM2, DeepSeek-R1-Distill-Llama), `mistral`, `qwen2` (Qwen2, Qwen2.5,
-DeepSeek-R1-Distill-Qwen) and `qwen3`. A new family of the same kind is one entry in `FAMILIES`, what it reads
-differently in `config_from_json`, and new weight names in `TABLE`.
+DeepSeek-R1-Distill-Qwen) and `qwen3`.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+import dataclasses
+import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.errors
 import numpy as np
-import tokenizers
 from safetensors import SafetensorError, safe_open
 
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
+from models.huggingface_config import config_from_json
+from models.huggingface_tokenizer import FILES, OTHER_FORMATS, as_list, load_tokenizer, read_json
 from models.model import Model
-from models.tokenizer import Tokenizer
 from models.weights import Progress, load_params
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 TABLE = {
     "embed": "model.embed_tokens.weight",
@@ -45,13 +43,17 @@ TABLE = {
 }
 HUB_PATTERNS = (
     "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    *FILES,
+    *OTHER_FORMATS,
     "model.safetensors.index.json",
     "model*.safetensors",
 )
+
+
+FLOATING = ("F32", "BF16", "F16", "F64")
+"""Types of stored weights, as safetensors names them."""
+
+_logger = logging.getLogger(__name__)
 
 
 def download(repository: str, revision: str | None = None) -> Path:
@@ -89,18 +91,21 @@ def load_folder(
         ValueError: if a file is broken, the architecture is not supported, or the weights do not match the
             configuration (all problems named at once).
     """
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if raw is None:
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a model in Hugging Face's layout")
     config = config_from_json(raw, name or folder.resolve().name, dtype)
-    tokenizer = load_tokenizer(folder, _as_list(raw.get("eos_token_id")))
+    tokenizer = load_tokenizer(folder, as_list(raw.get("eos_token_id")))
     with ExitStack() as open_files:
         tensors, problems, lost = _open_tensors(folder, open_files)
         shapes = {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor, file in tensors.items()}
         for tensor in list(shapes):
-            # Older checkpoints hold the rotary frequencies, and some a second copy of a tied head.
-            if tensor.endswith("rotary_emb.inv_freq") or (tensor == TABLE["head"] and config.tie_embeddings):
+            # Older checkpoints hold the rotary frequencies.
+            if tensor.endswith("rotary_emb.inv_freq"):
                 del shapes[tensor]
+        problems += _not_floating(tensors, shapes)
+        if not problems:
+            config = _resolve_tied_head(config, tensors, shapes, folder)
 
         def read(tensor: str) -> np.ndarray:
             return tensors[tensor].get_tensor(tensor)
@@ -109,19 +114,11 @@ def load_folder(
     return Model(config, params, tokenizer)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Contents of a JSON file, None if there is none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}); fetch it again") from error
-
-
 def _open_tensors(folder: Path, open_files: ExitStack) -> tuple[dict[str, Any], list[str], set[str]]:
     """Opens the weights: file by tensor name, what is wrong with the files, and the tensors lost by that."""
-    index = _read_json(folder / "model.safetensors.index.json")
+    # A whole file comes before shards, as in transformers: an index beside it is a leftover.
+    whole = (folder / "model.safetensors").exists()
+    index = None if whole else read_json(folder / "model.safetensors.index.json")
     if index is not None and "weight_map" not in index:
         raise ValueError(f"{folder}/model.safetensors.index.json has no weight_map; fetch it again")
     shard_of = {} if index is None else index["weight_map"]
@@ -144,161 +141,49 @@ def _open_tensors(folder: Path, open_files: ExitStack) -> tuple[dict[str, Any], 
     return tensors, problems, lost
 
 
-def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None) -> ModelConfig:
-    """Configuration from the contents of config.json, as written by transformers 4 or 5.
-
-    Args:
-        raw: contents of config.json.
-        name: of the model.
-        dtype: None: as the file says, bfloat16 for float16.
-
-    Raises:
-        ValueError: if the family or a part of the model is not supported, or a needed key is missing.
-    """
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{name} is of the family {family!r}; supported are {', '.join(FAMILIES)}")
-    unsupported = [
-        f"{key} {raw[key]!r}"
-        for key, supported in (
-            ("hidden_act", ("silu", None)),
-            ("quantization_config", (None,)),
-            ("mlp_bias", (False, None)),
-            # Qwen2 always has biases on q, k and v; where this key counts, it adds one on the output, too.
-            ("attention_bias", (False, None)),
-            ("partial_rotary_factor", (1.0, None)),
-        )
-        if raw.get(key) not in supported
+def _not_floating(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Weights that are no numbers by themselves: integers or 8-bit floats, which need scales."""
+    kinds = {name: tensors[name].get_slice(name).get_dtype() for name in shapes}
+    return [
+        f"unsupported quantisation: {name} is {kind}, supported are {', '.join(FLOATING)}"
+        for name, kind in kinds.items()
+        if kind not in FLOATING
     ]
-    if unsupported:
-        raise ValueError(f"{name} needs what is not supported: {', '.join(unsupported)}")
-    needed = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
-    needed += ("max_position_embeddings", "rms_norm_eps")
-    missing = [key for key in needed if key not in raw]
-    if missing:
-        raise ValueError(f"config.json of {name} has no {', '.join(missing)}")
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    try:
-        scaling = _rope_scaling(rope, raw["max_position_embeddings"], name)
-    except KeyError as error:
-        raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
-    return ModelConfig(
-        name=name,
-        vocab_size=raw["vocab_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        width=raw["hidden_size"],
-        hidden_width=raw["intermediate_size"],
-        max_positions=_max_positions(raw, scaling),
-        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0,
-        rope_scaling=scaling,
-        norm_eps=raw["rms_norm_eps"],
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        dtype=dtype or _stored_dtype(raw),
-    )
 
 
-def _stored_dtype(raw: Mapping[str, Any]) -> str:
-    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return "bfloat16" if stored == "float16" else stored
+def _resolve_tied_head(
+    config: ModelConfig, tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
+) -> ModelConfig:
+    """Of a tied head that is stored, too: drops an equal copy, and follows the weights if they differ.
 
-
-def _max_positions(raw: Mapping[str, Any], scaling: RopeScaling | None) -> int:
-    """Positions up to which the model computes what is computed here; see ModelConfig on sliding windows."""
-    positions = raw["max_position_embeddings"]
-    if scaling is not None and scaling.kind == "yarn":
-        # Qwen's cards add yarn to a configuration that keeps the unstretched number.
-        positions = max(positions, int(scaling.factor * scaling.original_positions))
-    window = raw.get("sliding_window")
-    if window is not None and raw.get("use_sliding_window", raw["model_type"] == "mistral"):
-        positions = min(positions, window)
-    return positions
-
-
-def _rope_scaling(rope: Mapping[str, Any], max_positions: int, name: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    original = rope.get("original_max_position_embeddings") or max_positions
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{name} has partial_rotary_factor {rope['partial_rotary_factor']}, only 1.0 is supported"
-        )
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", factor=rope["factor"])
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor=rope["factor"],
-            original_positions=original,
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-        )
-    if kind == "yarn":
-        if rope.get("mscale") or rope.get("mscale_all_dim"):
-            raise ValueError(f"{name} has yarn rope scaling with mscale; use attention_factor")
-        return RopeScaling(
-            "yarn",
-            factor=rope.get("factor") or max_positions / original,
-            original_positions=original,
-            beta_fast=rope.get("beta_fast") or 32.0,
-            beta_slow=rope.get("beta_slow") or 1.0,
-            attention_factor=rope.get("attention_factor"),
-            truncate=rope.get("truncate", True),
-        )
-    raise ValueError(f"{name} has rope type {kind!r}; supported are default, linear, llama3, yarn")
-
-
-def load_tokenizer(folder: Path, stop_ids: Iterable[int] = ()) -> Tokenizer | None:
-    """Tokenizer of a folder in Hugging Face's layout, None if it has no tokenizer.json.
-
-    Args:
-        folder: may hold tokenizer_config.json, chat_template.jinja and generation_config.json as well.
-        stop_ids: ends of text that are known from elsewhere.
-
-    Raises:
-        ValueError: if one of the files is broken.
+    If only the head is stored, it is the embedding. transformers does the same.
     """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise ValueError(f"{path} is broken ({error}); fetch it again") from error
-    settings = _read_json(folder / "tokenizer_config.json") or {}
-    generation = _read_json(folder / "generation_config.json") or {}
-    bos_token = _token_text(settings.get("bos_token"))
-    # What the backend's post-processor puts before an empty text tells the habit where no setting does.
-    begins = backend.encode("").tokens[:1] == [bos_token]
-    return Tokenizer(
-        backend,
-        bos_token=bos_token,
-        eos_token=_token_text(settings.get("eos_token")),
-        stop_ids=[*stop_ids, *_as_list(generation.get("eos_token_id"))],
-        add_bos=begins if settings.get("add_bos_token") is None else settings["add_bos_token"],
-        chat_template=_chat_template(folder, settings),
+    embed, head = TABLE["embed"], TABLE["head"]
+    if not config.tie_embeddings or head not in shapes:
+        return config
+    if embed not in shapes:
+        tensors[embed] = _Renamed(tensors[head], head)
+        shapes[embed] = shapes.pop(head)
+        return config
+    stored = [tensors[name].get_tensor(name) for name in (embed, head)]
+    if np.array_equal(*stored):
+        del shapes[head]
+        return config
+    _logger.warning(
+        "%s: config.json says tie_word_embeddings, but %s differs from %s; the weights are followed",
+        folder,
+        head,
+        embed,
     )
+    return dataclasses.replace(config, tie_embeddings=False)
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else ids
+@dataclasses.dataclass(frozen=True)
+class _Renamed:
+    """A tensor of an open file under another name."""
 
+    file: Any
+    name: str
 
-def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
-    """Tokens are written as text or, by older releases, as a record with the text as its content."""
-    return token["content"] if isinstance(token, Mapping) else token
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+    def get_tensor(self, _: str) -> np.ndarray:
+        return self.file.get_tensor(self.name)

@@ -13,13 +13,14 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Angles per position and what scales cosine and sine.
 
     Returns:
-        float32 (D/2,) radians per position, and the attention factor (1.0 for all kinds but yarn).
+        float32 (D/2,) radians per position, and the attention factor (1.0 but for yarn, unless stated).
     """
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
     attention_factor = 1.0
     if scaling is not None:
+        attention_factor = scaling.attention_factor
         if scaling.kind == "linear":
             frequencies = frequencies / scaling.factor
         elif scaling.kind == "factors":
@@ -28,9 +29,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
             frequencies = _llama3(frequencies, scaling)
         else:
             frequencies = _yarn(frequencies, scaling, config.rope_theta)
-            attention_factor = scaling.attention_factor
-            if attention_factor is None:
-                attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+        if attention_factor is None:
+            grows = scaling.kind == "yarn" and scaling.factor > 1
+            attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if grows else 1.0
     return frequencies.astype(np.float32), attention_factor
 
 

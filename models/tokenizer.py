@@ -1,13 +1,11 @@
 """Text to token ids and back, and chat templates."""
 
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
 
-import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from models import chat_template
+from models.chat_template import Message
 
 END_TOKENS = (
     "<|endoftext|>",
@@ -30,6 +28,7 @@ class Tokenizer:
         stop_ids: all ids that end a text or a turn.
         add_bos: whether the model was trained with `bos_id` before each text.
         chat_template: the Jinja source, None if the model has none.
+        template_tokens: what the template sees of special tokens: text by name, such as "bos_token".
     """
 
     def __init__(
@@ -40,7 +39,21 @@ class Tokenizer:
         stop_ids: Iterable[int] = (),
         add_bos: bool = False,
         chat_template: str | None = None,
+        template_tokens: Mapping[str, str] | None = None,
     ):
+        """Describes a tokenizer.
+
+        Args:
+            backend: does the work; truncation and padding, which files can leave on, are switched off on it.
+            bos_token: begins a text.
+            eos_token: ends a text.
+            stop_ids: further ids that end a text or a turn.
+            add_bos: begin each text with `bos_token`.
+            chat_template: the Jinja source.
+            template_tokens: None: those of `bos_token` and `eos_token` that there are.
+        """
+        backend.no_truncation()
+        backend.no_padding()
         self.backend = backend
         self.bos_token, self.eos_token = bos_token, eos_token
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -48,10 +61,16 @@ class Tokenizer:
         special = {
             token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special
         }
-        ends = [special[token] for token in (*END_TOKENS, eos_token) if token in special]
+        ends = {special[token] for token in END_TOKENS if token in special}
+        if eos_token is not None and (eos_id := backend.token_to_id(eos_token)) is not None:
+            ends.add(eos_id)
         self.stop_ids = tuple(sorted({*stop_ids, *ends}))
         self.add_bos = add_bos and self.bos_id is not None
         self.chat_template = chat_template
+        named = (
+            {"bos_token": bos_token, "eos_token": eos_token} if template_tokens is None else template_tokens
+        )
+        self.template_tokens = {name: token for name, token in named.items() if token is not None}
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognised.
@@ -68,8 +87,8 @@ class Tokenizer:
         """Text of token ids, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """Renders a conversation by the model's chat template; `encode` the result.
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Renders a conversation by the model's chat template; `encode` the result with `add_bos=False`.
 
         Args:
             messages: turns as {"role": "system" | "user" | "assistant", "content": text}.
@@ -80,38 +99,4 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("this model has no chat template; pass plain text as the prompt")
-        try:
-            return _ENVIRONMENT.from_string(self.chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token or "",
-                eos_token=self.eos_token or "",
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
-
-
-def _raise_exception(message: str):
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _to_json(value, indent: int | None = None) -> str:
-    # Jinja's own filter escapes HTML, which templates written for transformers do not expect.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What Hugging Face chat templates are written for; sandboxed, as models bring their own code."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return environment
-
-
-_ENVIRONMENT = _environment()
+        return chat_template.render(self.chat_template, messages, add_generation_prompt, self.template_tokens)

@@ -129,7 +129,7 @@ def test_every_mismatch_is_named_at_once(tmp_path):
 
 def test_config_of_another_size(tmp_path):
     folder = copy(SINGLE, tmp_path)
-    edit_config(folder, num_hidden_layers=3)
+    edit_config(folder, num_hidden_layers=3, layer_types=None)
     # 12 tensors of the third layer.
     with pytest.raises(ValueError, match="12 problems"):
         models.load_model(str(folder))
@@ -142,15 +142,43 @@ def test_config_of_another_size(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         (
             {"attention_bias": True, "quantization_config": {"bits": 4}},
-            "quantization_config.*attention_bias True",
+            "attention_bias True, quantization_config",
         ),
         (
             {"rope_parameters": {"rope_type": "longrope"}},
             "rope type 'longrope'; supported are default, linear",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor 0\.5"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}}, "yarn .*mscale"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "alpha": 1.0}}, "not supported: alpha 1.0"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope scaling without 'factor'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "type": "yarn", "factor": 2.0}},
+            "'linear' and type 'yarn'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "has rope_scaling .* and rope_parameters .*; delete",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e4},
+                    "sliding_attention": {"rope_theta": 1e6},
+                }
+            },
+            "different rotary embeddings by layer",
+        ),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types .*'linear_attention'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window of None"),
+        (
+            {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0, "layer_types": None},
+            "window 0;",
+        ),
+        ({"quantization": {"bits": 4}}, r"not supported: quantization \{'bits': 4\}"),
+        ({"final_logit_softcapping": 30.0, "logits_scaling": 8.0}, r"softcapping 30\.0, logits_scaling 8\.0"),
+        ({"num_experts": 8}, "not supported: num_experts 8"),
+        ({"is_causal": False}, "not supported: is_causal False"),
+        ({"head_dim": None, "hidden_size": 30}, "hidden_size 30 is no multiple of 4 heads"),
         ({"dtype": "float64"}, "dtype 'float64' is not supported"),
     ],
 )
@@ -166,13 +194,20 @@ def test_config_without_needed_keys():
         config_from_json({"model_type": "llama"}, "model")
 
 
+SLIDING = {"sliding_window": 100, "use_sliding_window": True}
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "positions"),
     [
         ("mistral", {"sliding_window": 100}, 100),
         ("mistral", {"sliding_window": 1000}, 256),
         ("qwen2", {"sliding_window": 100, "use_sliding_window": False}, 256),
-        ("qwen2", {"sliding_window": 100, "use_sliding_window": True}, 100),
+        ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": None}, 100),
+        ("qwen2", SLIDING | {"max_window_layers": 2, "layer_types": None}, 256),
+        ("qwen2", SLIDING | {"layer_types": ["full_attention", "sliding_attention"]}, 100),
+        ("qwen2", SLIDING, 256),
+        ("mistral", {"sliding_window": 100, "layer_types": ["full_attention"] * 2}, 100),
         ("qwen2.5-yarn", {"max_position_embeddings": 64}, 256),
     ],
 )
@@ -249,3 +284,60 @@ def test_load_progress_counts_tensors():
     models.load_model(str(SINGLE), progress=lambda *call: calls.append(call))
     assert calls[0] == ("load", 1, 26)
     assert calls[-1] == ("load", 26, 26)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "fields"),
+    [
+        ("llama", "num_key_value_heads", {"num_kv_heads": 64}),
+        ("mistral", "num_key_value_heads", {"num_kv_heads": 8}),
+        ("mistral", "sliding_window", {"max_positions": 4096}),
+        ("qwen2", "num_key_value_heads", {"num_kv_heads": 32}),
+        ("qwen3", "head_dim", {"head_dim": 128}),
+        ("llama", "head_dim", {"head_dim": 64}),
+        ("llama", "tie_word_embeddings", {"tie_embeddings": False}),
+        ("llama", "rope_theta", {"rope_theta": 10_000.0}),
+    ],
+)
+def test_missing_keys_are_what_transformers_takes(family, key, fields):
+    raw = LLAMA_3_1_8B | {"model_type": family, "num_attention_heads": 64, "sliding_window": None}
+    config = config_from_json({name: value for name, value in raw.items() if name != key}, "m")
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        ({"type": "linear", "factor": 2.0}, models.RopeScaling("linear", 2.0)),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, models.RopeScaling("linear", 2.0)),
+        ({"rope_type": "default", "mscale": None, "finetuned": True}, None),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+            models.RopeScaling(
+                "yarn", 4.0, 64, attention_factor=(1 + 0.1 * np.log(4.0)) / (1 + 0.05 * np.log(4.0))
+            ),
+        ),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}, models.RopeScaling("yarn", 4.0, 64)),
+    ],
+)
+def test_spellings_of_rotary_scaling(rope, scaling):
+    raw = LLAMA_3_1_8B | {"original_max_position_embeddings": 64}
+    assert config_from_json(raw | {"rope_scaling": rope}, "m").rope_scaling == scaling
+    assert (
+        config_from_json(raw | {"rope_scaling": None, "rope_parameters": rope}, "m").rope_scaling == scaling
+    )
+
+
+def test_unknown_keys_are_reported_once_and_harmless_ones_not(caplog):
+    harmless = {
+        "attention_dropout": 0.1, "_name_or_path": "a", "bos_token_id": 1, "use_cache": True,
+        "temperature": 0.6,
+        "unsloth_version": "1", "auto_map": None, "quantization_config": None, "num_experts": 0,
+        "hidden_act": "swish", "torch_dtype": "torch.bfloat16", "pretraining_tp": 2,
+    }  # fmt: skip
+    assert config_from_json(LLAMA_3_1_8B | harmless, "m").dtype == "bfloat16"
+    assert not caplog.records
+    config_from_json(LLAMA_3_1_8B | {"wobble": 1, "auto_map": {"AutoModel": "x"}}, "m")
+    assert [record.getMessage() for record in caplog.records] == [
+        "config.json of m: unknown keys are ignored: wobble, auto_map"
+    ]

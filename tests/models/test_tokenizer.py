@@ -84,7 +84,7 @@ def test_chat_template_may_refuse(from_folder):
 def test_chat_template_is_sandboxed(from_folder):
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(ValueError, match="chat template"):
-        models.Tokenizer(from_folder.backend, chat_template=escape).chat([])
+        models.Tokenizer(from_folder.backend, chat_template=escape).chat([{"role": "user", "content": ""}])
 
 
 def test_unknown_pre_tokenizer_is_an_error(byte_level_metadata):

@@ -1,0 +1,197 @@
+"""Metadata of a GGUF file to a configuration. Every key is honoured, without effect, or refused.
+
+What a missing key means is what llama.cpp takes it for. A key that the format knows and that is not read here
+describes a part that is not computed here: it is refused, unless its value switches the part off. Other keys
+under the architecture's name are reported and ignored.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from models.config import ModelConfig, RopeScaling
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ROPE_FACTORS = "rope_freqs.weight"
+
+READ = frozenset(
+    {
+        "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+        "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count",
+        "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
+        "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor",
+        "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    }
+)  # fmt: skip
+WITHOUT_EFFECT = frozenset({"rope.scaling.finetuned", "pooling_type", "classifier.output_labels"})
+NEUTRAL = {
+    "attention.causal": (True,),
+    "tensor_data_layout": ("reference", "Meta AI original pth"),
+    "logit_scale": (1.0,),
+    "residual_scale": (1.0,),
+    "embedding_scale": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+}
+"""Values besides zero that switch a part off."""
+
+_logger = logging.getLogger(__name__)
+
+
+def _known_keys() -> frozenset[str]:
+    """All keys of the format that belong to an architecture, without its name."""
+    found, rooms = set(), [gguf.Keys]
+    while rooms:
+        for value in vars(rooms.pop()).values():
+            if isinstance(value, type):
+                rooms.append(value)
+            elif isinstance(value, str) and value.startswith("{arch}."):
+                found.add(value.removeprefix("{arch}."))
+    return frozenset(found)
+
+
+KNOWN = _known_keys()
+
+
+def config_from_metadata(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_factors: np.ndarray | None,
+    source: str,
+    dtype: str,
+) -> ModelConfig:
+    """Configuration of the model in a GGUF file.
+
+    Args:
+        metadata: keys and values of the file.
+        shapes: of its tensors, slowest axis first; they tell which optional parts there are.
+        rope_factors: (D/2,) divisors of the rotary frequencies, if the file has them.
+        source: the file, for messages.
+        dtype: of the configuration.
+
+    Raises:
+        ValueError: if the architecture or a part of it is not supported, or a needed key is missing.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{source} has the architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
+        )
+    if metadata.get("general.type", "model") != "model":
+        raise ValueError(f"{source} holds a {metadata['general.type']}, not a model")
+    if metadata.get(f"{architecture}.expert_count"):
+        raise ValueError(f"{source} is a mixture of experts, which is not supported; use a dense model")
+    _check_keys(metadata, architecture, source)
+
+    def value(key: str, default=None):
+        found = metadata.get(f"{architecture}.{key}", default)
+        if found is None:
+            raise ValueError(f"{source} has no metadata key {architecture}.{key}")
+        if isinstance(found, list):
+            if len(set(found)) != 1:
+                raise ValueError(
+                    f"{source} has {architecture}.{key} {found}; only equal layers are supported"
+                )
+            return found[0]
+        return found
+
+    if "token_embd.weight" not in shapes:
+        raise ValueError(f"{source} has no tensor token_embd.weight")
+    rows = shapes["token_embd.weight"][0]
+    counts = {f"{architecture}.vocab_size": metadata.get(f"{architecture}.vocab_size", rows)}
+    counts["tokenizer.ggml.tokens"] = len(metadata.get("tokenizer.ggml.tokens") or [None] * rows)
+    for key, count in counts.items():
+        if count != rows:
+            raise ValueError(f"{source} has {count} tokens by {key}, but {rows} rows of token_embd.weight")
+    width, num_heads = value("embedding_length"), value("attention.head_count")
+    head_dim = value("attention.key_length", width // num_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if value(key, head_dim) != head_dim:
+            raise ValueError(
+                f"{source} has {architecture}.{key} {value(key)}, only {head_dim} (D) is supported"
+            )
+    scaling = _rope_scaling(value, rope_factors, source)
+    max_positions = value("context_length")
+    if scaling is not None and scaling.kind == "yarn" and value("rope.scaling.original_context_length", 0):
+        max_positions = max(max_positions, int(scaling.factor * scaling.original_positions))
+    return ModelConfig(
+        name=metadata.get("general.name", Path(source).stem),
+        vocab_size=rows,
+        num_layers=value("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=value("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        width=width,
+        hidden_width=value("feed_forward_length"),
+        max_positions=min(max_positions, value("attention.sliding_window", 0) or max_positions),
+        rope_theta=value("rope.freq_base", 10_000.0),
+        rope_scaling=scaling,
+        norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
+        qkv_bias="blk.0.attn_q.bias" in shapes,
+        qk_norm="blk.0.attn_q_norm.weight" in shapes,
+        tie_embeddings="output.weight" not in shapes,
+        dtype=dtype,
+    )
+
+
+def _check_keys(metadata: Mapping[str, Any], architecture: str, source: str) -> None:
+    refused, unknown = [], []
+    for full, value in metadata.items():
+        key = full.removeprefix(f"{architecture}.")
+        if key == full or key in READ | WITHOUT_EFFECT or value in NEUTRAL.get(key, ()):
+            continue
+        if key not in KNOWN:
+            unknown.append(full)
+        elif key == "attention.causal" or (any(value) if isinstance(value, list) else value):
+            refused.append(f"{full} {value!r}")
+    if refused:
+        raise ValueError(f"{source} needs what is not supported: {', '.join(refused)}")
+    if unknown:
+        _logger.warning("%s: unknown metadata is ignored: %s", source, ", ".join(unknown))
+
+
+def _shortest(number: float) -> float:
+    """The decimal number that a float32 of the file was written from: 1e-05, not 9.999999747e-06."""
+    return float(str(np.float32(number)))
+
+
+def _rope_scaling(value, factors: np.ndarray | None, source: str) -> RopeScaling | None:
+    kind = value("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{source} has rope scaling {kind!r}; none, linear, yarn are supported")
+    old, factor = value("rope.scale_linear", 0.0), value("rope.scaling.factor", 0.0)
+    if old and factor and old != factor:
+        raise ValueError(f"{source} has both rope.scaling.factor {factor} and rope.scale_linear {old}")
+    factor = 1.0 if kind == "none" else factor or old or 1.0
+    extrapolated = value("rope.scaling.yarn_ext_factor", -1.0)
+    if extrapolated >= 0 and extrapolated != float(kind == "yarn"):
+        raise ValueError(
+            f"{source} has rope.scaling.yarn_ext_factor {extrapolated}; with scaling {kind!r} only "
+            f"{float(kind == 'yarn')} is supported"
+        )
+    attention = value("rope.scaling.attn_factor", 1.0)
+    if kind == "yarn" and factor != 1.0:
+        if factors is not None:
+            raise ValueError(f"{source} has both {ROPE_FACTORS} and rope scaling 'yarn'; one is supported")
+        # llama.cpp multiplies what YaRN's formula gives.
+        stated = attention * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+        return RopeScaling(
+            "yarn",
+            factor=factor,
+            original_positions=value("rope.scaling.original_context_length", value("context_length")),
+            beta_fast=value("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=value("rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=None if attention == 1.0 else stated,
+        )
+    stated = None if attention == 1.0 else attention
+    if factors is not None:
+        divisors = tuple((factors * factor).tolist())
+        return RopeScaling("factors", factors=divisors, attention_factor=stated)
+    if factor == 1.0 and stated is None:
+        return None
+    return RopeScaling("linear", factor=factor, attention_factor=stated)

@@ -1,0 +1,248 @@
+"""config.json to a configuration. Every key is honoured, without effect, or refused.
+
+What a missing key means is what transformers 5 takes it for, per family. Keys that are in none of the
+tables are reported and ignored, unless they are about the rotary embedding: those are refused.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from models.config import ModelConfig, RopeScaling
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
+}
+"""What transformers takes for keys that are missing, by `model_type`."""
+
+NEEDED = (
+    "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+READ = {
+    *NEEDED, "model_type", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
+    "layer_types", "tie_word_embeddings", "dtype", "torch_dtype", "eos_token_id",
+}  # fmt: skip
+NEUTRAL = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1.0,),
+    "is_causal": (True,),
+    "is_decoder": (True, False),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "residual_multiplier": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "rope_interleaved": (False,),
+}
+"""Values besides null with which a part is as it is computed here; other values are refused."""
+
+OFF = {
+    "attention_bias", "mlp_bias", "quantization_config", "quantization", "compression_config",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "clip_qkv",
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size",
+    "attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "use_qk_norm", "qk_layernorm", "use_parallel_residual", "parallel_attn",
+    "use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention", "use_mrope", "attention_sinks",
+    "attn_temperature_tuning", "alibi", "per_layer_config", "pruned_heads",
+}  # fmt: skip
+"""Parts that are not computed here: refused unless false, zero, empty or null."""
+
+WITHOUT_EFFECT = re.compile(
+    r"_.*|.*_(token_id|dropout|pdrop|token|dropout_prob)|dropout|initializer_range|use_cache|transformers_version|"
+    r"architectures|pretraining_tp|output_.*|return_dict.*|id2label|label2id|num_labels|problem_type|"
+    r"chunk_size_feed_forward|name_or_path|attn_implementation|unsloth_.*|finetuning_task|tokenizer_class|prefix|torchscript|"
+    r"use_bfloat16|use_flash_attention.*|tie_encoder_decoder|cross_attention_hidden_size|"
+    r"remove_invalid_values|task_specific_params|model_max_length|max_sequence_length|tokenizer_model_max_length|"
+    # What older files keep of generation.
+    r"do_sample|early_stopping|temperature|top_[kp]|typical_p|(max|min)_length|num_beams|num_beam_groups|"
+    r"num_return_sequences|length_penalty|diversity_penalty|repetition_penalty|(encoder_)?no_repeat_ngram_size|"
+    r"bad_words_ids|exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|tf_legacy_loss"
+)
+ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+    "partial_rotary_factor", "finetuned",
+}  # fmt: skip
+
+_logger = logging.getLogger(__name__)
+
+
+def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None) -> ModelConfig:
+    """Configuration from the contents of config.json, as written by transformers 4 or 5.
+
+    Args:
+        raw: contents of config.json.
+        name: of the model.
+        dtype: None: as the file says, bfloat16 for float16.
+
+    Raises:
+        ValueError: if the family or a part of the model is not supported, a needed key is missing, or keys
+            contradict each other.
+    """
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{name} is of the family {family!r}; supported are {', '.join(FAMILIES)}")
+    _check_keys(raw, name)
+    missing = [key for key in NEEDED if raw.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json of {name} has no {', '.join(missing)}")
+    raw = {**FAMILIES[family], **raw}
+    rope = _rope_parameters(raw, name)
+    try:
+        scaling = _rope_scaling(rope, raw, name)
+    except KeyError as error:
+        raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
+    width, heads = raw["hidden_size"], raw["num_attention_heads"]
+    if raw.get("head_dim") is None and width % heads:
+        raise ValueError(f"{name} has no head_dim, and hidden_size {width} is no multiple of {heads} heads")
+    return ModelConfig(
+        name=name,
+        vocab_size=raw["vocab_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or width // heads,
+        width=width,
+        hidden_width=raw["intermediate_size"],
+        max_positions=_max_positions(raw, scaling, name),
+        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0,
+        rope_scaling=scaling,
+        norm_eps=raw["rms_norm_eps"],
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tie_embeddings=bool(raw.get("tie_word_embeddings")),
+        dtype=dtype or _stored_dtype(raw),
+    )
+
+
+def _check_keys(raw: Mapping[str, Any], name: str) -> None:
+    refused = [
+        f"{key} {value!r}"
+        for key, value in raw.items()
+        if value is not None and ((key in OFF and value) or (key in NEUTRAL and value not in NEUTRAL[key]))
+    ]
+    if refused:
+        raise ValueError(f"{name} needs what is not supported: {', '.join(refused)}")
+    known = READ | OFF | NEUTRAL.keys()
+    unknown = [
+        key
+        for key, value in raw.items()
+        if value is not None and key not in known and not WITHOUT_EFFECT.fullmatch(key)
+    ]
+    if unknown:
+        _logger.warning("config.json of %s: unknown keys are ignored: %s", name, ", ".join(unknown))
+
+
+def _stored_dtype(raw: Mapping[str, Any]) -> str:
+    stored = (raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    return "bfloat16" if stored == "float16" else stored
+
+
+def _max_positions(raw: Mapping[str, Any], scaling: RopeScaling | None, name: str) -> int:
+    """Positions up to which the model computes what is computed here; see ModelConfig on sliding windows."""
+    positions = raw["max_position_embeddings"]
+    if scaling is not None and scaling.kind == "yarn":
+        # Qwen's cards add yarn to a configuration that keeps the unstretched number.
+        positions = max(positions, int(scaling.factor * scaling.original_positions))
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        full = min(raw.get("max_window_layers") or 0, raw["num_hidden_layers"])
+        slides = window is not None and full < raw["num_hidden_layers"]
+    else:
+        slides = "sliding_attention" in kinds
+        others = sorted({*kinds} - {"full_attention", "sliding_attention"})
+        if others or (slides and window is None) or len(kinds) != raw["num_hidden_layers"]:
+            raise ValueError(
+                f"{name} has layer_types {kinds} with num_hidden_layers {raw['num_hidden_layers']} and a "
+                f"sliding window of {window}; one of full_attention or sliding_attention is needed for each "
+                "layer, and a window for the latter"
+            )
+        # Mistral's window holds in every layer, whatever layer_types says.
+        slides |= raw["model_type"] == "mistral" and window is not None
+    if not slides:
+        return positions
+    if window <= 0:
+        raise ValueError(f"{name} has sliding_window {window}; it must be positive")
+    return min(positions, window)
+
+
+def _rope_parameters(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The rotary keys, which transformers 4 calls rope_scaling and transformers 5 rope_parameters."""
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    if old and new and old != new:
+        raise ValueError(
+            f"config.json of {name} has rope_scaling {old} and rope_parameters {new}; delete one"
+        )
+    rope = old or new
+    if rope.keys() & {"full_attention", "sliding_attention"}:
+        kinds = [dict(value or {}) for value in rope.values()]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError(
+                f"{name} has different rotary embeddings by layer, which is not supported: {rope}"
+            )
+        rope = kinds[0]
+    unknown = [
+        f"{key} {value!r}" for key, value in rope.items() if key not in ROPE_KEYS and value is not None
+    ]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ValueError(f"{name} has rope type {kind!r}; supported are default, linear, llama3, yarn")
+    if unknown:
+        raise ValueError(f"{name} has rotary parameters that are not supported: {', '.join(unknown)}")
+    if rope.get("type", kind) != kind:
+        raise ValueError(f"{name} has rope_type {kind!r} and type {rope['type']!r}; delete one")
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError(
+            f"{name} has partial_rotary_factor {rope['partial_rotary_factor']}, only 1.0 is supported"
+        )
+    return rope
+
+
+def _rope_scaling(rope: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    max_positions = raw["max_position_embeddings"]
+    # One that stands outside of the rotary keys comes first in transformers.
+    original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    original = original or max_positions
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", factor=rope["factor"])
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            factor=rope["factor"],
+            original_positions=original,
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+        )
+    factor = rope.get("factor") or max_positions / original
+    attention, mscale, all_dim = (rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if attention is None and mscale and all_dim and factor > 1:
+        attention = (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
+    return RopeScaling(
+        "yarn",
+        factor=factor,
+        original_positions=original,
+        beta_fast=rope.get("beta_fast") or 32.0,
+        beta_slow=rope.get("beta_slow") or 1.0,
+        attention_factor=attention,
+        truncate=rope.get("truncate", True),
+    )
