@@ -88,6 +88,10 @@ class DecodeState:
         pages, _, page_size = self.layers[0].pages.shape[2:5]
         return pages * page_size
 
+    def room(self, model: ModelConfig) -> Int[Array, " B"]:
+        """Tokens that each sequence can still take: up to the capacity, or to the model's last position."""
+        return min(self.capacity, model.max_positions) - self.length
+
 
 def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> DecodeState:
     """An empty state.
