@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from models.config import ModelConfig
 from models.transformer import Params
+from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints, check_keys
 from retro_jax.sampling import Sampling, sample, sequence_keys
@@ -37,6 +38,7 @@ class Decoded:
     metrics: StepMetrics
 
 
+@under_fixed_settings
 def decode(
     params: Params,
     model: ModelConfig,
@@ -112,6 +114,7 @@ class Forced:
     metrics: StepMetrics
 
 
+@under_fixed_settings
 def teacher_force(
     params: Params,
     model: ModelConfig,
@@ -155,6 +158,7 @@ def teacher_force(
     return state, Forced(nll, hits, finite, metrics=outputs[3])
 
 
+@under_fixed_settings
 def negative_log_likelihood(logits: Float[Array, "B V"], targets: Int[Array, " B"]) -> Float[Array, " B"]:
     """Natural log, float32."""
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]

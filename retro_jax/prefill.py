@@ -7,12 +7,14 @@ from jaxtyping import Array, Float, Int
 from models import transformer
 from models.config import ModelConfig
 from models.transformer import Params
+from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_ints, check_lengths
 from retro_jax.layers import dense_layer
 from retro_jax.state import DecodeState, init_state
 
 
+@under_fixed_settings
 def prefill(
     params: Params,
     model: ModelConfig,
@@ -49,6 +51,7 @@ def prefill(
     return state, jnp.where((lengths < 1)[:, None], jnp.nan, logits)
 
 
+@under_fixed_settings
 def extend(
     params: Params,
     model: ModelConfig,

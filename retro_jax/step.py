@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models import transformer
 from models.config import ModelConfig
 from models.transformer import Params
+from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import vectors_per_page
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints
@@ -13,6 +14,7 @@ from retro_jax.layers import dense_layer, retro_layer, window_slots
 from retro_jax.state import DecodeState, StepMetrics
 
 
+@under_fixed_settings
 def decode_step(
     params: Params,
     model: ModelConfig,
