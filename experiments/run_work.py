@@ -176,7 +176,7 @@ def _force(model, config, task, rows, capacity, sampling, progress) -> list[dict
 def _keys(sampling: Sampling, rows: Sequence[Row]) -> jax.Array:
     fold = jax.vmap(jax.random.fold_in)
     names = np.array([zlib.crc32(row.example.id.encode()) for row in rows], np.uint32)
-    root = jax.random.key(sampling.seed)
+    root = jax.random.key(sampling.seed, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(root, names)
     return fold(keys, np.array([row.sample for row in rows], np.uint32))
 

@@ -57,7 +57,7 @@ def _random_model(size: str, dtype: str | None, seed: int) -> Model:
         raise ValueError(f"there is no size {size!r} for random weights; sizes: {', '.join(SIZES)}")
     config = SIZES[size]
     config = dataclasses.replace(config, name=f"random:{size}", dtype=dtype or config.dtype)
-    return Model(config, random_params(config, jax.random.key(seed)), tokenizer=None)
+    return Model(config, random_params(config, jax.random.key(seed, impl="threefry2x32")), tokenizer=None)
 
 
 def _unknown(name: str) -> str:

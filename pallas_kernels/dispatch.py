@@ -18,6 +18,8 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.settings import under_fixed_settings
+
 SEQUENCES, HEADS = "data", "model"
 """Axes of a mesh of devices, over which sequences and KV heads are spread."""
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
@@ -78,6 +80,7 @@ def _warn_once(message: str) -> None:
     _logger.warning(message)
 
 
+@under_fixed_settings
 def dispatch(
     operation: str,
     implementation: str | None,

@@ -8,7 +8,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from models.config import ModelConfig
 from models.transformer import Params
+from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
+from retro_jax.inputs import check_bools, check_ints, check_keys
 from retro_jax.sampling import Sampling, sample, sequence_keys
 from retro_jax.state import DecodeState, StepMetrics
 from retro_jax.step import decode_step
@@ -23,7 +25,8 @@ class Decoded:
       emitted: steps in which the sequence was active.
       finite: whether all logits of the step were finite.
       pending: the last token of each sequence, chosen but not yet in the cache.
-      remaining: tokens that each sequence may still emit; 0 once it has ended.
+      remaining: tokens that each sequence may still emit; 0 once it has ended, by a stop token or for want
+        of room in the cache.
       metrics: of every step, stacked in front.
     """
 
@@ -35,6 +38,7 @@ class Decoded:
     metrics: StepMetrics
 
 
+@under_fixed_settings
 def decode(
     params: Params,
     model: ModelConfig,
@@ -53,23 +57,31 @@ def decode(
       params: weights.
       model: the model's configuration; static.
       config: how to decode; static.
-      state: donate it. The cache must have room for the steps.
+      state: donate it. A sequence that has no room left (`state.room`) ends.
       first_tokens: the tokens to start from: chosen, but not in the cache yet.
       steps: of the scan; static.
       sampling: how tokens are chosen; static. None: greedy.
       keys: one random key per sequence; None: from `sampling.seed`.
       stop_tokens: a sequence that chooses one of these has ended.
       remaining: tokens that each sequence may still emit; it ends at 0. None: no limit.
+
+    Raises:
+      ValueError: first_tokens, keys or remaining are not one for each sequence of the state, or stop_tokens
+        are no list.
+      TypeError: token ids are not whole numbers, or keys are not those of `jax.random.key`.
     """
-    B = first_tokens.shape[0]
+    (B,), each = state.length.shape, "one for each sequence of the state"
+    first_tokens = check_ints(first_tokens, (B,), "first_tokens", each)
     sampling = sampling or Sampling()
-    keys = sequence_keys(sampling, B) if keys is None else keys
+    keys = sequence_keys(sampling, B) if keys is None else check_keys(keys, B)
     stop_tokens = jnp.zeros(0, jnp.int32) if stop_tokens is None else stop_tokens
+    stop_tokens = check_ints(stop_tokens, (jnp.size(stop_tokens),), "stop_tokens", "a list")
     remaining = jnp.full(B, jnp.iinfo(jnp.int32).max) if remaining is None else remaining
+    remaining = check_ints(remaining, (B,), "remaining", each)
 
     def step(carry, _):
         state, tokens, remaining = carry
-        active = remaining > 0
+        active = (remaining > 0) & (state.room(model) > 0)
         state, logits = decode_step(params, model, config, state, tokens, active)
         chosen = sample(logits, sampling, keys, state.length)
         tokens = jnp.where(active, chosen, tokens)
@@ -89,8 +101,9 @@ class Forced:
     """What `teacher_force` measured.
 
     Attributes:
-      nll: negative log-likelihood, natural log, of each step's target; 0 where not active.
-      hits: whether the target was the most likely token; False where not active.
+      nll: negative log-likelihood, natural log, of each step's target; 0 where not active, NaN where the
+        cache had no room for the token.
+      hits: whether the target was the most likely token; False where not active or not finite.
       finite: whether all logits of the step were finite.
       metrics: of every step, stacked in front.
     """
@@ -101,6 +114,7 @@ class Forced:
     metrics: StepMetrics
 
 
+@under_fixed_settings
 def teacher_force(
     params: Params,
     model: ModelConfig,
@@ -116,18 +130,26 @@ def teacher_force(
       params: weights.
       model: the model's configuration; static.
       config: how to decode; static.
-      state: donate it. The cache must have room for the tokens.
+      state: donate it.
       tokens: the newest token of each step.
       targets: the token that follows each of them.
       active: steps to take; the others change nothing.
+
+    Raises:
+      ValueError: the three are not of one shape, or not one row for each sequence of the state.
+      TypeError: token ids are not whole numbers, or active is not made of truth values.
     """
+    shape = state.length.shape[0], *jnp.shape(tokens)[1:2]
+    tokens = check_ints(tokens, shape, "tokens", "a row for each sequence of the state")
+    targets = check_ints(targets, shape, "targets", "one for each token")
+    active = check_bools(active, shape, "active", "one for each token")
 
     def step(state, inputs):
         tokens, targets, active = inputs
         state, logits = decode_step(params, model, config, state, tokens, active)
         nll = negative_log_likelihood(logits, targets)
         finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
-        hits = active & (jnp.argmax(logits, axis=-1) == targets)
+        hits = active & finite & (jnp.argmax(logits, axis=-1) == targets)
         return state, (jnp.where(active, nll, 0.0), hits, finite, state.metrics)
 
     inputs = tuple(array.swapaxes(0, 1) for array in (tokens, targets, active))
@@ -136,6 +158,7 @@ def teacher_force(
     return state, Forced(nll, hits, finite, metrics=outputs[3])
 
 
+@under_fixed_settings
 def negative_log_likelihood(logits: Float[Array, "B V"], targets: Int[Array, " B"]) -> Float[Array, " B"]:
     """Natural log, float32."""
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]

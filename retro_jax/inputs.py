@@ -1,8 +1,15 @@
-"""What is checked at the door of `generate` and `score`."""
+"""What is checked at the doors: of `generate` and `score`, and of the pure functions under them.
+
+Within a trace the shapes and types of arguments are known, their values are not: what can only be seen from
+values is an error where they are known, and NaN in a sequence's logits where they are not.
+"""
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int, Key
 
 from models import Model
 from models.config import ModelConfig
@@ -18,6 +25,74 @@ class NonFiniteLogits(FloatingPointError):
     def __init__(self, message: str, partial: object):
         super().__init__(message)
         self.partial = partial
+
+
+def check_ints(values: Array, shape: tuple[int, ...], what: str, wanted: str) -> Int[Array, "..."]:
+    """`values` as int32.
+
+    Raises:
+      ValueError: they have another shape than `shape`, which `wanted` says in words.
+      TypeError: they are not whole numbers.
+    """
+    _check_shape(values, shape, what, wanted)
+    if not jnp.issubdtype(jnp.result_type(values), jnp.integer):
+        raise TypeError(f"{what} has dtype {jnp.result_type(values)}; give whole numbers")
+    return jnp.asarray(values, jnp.int32)
+
+
+def check_bools(values: Array, shape: tuple[int, ...], what: str, wanted: str) -> Bool[Array, "..."]:
+    """`values` as an array.
+
+    Raises:
+      ValueError: they have another shape than `shape`, which `wanted` says in words.
+      TypeError: they are not truth values.
+    """
+    _check_shape(values, shape, what, wanted)
+    if not jnp.issubdtype(jnp.result_type(values), jnp.bool_):
+        raise TypeError(f"{what} has dtype {jnp.result_type(values)}; give truth values (bool)")
+    return jnp.asarray(values)
+
+
+def check_keys(keys: Key[Array, "..."], batch: int) -> Key[Array, " B"]:
+    """The keys of a batch.
+
+    Raises:
+      ValueError: they are not one for each sequence.
+      TypeError: they are not typed keys.
+    """
+    if not jnp.issubdtype(getattr(keys, "dtype", None), jax.dtypes.prng_key):
+        raise TypeError("keys are not typed; make them by jax.random.split(jax.random.key(seed), B)")
+    _check_shape(keys, (batch,), "keys", "one for each sequence")
+    return keys
+
+
+def _check_shape(values: Array, shape: tuple[int, ...], what: str, wanted: str) -> None:
+    if jnp.shape(values) != shape:
+        raise ValueError(f"{what} has shape {jnp.shape(values)}, not {shape}: {wanted}")
+
+
+def check_lengths(lengths: Int[Array, " B"], least: int, tokens: int, room: Int[Array, " B"]) -> None:
+    """Raises ValueError if any of the lengths is not within `least`..`tokens` or above the room, if known."""
+    if (given := _known(lengths)) is None:
+        return
+    for sequence in np.flatnonzero((given < least) | (given > tokens)):
+        raise ValueError(
+            f"lengths[{sequence}] is {given[sequence]}, not within {least}..{tokens}, the tokens given for it"
+        )
+    if (known := _known(room)) is None:
+        return
+    for sequence in np.flatnonzero(given > known):
+        raise ValueError(
+            f"sequence {sequence} has room for {known[sequence]} more tokens, {given[sequence]} were given; "
+            "begin with a larger capacity"
+        )
+
+
+def _known(values: Array) -> np.ndarray | None:
+    """The values; None within a trace, or where other processes hold some of them."""
+    if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
+        return None
+    return np.asarray(values)
 
 
 def check_token_ids(model: ModelConfig, ids: np.ndarray, what: str) -> np.ndarray:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from pallas_kernels.settings import under_fixed_settings
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,12 +35,15 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} is not in (0, 1]; None keeps every token")
 
 
+@under_fixed_settings
 def sequence_keys(sampling: Sampling, batch: int) -> Key[Array, " B"]:
     """One random key per sequence, the same for a sequence's place whatever the size of the batch."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(jax.random.key(sampling.seed), jnp.arange(batch))
+    # Of one kind, whatever the process prefers: others draw differently in a batch of another size.
+    return fold(jax.random.key(sampling.seed, impl="threefry2x32"), jnp.arange(batch))
 
 
+@under_fixed_settings
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], positions: Int[Array, " B"]
 ) -> Int[Array, " B"]:

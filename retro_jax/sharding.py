@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from models.config import ModelConfig
 from models.transformer import Params, random_params
 from pallas_kernels.dispatch import HEADS, SEQUENCES
+from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
 from retro_jax.state import DecodeState, init_state
 
@@ -102,9 +103,10 @@ def mesh_of(params: Params) -> Mesh:
 
 
 def under_mesh_of_weights(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a model that runs under the mesh of its weights."""
+    """A function of a model that runs under the mesh of its weights, and under fixed settings of JAX."""
 
     @functools.wraps(function)
+    @under_fixed_settings
     def on_mesh(model, *args, **kwargs):
         with jax.set_mesh(mesh_of(model.params)):
             return function(model, *args, **kwargs)
@@ -124,6 +126,7 @@ def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeStat
     )
 
 
+@under_fixed_settings
 def abstract_arguments(
     model: ModelConfig, config: DecodeConfig, mesh: Mesh | AbstractMesh, batch: int, capacity: int
 ) -> tuple[Params, DecodeState]:
@@ -165,6 +168,7 @@ def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeSta
     return jax.device_put(state, state_shardings(state, mesh))
 
 
+@under_fixed_settings
 def new_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> DecodeState:
     """`init_state`; under `jax.set_mesh` on the mesh, without ever lying on one device as a whole.
 

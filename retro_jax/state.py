@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig
 from pallas_kernels import STATISTICS, Statistics
+from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import Budget
 from retro_jax.config import DecodeConfig
 from retro_jax.methods import Kept
@@ -88,7 +89,12 @@ class DecodeState:
         pages, _, page_size = self.layers[0].pages.shape[2:5]
         return pages * page_size
 
+    def room(self, model: ModelConfig) -> Int[Array, " B"]:
+        """Tokens that each sequence can still take: up to the capacity, or to the model's last position."""
+        return min(self.capacity, model.max_positions) - self.length
 
+
+@under_fixed_settings
 def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> DecodeState:
     """An empty state.
 

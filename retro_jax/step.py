@@ -6,12 +6,15 @@ from jaxtyping import Array, Bool, Float, Int
 from models import transformer
 from models.config import ModelConfig
 from models.transformer import Params
+from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import vectors_per_page
 from retro_jax.config import DecodeConfig
+from retro_jax.inputs import check_bools, check_ints
 from retro_jax.layers import dense_layer, retro_layer, window_slots
 from retro_jax.state import DecodeState, StepMetrics
 
 
+@under_fixed_settings
 def decode_step(
     params: Params,
     model: ModelConfig,
@@ -30,16 +33,24 @@ def decode_step(
       model: the model's configuration; static.
       config: how to decode; static.
       state: donate it, so that the cache is updated in place.
-      tokens: the newest token ids, at position `state.length`. The cache must have room for them
-        (`state.length < state.capacity`), which cannot be checked here: length is a run-time value.
+      tokens: the newest token ids, at position `state.length`.
       active: sequences to decode; the others keep their state. None: all.
 
     Returns:
       The new state and float32 logits of the token after the newest; without meaning for a sequence that
-      is not active.
+      is not active. A sequence without room (`state.room`: the cache is full, or the model has no further
+      position) keeps its state, and its logits are NaN.
+
+    Raises:
+      ValueError: tokens or active are not one for each sequence of the state.
+      TypeError: tokens are not whole numbers, or active is not made of truth values.
     """
+    tokens = check_ints(tokens, state.length.shape, "tokens", "one for each sequence of the state")
     if active is None:
         active = jnp.ones(tokens.shape, bool)
+    active = check_bools(active, tokens.shape, "active", "one for each sequence of the state")
+    fits = state.room(model) > 0
+    refused, active = active & ~fits, active & fits
     slots = window_slots(config, state, active)
     dense = config.num_dense_layers(model)
 
@@ -70,7 +81,8 @@ def decode_step(
         layers=tuple(layers),
         metrics=_metrics(model, config, state, active, attended),
     )
-    return state, transformer.logits(params, model, x[:, -1:])[:, 0]
+    logits = transformer.logits(params, model, x[:, -1:])[:, 0]
+    return state, jnp.where(refused[:, None], jnp.nan, logits)
 
 
 def _metrics(

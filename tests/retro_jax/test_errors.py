@@ -1,6 +1,8 @@
 """Bad input gets an error at the door that names the value, the limit and the way out."""
 
+import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -162,3 +164,66 @@ def test_the_pure_functions():
         rj.init_state(model.config, CONFIG, 0, 16)
     with pytest.raises(ValueError, match="prompts of up to 20 tokens do not fit a capacity of 16"):
         rj.prefill(model.params, model.config, CONFIG, tokens, jnp.array([20]), 16)
+
+
+KEYS = jax.random.split(jax.random.key(0), 2)
+IDS, FLAGS, FLOATS = (lambda *shape: jnp.zeros(shape, int)), (lambda *shape: jnp.ones(shape, bool)), jnp.zeros
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "message"),
+    (
+        ("decode_step", (IDS(2, 1),), ValueError, r"tokens has shape \(2, 1\), not \(2,\): one for each seq"),
+        ("decode_step", (IDS(3),), ValueError, r"tokens has shape \(3,\), not \(2,\)"),
+        ("decode_step", (IDS(),), ValueError, r"tokens has shape \(\), not \(2,\)"),
+        ("decode_step", (FLOATS(2),), TypeError, "tokens has dtype float32; give whole numbers"),
+        ("decode_step", (IDS(2), FLAGS(1)), ValueError, r"active has shape \(1,\), not \(2,\)"),
+        ("decode_step", (IDS(2), IDS(2)), TypeError, r"active has dtype int32; give truth values \(bool\)"),
+        ("decode", (IDS(2, 1), 3), ValueError, r"first_tokens has shape \(2, 1\), not \(2,\)"),
+        ("decode", (IDS(2), 3, None, KEYS[:1]), ValueError, r"keys has shape \(1,\), not \(2,\)"),
+        ("decode", (IDS(2), 3, None, IDS(2, 2)), TypeError, "keys are not typed; make them by"),
+        ("decode", (IDS(2), 3, None, None, IDS(1, 2)), ValueError, r"stop_tokens has shape \(1, 2\)"),
+        ("decode", (IDS(2), 3, None, None, None, IDS(1)), ValueError, r"remaining has shape \(1,\)"),
+        ("teacher_force", (IDS(1, 3), IDS(1, 3), FLAGS(1, 3)), ValueError, r"tokens has shape \(1, 3\)"),
+        ("teacher_force", (IDS(2, 3), IDS(2, 2), FLAGS(2, 3)), ValueError, r"targets has shape \(2, 2\)"),
+        ("teacher_force", (IDS(2, 3), IDS(2, 3), FLAGS(2, 1)), ValueError, r"active has shape \(2, 1\)"),
+        (
+            "extend",
+            (IDS(2), IDS(2)),
+            ValueError,
+            r"tokens has shape \(2,\); give \[B, T\], at least one",
+        ),
+        ("extend", (IDS(2, 0), IDS(2)), ValueError, r"tokens has shape \(2, 0\)"),
+        (
+            "extend",
+            (IDS(1, 4), IDS(1)),
+            ValueError,
+            r"tokens has shape \(1, 4\), not \(2, 4\): a row for",
+        ),
+        (
+            "extend",
+            (IDS(2, 4), IDS(1)),
+            ValueError,
+            r"lengths has shape \(1,\), not \(2,\): one for each",
+        ),
+        ("extend", (IDS(2, 4), FLOATS(2)), TypeError, "lengths has dtype float32"),
+        ("extend", (IDS(2, 4), IDS(2) + 5), ValueError, r"lengths\[0\] is 5, not within 0\.\.4, the tokens"),
+        ("extend", (IDS(2, 4), IDS(2) - 1), ValueError, r"lengths\[0\] is -1, not within 0\.\.4"),
+        (
+            "extend",
+            (IDS(2, 4), IDS(2) + 4),
+            ValueError,
+            "sequence 1 has room for 3 more tokens, 4 were",
+        ),
+        ("prefill", (IDS(2, 4), IDS(2), 8), ValueError, r"lengths\[0\] is 0, not within 1\.\.4"),
+        ("prefill", (IDS(2, 4), IDS(3), 8), ValueError, r"lengths has shape \(3,\), not \(2,\)"),
+    ),
+)
+def test_arguments_of_the_pure_functions(function, arguments, error, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # without the checks of tests
+    model = tiny(3)
+    if function != "prefill":
+        state = rj.init_state(model.config, CONFIG, 2, 64).replace(length=jnp.array([0, 61]))
+        arguments = (state, *arguments)
+    with pytest.raises(error, match=message):
+        getattr(rj, function)(model.params, model.config, CONFIG, *arguments)
