@@ -1,30 +1,36 @@
-"""Messages to prompts: the first by the whole chat template, later ones by what it adds after a reply."""
+"""Conversations to prompts, by the model's chat template.
+
+A template may rewrite earlier turns: drop what a reply thought, or trim it. Decoding goes on from the cache
+only where the cache holds the beginning of what the template makes of the whole conversation.
+"""
+
+from collections.abc import Mapping, Sequence
 
 from models import Tokenizer
 
-_REPLY = "THE-REPLY-STANDS-HERE"
+
+def prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Returns the token ids of a conversation, up to where the model's reply begins.
+
+    Args:
+      tokenizer: has the chat template.
+      messages: turns as {"role": ..., "content": ...}, the last by the user.
+    """
+    return tokenizer.encode(tokenizer.chat(messages, add_generation_prompt=True), add_bos=False)
 
 
 def first_turn(tokenizer: Tokenizer, message: str) -> list[int]:
     """Returns the token ids of a conversation that begins with this message of the user."""
-    text = tokenizer.chat([{"role": "user", "content": message}], add_generation_prompt=True)
-    return tokenizer.encode(text, add_bos=False)
+    return prompt(tokenizer, [{"role": "user", "content": message}])
 
 
-def next_turn(tokenizer: Tokenizer, message: str, pending: int) -> list[int]:
-    """Returns the token ids between two replies: the first's end, the user's message, the second's head.
+def continuation(whole: Sequence[int], held: Sequence[int]) -> list[int] | None:
+    """Returns the token ids that come after those that are held; None if the whole does not begin with those.
 
     Args:
-      tokenizer: its template is rendered with a placeholder for the reply, which is in the cache already.
-      message: the user's next message.
-      pending: the reply's last token, which decoding adds by itself; the reply's end is not repeated if it
-        is that token.
+      whole: token ids of the whole conversation.
+      held: token ids in the cache, and the reply's last token, which decoding adds by itself.
     """
-    messages = [
-        {"role": "user", "content": "."},
-        {"role": "assistant", "content": _REPLY},
-        {"role": "user", "content": message},
-    ]
-    after = tokenizer.chat(messages, add_generation_prompt=True).split(_REPLY, 1)[1]
-    ids = tokenizer.encode(after, add_bos=False)
-    return ids[1:] if ids[0] == pending else ids
+    if len(whole) <= len(held) or list(whole[: len(held)]) != list(held):
+        return None
+    return list(whole[len(held) :])

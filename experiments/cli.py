@@ -145,19 +145,26 @@ class Generate(Command):
         return result, rates
 
     def _talk(self, model: Model) -> None:
-        """Reads messages from stdin until it ends, all turns on one cache."""
+        """Reads messages from stdin until it ends, on one cache while the template keeps earlier turns."""
         if self.json:
             raise ValueError("--json cannot be used to talk; pass --prompt with --chat")
         capacity = self.capacity or min(4096, model.config.max_positions)
-        result = None
+        messages, held, result = [], [], None
         print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
         while message := _read_message():
-            prompt = (
-                chat.first_turn(model.tokenizer, message)
-                if result is None
-                else chat.next_turn(model.tokenizer, message, int(result.pending[0]))
-            )
-            result, _ = self._generate(model, [prompt], capacity, streamed=True, previous=result)
+            messages.append({"role": "user", "content": message})
+            whole = chat.prompt(model.tokenizer, messages)
+            ids = chat.continuation(whole, held)
+            if ids is None:
+                print(
+                    "The chat template makes something else of earlier turns than the cache holds; "
+                    "it is made anew.",
+                    file=sys.stderr,
+                )
+                ids, result = whole, None
+            result, _ = self._generate(model, [ids], capacity, streamed=True, previous=result)
+            held = [*whole, *result.tokens[0]]
+            messages.append({"role": "assistant", "content": result.texts[0]})
 
 
 @dataclass(kw_only=True)

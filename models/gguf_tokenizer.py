@@ -3,13 +3,14 @@
 A new pre-tokenizer is one entry in `PRE_TOKENIZERS`, named as llama.cpp names it in `tokenizer.ggml.pre`.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from models.tokenizer import Tokenizer
+from models.tokenizer import END_TOKENS, Tokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Values of tokenizer.ggml.token_type that are matched in the text before the pre-tokenizer."""
@@ -19,12 +20,25 @@ _LLAMA3_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UNNAMED_SPLITS = (
+    r"[\p{P}$+<=>^~|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+
+_logger = logging.getLogger(__name__)
 
 
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -38,15 +52,22 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
+_QWEN2 = ("qwen2", "deepseek-r1-qwen", "megrez")
+_GPT2 = ("gpt-2", "phi-2", "exaone4", "a.x-4.0", "mellum", "olmo", "jais", "mpt")
+_SMOLLM = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 PRE_TOKENIZERS = {
-    "default": _gpt2,
-    "gpt-2": _gpt2,
-    "smollm": _smollm,
-    "llama-bpe": lambda: _split(_LLAMA3_SPLIT),
-    "qwen2": lambda: _split(_QWEN2_SPLIT),
-    "deepseek-r1-qwen": lambda: _split(_QWEN2_SPLIT),
+    "default": lambda: _split(*_UNNAMED_SPLITS),
+    **dict.fromkeys(_GPT2, _gpt2),
+    **dict.fromkeys(_SMOLLM, _smollm),
+    **dict.fromkeys(_LLAMA3, lambda: _split(_LLAMA3_SPLIT)),
+    **dict.fromkeys(_QWEN2, lambda: _split(_QWEN2_SPLIT)),
+    "tekken": lambda: _split(_TEKKEN_SPLIT),
 }
-_NFC = ("qwen2", "deepseek-r1-qwen")
+"""By the name that llama.cpp gives them; "default" is what it does for files that name none."""
+
+_WHOLE_WORDS = (*_LLAMA3, "tekken")
+"""Those with which a word that is a token is one, whatever the merges, and a text begins with a token."""
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer | None:
@@ -69,9 +90,16 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], source: str) -> Tokeniz
 
 def _tokenizer(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     kind, tokens = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.tokens"]
-    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
+    _check_lengths(metadata, len(tokens), source)
+    # As in llama.cpp, an end of turn ends turns even if a converter marked it as a word.
+    types = [CONTROL if token in END_TOKENS else kind for token, kind in zip(tokens, types, strict=True)]
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2":
+        if "tokenizer.ggml.pre" not in metadata:
+            _logger.warning(
+                "%s names no pre-tokenizer, so llama.cpp's default is taken; convert the model again", source
+            )
         backend = _byte_level_bpe(tokens, metadata["tokenizer.ggml.merges"], pre, source)
     elif kind == "llama":
         prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -84,21 +112,45 @@ def _tokenizer(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         if token_type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     backend.add_tokens(added)
-    bos, eos = (_token(metadata, f"tokenizer.ggml.{name}_token_id", tokens) for name in ("bos", "eos"))
+    # SentencePiece has its begin and end at 1 and 2 if the file does not say.
+    usual = {"bos": 1, "eos": 2} if kind == "llama" else {}
+    bos, eos = (_token(metadata, name, tokens, usual.get(name)) for name in ("bos", "eos"))
+    # llama.cpp's defaults for files that do not say.
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _WHOLE_WORDS)
+    if bos is None and metadata.get("tokenizer.ggml.add_bos_token"):
+        raise ValueError(f"{source} has add_bos_token, but no tokenizer.ggml.bos_token_id")
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        _logger.warning(
+            "%s ends each text with %r; it is left out, so that texts can be continued", source, eos
+        )
+    named = {f"{name}_token": _token(metadata, name, tokens) for name in ("unknown", "padding")}
     ends = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     return Tokenizer(
         backend,
         bos_token=bos,
         eos_token=eos,
         stop_ids=[metadata[key] for key in ends if key in metadata],
-        # llama.cpp's defaults for files that do not say.
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe"),
+        add_bos=add_bos,
         chat_template=metadata.get("tokenizer.chat_template"),
+        template_tokens={
+            # llama.cpp defines these two always.
+            "bos_token": bos or "",
+            "eos_token": eos or "",
+            "unk_token": named["unknown_token"],
+            "pad_token": named["padding_token"],
+        },
     )
 
 
-def _token(metadata: Mapping[str, Any], key: str, tokens: list[str]) -> str | None:
-    return tokens[metadata[key]] if key in metadata else None
+def _check_lengths(metadata: Mapping[str, Any], count: int, source: str) -> None:
+    for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+        if len(metadata.get(key, [None] * count)) != count:
+            raise ValueError(f"{source} has {len(metadata[key])} entries of {key} for {count} tokens")
+
+
+def _token(metadata: Mapping[str, Any], name: str, tokens: list[str], usual: int | None = None) -> str | None:
+    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id", usual)
+    return None if token_id is None else tokens[token_id]
 
 
 def _byte_level_bpe(tokens: list[str], merges: list[str], pre: str, source: str) -> Backend:
@@ -111,11 +163,11 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], pre: str, source: str)
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=pre == "llama-bpe",
+            ignore_merges=pre in _WHOLE_WORDS,
         )
     )
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    if pre in _NFC:
+    if pre in _QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     return backend

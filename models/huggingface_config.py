@@ -55,20 +55,23 @@ NEUTRAL = {
 
 OFF = {
     "attention_bias", "mlp_bias", "quantization_config", "quantization", "compression_config",
-    "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "clip_qkv",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar",
+    "clip_qkv",
     "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size",
-    "attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "use_qk_norm", "qk_layernorm", "use_parallel_residual", "parallel_attn",
-    "use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention", "use_mrope", "attention_sinks",
-    "attn_temperature_tuning", "alibi", "per_layer_config", "pruned_heads",
+    "attention_chunk_size", "no_rope_layers", "no_rope_layer_interval", "use_qk_norm",
+    "qk_layernorm", "use_parallel_residual", "parallel_attn",
+    "use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention", "use_mrope",
+    "attention_sinks", "attn_temperature_tuning", "alibi", "per_layer_config", "pruned_heads",
 }  # fmt: skip
 """Parts that are not computed here: refused unless false, zero, empty or null."""
 
 WITHOUT_EFFECT = re.compile(
     r"_.*|.*_(token_id|dropout|pdrop|token|dropout_prob)|dropout|initializer_range|use_cache|transformers_version|"
     r"architectures|pretraining_tp|output_.*|return_dict.*|id2label|label2id|num_labels|problem_type|"
-    r"chunk_size_feed_forward|name_or_path|attn_implementation|unsloth_.*|finetuning_task|tokenizer_class|prefix|torchscript|"
-    r"use_bfloat16|use_flash_attention.*|tie_encoder_decoder|cross_attention_hidden_size|"
-    r"remove_invalid_values|task_specific_params|model_max_length|max_sequence_length|tokenizer_model_max_length|"
+    r"chunk_size_feed_forward|name_or_path|attn_implementation|unsloth_.*|finetuning_task|"
+    r"tokenizer_class|prefix|torchscript|use_bfloat16|use_flash_attention.*|tie_encoder_decoder|cross_attention_hidden_size|"
+    r"remove_invalid_values|task_specific_params|model_max_length|max_sequence_length|"
+    r"tokenizer_model_max_length|"
     # What older files keep of generation.
     r"do_sample|early_stopping|temperature|top_[kp]|typical_p|(max|min)_length|num_beams|num_beam_groups|"
     r"num_return_sequences|length_penalty|diversity_penalty|repetition_penalty|(encoder_)?no_repeat_ngram_size|"

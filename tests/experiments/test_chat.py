@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import jax
@@ -47,19 +48,70 @@ def test_first_turn(tokenizer):
     )
 
 
-def test_turns_join_to_the_whole_conversation(tokenizer):
-    conversation = [
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN3 = (
+    "{% for m in messages %}{% set content = m.content.split('</think>')[-1].lstrip('\n') "
+    "if m.role == 'assistant' else m.content %}"
+    "<|im_start|>{{ m.role }}\n{{ content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def spoken(tokenizer, template, end):
+    return Tokenizer(tokenizer.backend, "<s>", end, chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("template", "reply", "end", "goes_on"),
+    [
+        (TEMPLATE, "Hello!", "<|im_end|>", True),
+        (TEMPLATE, " Hello! ", "<|im_end|>", False),
+        (LLAMA3, "Hello!", "<|eot_id|>", True),
+        (LLAMA3, "Hello!\n", "<|eot_id|>", False),
+        (CHATML, " Hello!\n", "<|im_end|>", True),
+        (QWEN3, "Hello!", "<|im_end|>", True),
+        (QWEN3, "<think>\nHm.\n</think>\n\nHello!", "<|im_end|>", False),
+        (MISTRAL, "Hello!", "</s>", True),
+        (ZEPHYR, "Hello!", "</s>", True),
+        (CHATML, "A reply that is cut off", "", True),
+    ],
+)
+def test_later_turns_are_the_whole_conversation(tokenizer, template, reply, end, goes_on):
+    speaker = spoken(tokenizer, template, "<|im_end|>")
+    held = chat.first_turn(speaker, "Hi") + speaker.encode(reply + end)
+    messages = [
         {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello!"},
+        {"role": "assistant", "content": reply},
         {"role": "user", "content": "Bye"},
     ]
-    whole = tokenizer.encode(tokenizer.chat(conversation))
-    reply = tokenizer.encode("Hello!")
-    (end,) = tokenizer.stop_ids
-    ended = chat.first_turn(tokenizer, "Hi") + reply + [end] + chat.next_turn(tokenizer, "Bye", pending=end)
-    cut_off = chat.first_turn(tokenizer, "Hi") + reply + chat.next_turn(tokenizer, "Bye", pending=reply[-1])
-    assert ended == whole
-    assert cut_off == whole
+    whole = chat.prompt(speaker, messages)
+    assert text(tokenizer, whole) == speaker.chat(messages)
+    rest = chat.continuation(whole, held)
+    assert (rest is not None) == goes_on
+    if goes_on:
+        assert held + rest == whole
+
+
+def test_nothing_is_left_to_continue_by():
+    assert chat.continuation([1, 2], [1, 2]) is None
+    assert chat.continuation([1], [1, 2]) is None
+    assert chat.continuation([1, 2], []) == [1, 2]
 
 
 def test_one_prompt_is_streamed(talking, command, json_command):
@@ -86,18 +138,37 @@ def test_chat_prompt_goes_through_the_template(talking, tokenizer, json_command)
     assert by_chat["tokens"] == by_hand["tokens"] != plain["tokens"]
 
 
-def test_talking_goes_on_from_the_cache(talking, tokenizer, command, json_command, monkeypatch, tmp_path):
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_talking_equals_the_whole_conversation(
+    talking, tokenizer, command, json_command, monkeypatch, tmp_path, rewritten
+):
+    template = TEMPLATE.replace("| trim", "| replace('\ufffd', '') | upper") if rewritten else CHATML
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    # A reply that reads back as it was said.
+    letters = np.arange(tokenizer.vocab_size)
+    printable = [tokenizer.encode(chr(code))[0] for code in range(97, 123)]
+    head = np.asarray(talking.params.head).copy()
+    head[:, ~np.isin(letters, printable)] = 0
+    monkeypatch.setattr(
+        experiments.flags,
+        "load_model",
+        lambda *_, **__: dataclasses.replace(talking, params=talking.params.replace(head=head)),
+    )
     fast = ("--max-new-tokens", 8, "--capacity", 300)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nBye\n"))
     status, out, err = command("generate", "talker", "--chat", *fast)
     assert status == 0, err
     first = json_command("generate", "talker", "--chat", "--prompt", "Hi", *fast)
-    history = chat.first_turn(tokenizer, "Hi") + first["tokens"][0]
-    history += chat.next_turn(tokenizer, "Bye", pending=first["tokens"][0][-1])
-    np.save(tmp_path / "history.npy", history)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": first["texts"][0]},
+        {"role": "user", "content": "Bye"},
+    ]
+    np.save(tmp_path / "history.npy", chat.prompt(tokenizer, messages))
     second = json_command("generate", "talker", "--token-ids", tmp_path / "history.npy", *fast)
     # input() writes its "> " to stdout when that is no terminal
     assert out.replace("> ", "") == f"{first['texts'][0]}\n{second['texts'][0]}\n"
+    assert ("than the cache holds" in err) == rewritten
 
 
 def test_talking_beyond_the_capacity(talking, command, monkeypatch):

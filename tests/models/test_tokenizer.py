@@ -112,3 +112,76 @@ def test_a_file_without_a_tokenizer_has_none(byte_level_metadata):
     bare = {key: value for key, value in byte_level_metadata.items() if not key.startswith("tokenizer.")}
     assert tokenizer_from_metadata(bare, "a file") is None
     assert models.load_model(str(golden.FOLDER / "qwen3")).tokenizer is None
+
+
+def test_a_file_that_names_no_pre_tokenizer(byte_level_metadata, caplog):
+    """llama.cpp's default: punctuation apart, then words, and digits by threes."""
+    del byte_level_metadata["tokenizer.ggml.pre"]
+    tokenizer = tokenizer_from_metadata(byte_level_metadata, "a file")
+    pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str("It's 12345, <so>")
+    assert [piece for piece, _ in pieces] == ["It", "'", "s", "Ġ", "123", "45", ",", "Ġ", "<", "so", ">"]
+    assert "a file names no pre-tokenizer" in caplog.text
+
+
+def test_tekken_splits_words_where_case_changes(byte_level_metadata):
+    tokenizer = tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.pre": "tekken"}, "a file")
+    pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str("helloWorld HTTPServer 12")
+    assert [piece for piece, _ in pieces] == ["hello", "World", "ĠHTTPServer", "Ġ", "1", "2"]
+
+
+def test_names_of_the_same_pre_tokenizer(byte_level_metadata):
+    for name, same in (("llama-v3", "llama-bpe"), ("megrez", "qwen2"), ("phi-2", "gpt-2")):
+        tokenizers = [
+            tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.pre": pre}, "a file")
+            for pre in (name, same)
+        ]
+        assert tokenizers[0].backend.to_str() == tokenizers[1].backend.to_str()
+
+
+def test_end_of_turn_marked_as_a_word(byte_level_metadata):
+    types = list(byte_level_metadata["tokenizer.ggml.token_type"])
+    types[2] = 1
+    changed = {"tokenizer.ggml.token_type": types, "tokenizer.ggml.eos_token_id": 0}
+    assert tokenizer_from_metadata(byte_level_metadata | changed, "a file").stop_ids == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.add_bos_token": True}, "has add_bos_token, but no tokenizer.ggml.bos_token_id"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "has 2 entries of tokenizer.ggml.token_type for 384 tokens"),
+    ],
+)
+def test_tables_of_a_gguf_tokenizer_that_contradict(byte_level_metadata, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer_from_metadata(byte_level_metadata | changes, "a file")
+
+
+def test_what_templates_of_gguf_files_see(byte_level_metadata):
+    tokenizer = tokenizer_from_metadata(
+        byte_level_metadata | {"tokenizer.ggml.padding_token_id": 0}, "a file"
+    )
+    assert tokenizer.template_tokens == {
+        "bos_token": "",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+
+
+def test_an_end_after_each_text_is_reported(byte_level_metadata, caplog):
+    tokenizer = tokenizer_from_metadata(
+        byte_level_metadata | {"tokenizer.ggml.add_eos_token": True}, "a file"
+    )
+    assert tokenizer.encode("a")[-1] != 2
+    assert "a file ends each text with '<|im_end|>'" in caplog.text
+
+
+def test_begin_and_end_of_sentencepiece_by_default():
+    fields = gguf.GGUFReader(golden.FOLDER / "gguf-llama.gguf").fields.items()
+    metadata = {key: field.contents() for key, field in fields}
+    bare = {
+        key: value for key, value in metadata.items() if not key.endswith(("bos_token_id", "eos_token_id"))
+    }
+    tokenizer = tokenizer_from_metadata(bare, "a file")
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (1, (2,))
+    assert tokenizer.encode("so")[0] == 1
