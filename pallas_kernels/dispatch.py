@@ -1,8 +1,9 @@
 """One rule that picks the implementation of an operation.
 
 `implementation=None` tries the kernels of the device and falls back to `"xla"`, the reference: a kernel that
-does not support a shape or dtype raises `NotImplementedError` naming it, which is logged once. A named
-implementation is used or its error is raised. Mosaic GPU kernels are for Hopper GPUs.
+does not support a shape or dtype raises `NotImplementedError` naming it, which is logged once, however many
+layers and operations ask; so is an operation without a kernel. A named implementation is used or its error is
+raised. Mosaic GPU kernels are for Hopper GPUs.
 
 XLA cannot partition kernels. Under a mesh (`jax.set_mesh`) with axes `SEQUENCES` and `HEADS`, every device
 runs the kernel on its own sequences and KV heads, which need nothing from each other. Among several devices
@@ -25,21 +26,30 @@ SEQUENCES, HEADS = "data", "model"
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 """Every name that `implementation` may take."""
 
+HOPPER = ("H100", "H200", "H20", "H800", "GH200")
+"""In the names of devices whose compute capability cannot be asked for, since they are absent."""
+
 _logger = logging.getLogger(__name__)
 
 
-def kernels_of_device() -> str | None:
-    """The implementation whose kernels run on the devices that are traced for, if there is one.
+def traced_for() -> Any:
+    """A device of the mesh that is set, which may be absent and compiled for, else the default device."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
-    These are the devices of the mesh that is set, which may be absent ones that are compiled for, else the
-    default device.
-    """
-    device = jax.devices()[0]
-    traced_for = jax.sharding.get_abstract_mesh().abstract_device or device
-    if traced_for.platform == "tpu":
+
+def kernels_of_device() -> str | None:
+    """The implementation whose kernels run on the device that is traced for, if there is one."""
+    device = traced_for()
+    if device.platform == "tpu":
         return "mosaic_tpu"
-    hopper = str(getattr(device, "compute_capability", "")).startswith("9.")
-    return "mosaic_gpu" if traced_for.platform == "gpu" and hopper else None
+    if device.platform != "gpu":
+        return None
+    present = jax.devices()[0]
+    if present.platform == "gpu":
+        hopper = str(getattr(present, "compute_capability", "")).startswith("9.")
+    else:
+        hopper = any(name in device.device_kind for name in HOPPER)
+    return "mosaic_gpu" if hopper else None
 
 
 def by_sequence(*heads_axes: int | None) -> tuple[P, ...]:
@@ -73,6 +83,9 @@ def _spread(kernel, spread):
             "jax.set_mesh, make one device visible, or call within shard_map"
         )
     return kernel
+
+
+_WAY_OUT = "use implementation=None, which falls back to the XLA reference, or 'xla'"
 
 
 @functools.cache
@@ -111,21 +124,24 @@ def dispatch(
             )
         if implementation not in candidates:
             raise NotImplementedError(
-                f"{operation} has no {implementation!r} implementation ({', '.join(candidates)}); "
-                "use implementation=None"
+                f"{operation} has no {implementation!r} implementation ({', '.join(candidates)}); {_WAY_OUT}"
             )
         if implementation not in ("xla", kernels_of_device()):
             raise NotImplementedError(
-                f"{implementation!r} kernels do not run on {jax.devices()[0].device_kind}; "
-                "use implementation=None"
+                f"{implementation!r} kernels do not run on {traced_for().device_kind}; {_WAY_OUT}"
             )
         if implementation == "xla":
             return candidates["xla"](*args, **kwargs)
-        return _spread(functools.partial(candidates[implementation], **kwargs), spread)(*args)
-    kernel = candidates.get(kernels_of_device())
-    if kernel is not None:
         try:
-            return _spread(functools.partial(kernel, **kwargs), spread)(*args)
+            return _spread(functools.partial(candidates[implementation], **kwargs), spread)(*args)
         except NotImplementedError as reason:
-            _warn_once(f"{operation}: {reason}; using the XLA reference")
+            raise NotImplementedError(f"{operation}: {reason}; {_WAY_OUT}") from reason
+    name = kernels_of_device()
+    if name in candidates:
+        try:
+            return _spread(functools.partial(candidates[name], **kwargs), spread)(*args)
+        except NotImplementedError as reason:
+            _warn_once(f"{reason}; using the XLA reference")
+    elif name is not None:
+        _warn_once(f"{operation} has no {name!r} implementation; using the XLA reference")
     return candidates["xla"](*args, **kwargs)

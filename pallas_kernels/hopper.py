@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import traced_for
 from pallas_kernels.operation import check_supported
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -25,10 +26,9 @@ SHARED_MEMORY = 227 * 1024
 LOG2E = math.log2(math.e)
 
 
-def check_support(operation: str, dtype: Any, head_dim: int, page_size: int) -> None:
+def check_support(dtype: Any, head_dim: int, page_size: int) -> None:
     """Raises `NotImplementedError` for what no kernel here supports."""
     check_supported(
-        operation,
         "Mosaic GPU",
         dtype=(dtype, DTYPES),
         head_dim=(head_dim, HEAD_DIMS),
@@ -38,12 +38,15 @@ def check_support(operation: str, dtype: Any, head_dim: int, page_size: int) -> 
 
 def num_multiprocessors() -> int:
     """Streaming multiprocessors of the device that will run the kernel; an H100's where there is none."""
-    return getattr(jax.devices()[0], "core_count", None) or 132
+    device = traced_for()
+    if device.platform != "gpu":  # the interpreter
+        return 132
+    return getattr(device, "core_count", None) or getattr(device, "num_cores", None) or 132
 
 
 def chip() -> str:
     """The name of the chip that tuned sizes go by; an H100 where there is none."""
-    kind = jax.devices()[0].device_kind
+    kind = traced_for().device_kind
     return next((name for name in ("H100", "H200") if name in kind), "H100")
 
 

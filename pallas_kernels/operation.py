@@ -1,5 +1,6 @@
 """What the entry points of all kernels share: one trace for all layers, one way to say what is supported."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +13,32 @@ def operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """Traces and lowers an operation once for all layers that call it with the same shapes.
 
     Args:
-      function: takes arrays as positional, all else as keyword arguments.
+      function: takes arrays as positional, all else as keyword arguments; sequences are the first one's first
+        axis.
+
+    Raises:
+      NotImplementedError: calls without a sequence, for which there is no grid to launch.
     """
     static = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    return jax.jit(function, static_argnames=static)
+    traced_once = jax.jit(function, static_argnames=static)
+
+    @functools.wraps(function)
+    def entry(*arrays, **options):
+        if arrays[0].shape[0] == 0:
+            raise NotImplementedError("a batch of 0 sequences has no kernel (1 or more)")
+        return traced_once(*arrays, **options)
+
+    return entry
 
 
-def check_supported(operation: str, kernel: str, **values: tuple[Any, tuple]) -> None:
+def check_supported(kernel: str, **values: tuple[Any, tuple]) -> None:
     """Refuses what no kernel of a backend supports.
 
     Args:
-      operation: its name.
       kernel: the backend's name, in words.
       **values: by its name, a value and what is supported.
 
@@ -37,5 +49,5 @@ def check_supported(operation: str, kernel: str, **values: tuple[Any, tuple]) ->
         if value not in supported:
             say = (lambda dtype: jnp.dtype(dtype).name) if name == "dtype" else str
             raise NotImplementedError(
-                f"{operation}: {name} {say(value)} has no {kernel} kernel ({', '.join(map(say, supported))})"
+                f"{name} {say(value)} has no {kernel} kernel ({', '.join(map(say, supported))})"
             )

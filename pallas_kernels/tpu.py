@@ -4,12 +4,14 @@ Compiling offline for another chip than the default device's goes by JAX's own s
 `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`, with a mesh of that chip's devices, while tracing.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import traced_for
 from pallas_kernels.operation import check_supported
 
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -80,19 +82,19 @@ def chip() -> Chip:
     Raises:
       NotImplementedError: a TPU that is not in `CHIPS`.
     """
-    try:
-        version = pltpu.get_tpu_info().chip_version
-    except ValueError:  # no TPU: the interpreter
+    device = traced_for()
+    if device.platform != "tpu":  # the interpreter
         return CHIPS["v5e"]
-    if version not in _OF_VERSION:
-        raise NotImplementedError(f"TPU {version} has no Mosaic TPU kernels ({', '.join(CHIPS)})")
-    return CHIPS[_OF_VERSION[version]]
+    with contextlib.suppress(ValueError):  # a kind that JAX does not know
+        version = pltpu.get_tpu_info().chip_version
+        if version in _OF_VERSION:
+            return CHIPS[_OF_VERSION[version]]
+    raise NotImplementedError(f"{device.device_kind} has no Mosaic TPU kernel ({', '.join(CHIPS)})")
 
 
-def check_support(operation: str, dtype: Any, head_dim: int, page_size: int) -> None:
+def check_support(dtype: Any, head_dim: int, page_size: int) -> None:
     """Raises `NotImplementedError` for what no kernel here supports."""
     check_supported(
-        operation,
         "Mosaic TPU",
         dtype=(dtype, DTYPES),
         head_dim=(head_dim, HEAD_DIMS),
@@ -115,6 +117,5 @@ def check_memory(operation: str, chip: Chip, *, vmem: int, smem: int) -> None:
     for kind, needed, limit in (("VMEM", vmem, chip.vmem), ("SMEM", smem, chip.smem)):
         if needed > limit:
             raise NotImplementedError(
-                f"{operation}: needs {needed} bytes of {kind}, and a {chip.name} has {limit}; "
-                "use smaller shapes or implementation='xla'"
+                f"{operation}: needs {needed} bytes of {kind}, and a {chip.name} has {limit}"
             )

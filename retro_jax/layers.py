@@ -181,6 +181,7 @@ def retro_layer(
             slots.settled,
             page_size=config.page_size,
             block_pages=config.residual_pages,
+            implementation=config.implementation,
         )
         attention, _ = merge(o, lse, *estimates)
 

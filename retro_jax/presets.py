@@ -25,7 +25,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 - "retro": at no more traffic, pages of 8 tokens that are scored by 8-bit mean keys, in shares of attention;
   one sink page; pages that are not loaded count by their mean keys and the mean value of 64 tokens. What its
   statistics save is spent on pages. Its selection and its residual run through XLA everywhere, and so does
-  all else on pages of 8 tokens; with `page_size=16` attention and updates run through kernels.
+  all else on pages of 8 tokens; with `page_size=16` attention and updates of pages run through kernels
+  (docs/kernels.md).
 
 How accurate each is: docs/results.
 """

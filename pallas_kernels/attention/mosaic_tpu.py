@@ -70,7 +70,7 @@ def dense_attention(
 
 def check(q: Array, pages: Array) -> None:
     """Raises `NotImplementedError` for what the kernels do not support."""
-    check_support("attention", pages.dtype, pages.shape[-1], pages.shape[-2])
+    check_support(pages.dtype, pages.shape[-1], pages.shape[-2])
     if q.dtype != pages.dtype:
         raise NotImplementedError(
             f"attention: q is {q.dtype} and pages are {pages.dtype}; the Mosaic TPU kernel takes one dtype"

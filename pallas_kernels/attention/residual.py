@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.reference import attend, fold_rows, rows_of_slots, unfold_rows
+from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.layout import VALUES
 from pallas_kernels.statistics import Quantized, Statistics
 
@@ -69,6 +70,7 @@ def attend_estimates(
     *,
     page_size: int,
     block_pages: int,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B W N D"], Float[Array, "B W N"]]:
     """Attention to the estimates of all pages in settled blocks that are not in a slot's union.
 
@@ -82,10 +84,30 @@ def attend_estimates(
       settled: tokens older than every query of the window.
       page_size: S.
       block_pages: pages in a block.
+      implementation: see `pallas_kernels.dispatch`.
 
     Returns:
       o and lse, as `retro_attention` returns them: 0 and -inf where there is nothing to estimate.
     """
+    return dispatch(
+        "attend_estimates",
+        implementation,
+        {"xla": _attend_estimates},
+        (by_sequence(2, 1, 1, 1, None, None), by_sequence(2, 2)),
+        q,
+        statistics,
+        block_values,
+        last_loaded,
+        positions,
+        settled,
+        page_size=page_size,
+        block_pages=block_pages,
+    )
+
+
+def _attend_estimates(
+    q, statistics, block_values, last_loaded, positions, settled, *, page_size, block_pages
+):
     W, N = q.shape[1:3]
     K, P = last_loaded.shape[1:]
     if isinstance(statistics, Quantized):

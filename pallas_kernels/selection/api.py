@@ -1,4 +1,4 @@
-"""Public function of page selection."""
+"""Public functions of page selection."""
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.selection import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
-from pallas_kernels.statistics import Statistics
+from pallas_kernels.statistics import STATISTICS, Statistics
 
 
 def select_pages(
@@ -45,13 +45,21 @@ def select_pages(
       counts: min(budget, pages up to the newest position).
 
     Raises:
-      ValueError: unknown score or group_reduce, or a capacity that does not lie in 1..P.
+      ValueError: unknown score or group_reduce, statistics that the score does not read, query heads that are
+        no multiple of KV heads, or a capacity that does not lie in 1..P.
     """
     if score not in SCORES:
         raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
     if group_reduce not in GROUP_REDUCE:
         raise ValueError(f"group_reduce {group_reduce!r} is unknown; use one of {', '.join(GROUP_REDUCE)}")
-    pages = jax.tree.leaves(statistics)[0].shape[2]
+    kv_heads, pages, vectors = jax.tree.leaves(statistics)[0].shape[1:4]
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
+    readable = SCORES[score].statistics
+    if vectors not in [STATISTICS[kind].vectors for kind in readable]:
+        raise ValueError(
+            f"{vectors} vectors per page were given; score {score!r} reads {' or '.join(readable)} statistics"
+        )
     if not 1 <= capacity <= pages:
         raise ValueError(f"capacity {capacity} is not within 1..{pages}, the pages of the cache")
     return dispatch(
@@ -71,5 +79,33 @@ def select_pages(
         capacity=capacity,
         score=score,
         group_reduce=group_reduce,
+        sink_pages=sink_pages,
+    )
+
+
+def choose_pages(
+    scores: Float[Array, "B K P"],
+    positions: Int[Array, " B"],
+    budgets: Int[Array, " B"],
+    *,
+    page_size: int,
+    capacity: int,
+    sink_pages: int,
+    implementation: str | None = None,
+) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
+    """The budget's best pages of any scores, forced pages among them, as `select_pages` returns them.
+
+    A page that scores -inf is never chosen, unless it is forced. No kernel has been written for it.
+    """
+    return dispatch(
+        "choose_pages",
+        implementation,
+        {"xla": reference.choose_pages},
+        (by_sequence(1, None, None), by_sequence(1, 1)),
+        scores,
+        positions,
+        budgets,
+        page_size=page_size,
+        capacity=capacity,
         sink_pages=sink_pages,
     )

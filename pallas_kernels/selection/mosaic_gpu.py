@@ -53,7 +53,7 @@ def select_pages(
     """See `pallas_kernels.selection.api.select_pages`."""
     check_kernel("Mosaic GPU", statistics, group_reduce)
     D, P = q.shape[-1], statistics.shape[2]
-    check_support("select_pages", statistics.dtype, D, page_size)
+    check_support(statistics.dtype, D, page_size)
     if P < TILE_ROWS:
         raise NotImplementedError(
             f"select_pages: a cache of {P} pages is smaller than the Mosaic GPU kernel's tile of {TILE_ROWS}"
@@ -66,12 +66,25 @@ def select_pages(
     tiles = -(-tiles // 8) * 8 if tiles <= _CHUNK else -(-tiles // _CHUNK) * _CHUNK
     if tiles * TILE_ROWS * 4 > SHARED_MEMORY - 8192:
         raise NotImplementedError(
-            f"select_pages: {P} pages do not fit the shared memory of the Mosaic GPU kernel"
+            f"select_pages: scores of {P} pages do not fit the shared memory of the Mosaic GPU kernel "
+            f"({SHARED_MEMORY} bytes)"
+        )
+    group, Z = q.shape[1] // statistics.shape[1], statistics.shape[3]
+    if _stages(group, Z, D) < 1:
+        raise NotImplementedError(
+            f"select_pages: {Z} vectors of head_dim {D} for {group} heads of a group do not fit the shared "
+            f"memory of the Mosaic GPU kernel ({SHARED_MEMORY} bytes)"
         )
     parts = parts or max(1, min(tiles // 8, 8))
 
     scores = _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink_pages, interpret)
     return _choose(scores, positions, budgets, page_size, capacity, sink_pages, parts, interpret)
+
+
+def _stages(group, Z, D):
+    """How many tiles of statistics fit the shared memory beside the queries and their coefficients."""
+    heads = -(-group // 8) * 8
+    return min(_MAX_STAGES, (SHARED_MEMORY - heads * Z * D * 2 * 2 - 4096) // (TILE_ROWS * Z * D * 2))
 
 
 def _page_of(position, page_size):
@@ -87,7 +100,7 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
     heads = -(-group // 8) * 8
     parts = max(1, min(tiles, num_multiprocessors() // (B * K)))
     coefficients = SCORES[score].coefficients
-    stages = min(_MAX_STAGES, (SHARED_MEMORY - heads * Z * D * 2 * 2 - 4096) // (TILE_ROWS * Z * D * 2))
+    stages = _stages(group, Z, D)
 
     def body(q_ref, statistics_ref, positions_ref, scores_ref, q_smem, c_smem, s_smem, q_ready, ready):
         b, head, part = (lax.axis_index(axis) for axis in ("sequence", "head", "part"))

@@ -43,7 +43,7 @@ def select_pages(
     check_kernel("Mosaic TPU", statistics, group_reduce)
     B, N, D = q.shape
     K, P, Z = statistics.shape[1:4]
-    check_support("select_pages", statistics.dtype, D, page_size)
+    check_support(statistics.dtype, D, page_size)
     target = chip()
     heads = heads_per_step(B, K, target.cores)
     block = block or pages_per_block(target.bandwidth, heads, statistics)

@@ -60,10 +60,7 @@ def choose_pages(
     capacity: int,
     sink_pages: int,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
-    """The budget's best pages of any scores, forced pages among them, as `select_pages` returns them.
-
-    A page that scores -inf is never chosen, unless it is forced.
-    """
+    """See `pallas_kernels.selection.api.choose_pages`."""
     page, newest = jnp.arange(scores.shape[2]), (positions // page_size)[:, None, None]
     scores = jnp.where((page == newest) | (page < sink_pages), jnp.inf, scores)
     scores = jnp.where(page <= newest, scores, -jnp.inf)

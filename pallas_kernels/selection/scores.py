@@ -53,7 +53,6 @@ def check_kernel(kernel: str, statistics: Statistics, group_reduce: str) -> None
     """Raises `NotImplementedError` for what no kernel selects by."""
     kind = "8-bit" if isinstance(statistics, Quantized) else "full precision"
     check_supported(
-        "select_pages",
         kernel,
         statistics=(kind, ("full precision",)),
         group_reduce=(group_reduce, ("mean", "max")),

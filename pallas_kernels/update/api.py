@@ -7,6 +7,9 @@ from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.statistics import STATISTICS, Quantized, Statistics
 from pallas_kernels.update import mosaic_gpu, mosaic_tpu, reference
 
+FUSED = ("min_max", "mean_key")
+"""Statistics that kernels compute while they write. Those of other kinds follow in a pass of their own."""
+
 
 def update_pages(
     pages: Float[Array, "B K P 2 S D"],
@@ -32,7 +35,7 @@ def update_pages(
       start: position of the first of the T tokens; may be negative where the first ones are not written.
       write: which of them to write. A sequence without any is left as it is. The last one written must
         be the last token of the sequence.
-      kind: name in `STATISTICS`.
+      kind: name in `STATISTICS`; without statistics it does not matter.
       implementation: see `pallas_kernels.dispatch`.
 
     Returns:
@@ -48,9 +51,20 @@ def update_pages(
         raise ValueError(f"{vectors} vectors per page were given; {kind!r} has {STATISTICS[kind].vectors}")
     if statistics is not None and isinstance(statistics, Quantized) != STATISTICS[kind].quantized:
         raise ValueError(f"{type(statistics).__name__} statistics were given for {kind!r}")
-    if statistics is not None and STATISTICS[kind].quantized:  # which kernels do not know
-        pages, _ = update_pages(pages, None, k, v, start, write, implementation=implementation)
-        return pages, reference.refresh_statistics(statistics, pages, start, write, kind=kind)
+    if statistics is not None and kind not in FUSED:
+        pages, _ = update_pages(pages, None, k, v, start, write, kind=kind, implementation=implementation)
+        statistics = dispatch(
+            f"refresh_statistics of {kind!r}",
+            implementation,
+            {"xla": reference.refresh_statistics},
+            (by_sequence(1, 1, None, None), *by_sequence(1)),
+            statistics,
+            pages,
+            start,
+            write,
+            kind=kind,
+        )
+        return pages, statistics
     return dispatch(
         "update_pages",
         implementation,

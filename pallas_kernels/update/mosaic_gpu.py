@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.hopper import check_support, kernel, row_layout
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import operation
+from pallas_kernels.operation import check_supported, operation
 from pallas_kernels.update.streaming import STREAMING
 
 MAX_TOKENS = 32
@@ -37,14 +37,16 @@ def update_pages(
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
-    check_support("update_pages", pages.dtype, D, S)
+    check_support(pages.dtype, D, S)
+    if statistics is not None:
+        check_supported("Mosaic GPU", statistics=(kind, tuple(STREAMING)))
     if T > MAX_TOKENS:
         raise NotImplementedError(
             f"update_pages: {T} tokens are more than the Mosaic GPU kernel's {MAX_TOKENS}"
         )
     touched = (T + S - 2) // S + 1
     layout = row_layout(D)
-    compute = STREAMING[kind]
+    compute = None if statistics is None else STREAMING[kind]
 
     def body(k_ref, v_ref, start_ref, write_ref, pages_ref, *refs):
         b, head, index = (lax.axis_index(axis) for axis in ("sequence", "head", "page"))

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import operation
+from pallas_kernels.operation import check_supported, operation
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 _ROWS = 16
@@ -36,7 +36,9 @@ def update_pages(
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
-    check_support("update_pages", pages.dtype, D, S)
+    check_support(pages.dtype, D, S)
+    if statistics is not None:
+        check_supported("Mosaic TPU", statistics=(kind, tuple(_STATISTICS)))
     # One vector per page: pages become the rows, which is how XLA lays the array out. Copies are of 8 rows.
     rows = 1 if statistics is None or statistics.shape[3] == 2 else SUBLANES
     if P % rows:

@@ -105,6 +105,7 @@ def evict(
         page_size=config.page_size,
         capacity=most_kept_pages(config, P, query.q.shape[-1], query.q.dtype.itemsize),
         sink_pages=config.sink_pages,
+        implementation=config.implementation,
     )
     begun = jnp.arange(P) <= (query.positions // config.page_size)[:, None, None]
     return kept.replace(alive=kept.alive & (members(page_ids, counts, P) | ~begun)), page_ids, counts

@@ -41,7 +41,9 @@ def best_pages(config, layer, query: Query) -> tuple[Int[Array, "B K C"], Int[Ar
         kept, _, _ = evict(config, kept, query)
         alive = kept.alive
     scores = jnp.where(alive, SELECTORS[config.score].scores(config, layer, query, alive), -jnp.inf)
-    page_ids, counts = choose_pages(scores, query.positions, query.budgets, **places)
+    page_ids, counts = choose_pages(
+        scores, query.positions, query.budgets, implementation=config.implementation, **places
+    )
     if kept is not None:
         kept = remember(config, layer, kept, query, page_ids, counts)
     return page_ids, counts, kept

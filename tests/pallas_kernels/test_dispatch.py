@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch as dispatch_module
+from pallas_kernels import hopper, tpu
 from pallas_kernels.dispatch import by_sequence, dispatch
 
 
@@ -45,13 +46,28 @@ def test_an_unsupported_shape_falls_back_with_one_warning(on_a_gpu, caplog):
         for _ in range(3):
             assert dispatch("op", None, BOTH, SPREAD, 96) == ("reference", 96)
     assert [record.message for record in caplog.records] == [
-        "op: head_dim 96 is not supported (64, 128, 256); using the XLA reference"
+        "head_dim 96 is not supported (64, 128, 256); using the XLA reference"
     ]
+
+
+def test_a_reason_is_logged_once_for_all_operations_and_a_missing_kernel_for_each(on_a_gpu, caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            for operation, candidates in (("one", BOTH), ("two", BOTH), ("three", {"xla": reference})):
+                assert dispatch(operation, None, candidates, SPREAD, 96) == ("reference", 96)
+    assert [record.message for record in caplog.records] == [
+        "head_dim 96 is not supported (64, 128, 256); using the XLA reference",
+        "three has no 'mosaic_gpu' implementation; using the XLA reference",
+    ]
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        assert dispatch("three", "xla", {"xla": reference}, SPREAD, 96) == ("reference", 96)
+    assert not caplog.records  # nothing was missed: it was asked for
 
 
 def test_a_named_implementation_is_used_or_its_error_raised(on_a_gpu):
     assert dispatch("op", "mosaic_gpu", BOTH, SPREAD, 64) == ("kernel", 64)
-    with pytest.raises(NotImplementedError, match="head_dim 96"):
+    with pytest.raises(NotImplementedError, match=r"op: head_dim 96 .*; use implementation=None"):
         dispatch("op", "mosaic_gpu", BOTH, SPREAD, 96)
     with pytest.raises(NotImplementedError, match="op has no 'mosaic_tpu' implementation"):
         dispatch("op", "mosaic_tpu", BOTH, SPREAD, 64)
@@ -76,6 +92,34 @@ class Device:
 def test_which_kernels_a_device_has(monkeypatch, device, kernels):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert dispatch_module.kernels_of_device() == kernels
+
+
+@pytest.mark.parametrize(
+    ("absent", "kernels"),
+    [
+        (("NVIDIA H100 80GB HBM3", 132, "gpu"), "mosaic_gpu"),
+        (("NVIDIA A100-SXM4-80GB", 108, "gpu"), None),
+        (("TPU v6 lite", 1, "tpu"), "mosaic_tpu"),
+    ],
+)
+def test_which_kernels_an_absent_device_has(absent, kernels):
+    device = jax.sharding.AbstractDevice(*absent)
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch_module.kernels_of_device() == kernels
+        if kernels == "mosaic_gpu":
+            assert (hopper.chip(), hopper.num_multiprocessors()) == ("H100", 132)
+
+
+@pytest.mark.parametrize("kind", ["TPU v3", "TPU8i", "TPU of tomorrow"])
+def test_a_tpu_that_no_kernel_was_made_for_is_not_taken_for_another(kind):
+    device = jax.sharding.AbstractDevice(kind, 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(NotImplementedError, match=rf"{kind} has no Mosaic TPU kernel \(v4, v5e"),
+    ):
+        tpu.chip()
 
 
 def test_kernels_are_not_left_to_the_partitioner(on_a_gpu, monkeypatch, caplog):
