@@ -1,8 +1,8 @@
 """One layer of a decode step: dense for the newest token, or retrospective for the whole window.
 
-Layers of one kind differ in their arrays only, so each kind is a function under `jax.jit` of its own: a program
-of many layers traces and lowers it once and calls it for each. XLA inlines the calls, so that what it compiles
-is the same.
+Layers of one kind differ in their arrays only, so each kind is a function under `jax.jit` of its own: a
+program of many layers traces and lowers it once and calls it for each. XLA inlines the calls, so that what it
+compiles is the same.
 """
 
 import functools
