@@ -36,8 +36,8 @@ class Generation:
       finished: whether each sequence ended by a stop token.
       metrics: of the decode steps; None if the prefill alone gave every token.
       config: how it was decoded.
-      state: to go on from with `previous`; a call that does consumes it. Its first rows are the sequences; those
-        after them, by which batches of similar sizes share one program, are empty.
+      state: to go on from with `previous`; a call that does consumes it. Its first rows are the sequences;
+        those after them, by which batches of similar sizes share one program, are empty.
       pending: each sequence's last token, which is not in the cache yet.
     """
 
@@ -209,8 +209,8 @@ def run_prefill(
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Append the ids by one compiled call per chunk; returns the state and the logits after them.
 
-    Chunks are no longer than the longest prompt needs. Rows of the state after those of the ids get nothing; their
-    logits are zeros.
+    Chunks are no longer than the longest prompt needs. Rows of the state after those of the ids get nothing;
+    their logits are zeros.
     """
     rows = state.length.shape[0]
     lengths = np.zeros(rows, int)
