@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from experiments.compile_cache import keep_programs
 from experiments.progress import Progress
 from retro_jax import PRESETS, DecodeConfig, Model, Sampling, load_model
 
@@ -107,6 +108,7 @@ class Command(Output):
 
     def load(self) -> Model:
         """Reads the model, after downloading it where it is not cached."""
+        keep_programs()
         with Progress() as progress:
             return load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Union
 import jax
 import tyro
 
+from experiments.compile_cache import keep_programs
 from experiments.configs import CONFIGS
 from experiments.flags import Flag, NoPrefix, Output
 from experiments.progress import Progress, Rates
@@ -182,6 +183,7 @@ def _load(config: RunConfig) -> Model:
     Raises:
       ValueError: it has no tokenizer, or does not divide over the mesh.
     """
+    keep_programs()
     mesh = jax.sharding.get_mesh()
     host = contextlib.nullcontext() if mesh.empty else jax.default_device(jax.local_devices(backend="cpu")[0])
     with Progress() as progress, host:

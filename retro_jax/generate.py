@@ -16,6 +16,7 @@ from retro_jax.metrics import Metrics
 from retro_jax.prefill import extend
 from retro_jax.sampling import Sampling, sample, sequence_keys
 from retro_jax.sharding import new_state, under_mesh_of_weights
+from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
 from retro_jax.state import DecodeState
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +36,8 @@ class Generation:
       finished: whether each sequence ended by a stop token.
       metrics: of the decode steps; None if the prefill alone gave every token.
       config: how it was decoded.
-      state: to go on from with `previous`; a call that does consumes it.
+      state: to go on from with `previous`; a call that does consumes it. Its first rows are the sequences;
+        those after them, by which batches of similar sizes share one program, are empty.
       pending: each sequence's last token, which is not in the cache yet.
     """
 
@@ -74,7 +76,7 @@ def generate(
       sampling: how tokens are chosen; None: greedy.
       keys: one random key per sequence; None: from `sampling.seed` and the sequence's place in the batch.
       stop_tokens: tokens that end a sequence; None: the tokenizer's end-of-text and end-of-turn tokens.
-      capacity: tokens per sequence that the cache holds, for later turns too; None: just enough.
+      capacity: tokens per sequence that the cache holds, for later turns too; None: enough for this call.
       stream: called with the index of a sequence and the text it has grown by.
       progress: called as tokens are done.
       previous: the result of an earlier call with the same model and config, whose sequences these prompts
@@ -97,16 +99,18 @@ def generate(
     stops = _stop_tokens(model, stop_tokens)
 
     state, logits = run_prefill(model, config, state, ids, progress)
-    keys = sequence_keys(sampling, len(ids)) if keys is None else keys
+    rows = logits.shape[0]
+    keys = sequence_keys(sampling, rows) if keys is None else _padded_keys(keys, len(ids), rows)
     first = np.asarray(sample(logits, sampling, keys, state.length))
     output = _Output(model.tokenizer, config, len(ids), set(stops), stream)
     if not np.isfinite(np.asarray(logits)).all():
         raise NonFiniteLogits("the logits after the prompt are not finite", output.result([], state, first))
-    output.append(first[:, None], np.ones((len(ids), 1), bool))
+    output.append(first[:, None], np.ones((rows, 1), bool))
 
     pending, calls = jnp.asarray(first), []
     stops = jnp.asarray(stops, jnp.int32)
-    remaining = jnp.where(jnp.isin(pending, stops), 0, max_new_tokens - 1)
+    idle = jnp.isin(pending, stops) | (jnp.arange(rows) >= len(ids))
+    remaining = jnp.where(idle, 0, max_new_tokens - 1)
     done = 1
     while bool((remaining > 0).any()):
         state, out = _decode(
@@ -166,10 +170,11 @@ def _state_for(
     previous: Generation | None,
 ) -> DecodeState:
     """A fresh state, or that of the previous turn, with room for the ids and the new tokens."""
-    used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)
+    used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)[: len(ids)]
     needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
     if previous is None:
-        return new_state(model.config, config, len(ids), check_capacity(model.config, needed, capacity))
+        capacity = check_capacity(model.config, needed, capacity)
+        return new_state(model.config, config, batch_rows(len(ids)), capacity)
     if config != previous.config:
         raise ValueError(f"the previous turn was decoded by {previous.config}; this one must be too")
     check_capacity(model.config, needed, previous.state.capacity)
@@ -188,6 +193,13 @@ def _stop_tokens(model: Model, stop_tokens: Sequence[int] | None) -> list[int]:
     return list(stop_tokens)
 
 
+def _padded_keys(keys: Key[Array, " B"], sequences: int, rows: int) -> Key[Array, " rows"]:
+    """The sequences' keys, and any for the rows after them."""
+    if keys.shape != (sequences,):
+        raise ValueError(f"keys have shape {keys.shape} for {sequences} prompts; give one for each")
+    return keys[jnp.minimum(jnp.arange(rows), sequences - 1)]
+
+
 def run_prefill(
     model: Model,
     config: DecodeConfig,
@@ -195,13 +207,20 @@ def run_prefill(
     ids: Sequence[np.ndarray],
     progress: Progress | None = None,
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
-    """Append the ids by one compiled call per chunk; returns the state and the logits after them."""
-    lengths = np.array([len(row) for row in ids])
-    total, chunk = int(lengths.max()), config.prefill_chunk
-    padded = np.zeros((len(ids), -(-total // chunk) * chunk), np.int32)
-    for row, values in zip(padded, ids, strict=True):
+    """Append the ids by one compiled call per chunk; returns the state and the logits after them.
+
+    Chunks are no longer than the longest prompt needs. Rows of the state after those of the ids get nothing;
+    their logits are zeros.
+    """
+    rows = state.length.shape[0]
+    lengths = np.zeros(rows, int)
+    lengths[: len(ids)] = [len(row) for row in ids]
+    total = int(lengths.max())
+    chunk = program_length(total, MIN_CHUNK, config.prefill_chunk)
+    padded = np.zeros((rows, -(-total // chunk) * chunk), np.int32)
+    for row, values in zip(padded, ids, strict=False):
         row[: len(values)] = values
-    logits: Float[Array, "B V"] = jnp.zeros((len(ids), model.config.vocab_size))
+    logits: Float[Array, "B V"] = jnp.zeros((rows, model.config.vocab_size))
     for begin in range(0, total, chunk):
         counts: Int[np.ndarray, " B"] = np.clip(lengths - begin, 0, chunk).astype(np.int32)
         tokens = padded[:, begin : begin + chunk]
@@ -228,8 +247,8 @@ class _Output:
         self.streamed = [""] * batch
 
     def append(self, tokens: Int[np.ndarray, "B steps"], emitted: np.ndarray) -> None:
-        """Add the emitted tokens of one call."""
-        for row, chosen, mask in zip(self.tokens, tokens, emitted, strict=True):
+        """Add the emitted tokens of one call; rows after the sequences hold none."""
+        for row, chosen, mask in zip(self.tokens, tokens, emitted, strict=False):
             row.extend(int(token) for token in chosen[mask])
         for index in range(len(self.tokens)):
             # An unfinished character decodes to U+FFFD; hold it back until it is whole.
@@ -260,8 +279,8 @@ class _Output:
             texts=[self.text(index) for index in batch],
             tokens=self.tokens,
             finished=[self.finished(index) for index in batch],
-            metrics=Metrics.gather(calls) if calls else None,
+            metrics=Metrics.gather(calls).of(slice(len(batch))) if calls else None,
             config=self.config,
             state=state,
-            pending=pending,
+            pending=pending[: len(batch)],
         )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from models import Model
 from models.config import ModelConfig
+from retro_jax.sizes import cache_capacity
 
 
 class NonFiniteLogits(FloatingPointError):
@@ -138,7 +139,7 @@ def prompt_ids(model: Model, prompt: Prompt, index: int, first: bool) -> np.ndar
 
 
 def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int:
-    """Tokens that the cache must hold: `capacity` if given, else `needed`.
+    """Tokens that the cache must hold: `capacity` if given, else `needed`, rounded up to a size of `sizes`.
 
     Raises:
       ValueError: more are needed than the capacity or the model's positions.
@@ -149,7 +150,7 @@ def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int
             "shorten the prompt or generate fewer tokens"
         )
     if capacity is None:
-        return needed
+        return cache_capacity(model, needed)
     if needed > capacity:
         raise ValueError(
             f"prompt and new tokens take {needed} positions, the cache holds {capacity}; pass a larger "

@@ -1,4 +1,11 @@
-"""One layer of a decode step: dense for the newest token, or retrospective for the whole window."""
+"""One layer of a decode step: dense for the newest token, or retrospective for the whole window.
+
+Layers of one kind differ in their arrays only, so each kind is a function under `jax.jit` of its own: a
+program of many layers traces and lowers it once and calls it for each. XLA inlines the calls, so that what it
+compiles is the same.
+"""
+
+import functools
 
 import flax.struct
 import jax
@@ -63,6 +70,7 @@ def window_slots(config: DecodeConfig, state: DecodeState, active: Bool[Array, "
     )
 
 
+@functools.partial(jax.jit, static_argnames=("model", "config", "implementation"))
 def dense_layer(
     layer: LayerParams,
     model: ModelConfig,
@@ -108,7 +116,7 @@ def dense_layer(
     return transformer.mlp(layer, model, x), cache
 
 
-@jax.named_scope("retro_layer")
+@functools.partial(jax.jit, static_argnames=("model", "config"))
 def retro_layer(
     layer: LayerParams,
     model: ModelConfig,
@@ -117,7 +125,7 @@ def retro_layer(
     x: Float[Array, "B W M"],
     slots: Slots,
     write: Bool[Array, "B W"],
-    index: int,
+    index: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, "B W"]]:
     """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
 

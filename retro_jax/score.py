@@ -15,6 +15,7 @@ from retro_jax.generate import Progress, run_prefill
 from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids
 from retro_jax.metrics import Metrics
 from retro_jax.sharding import new_state, under_mesh_of_weights
+from retro_jax.sizes import MIN_STEPS, batch_rows, program_length
 
 _teacher_force = jax.jit(teacher_force, static_argnames=("model", "config"), donate_argnames="state")
 
@@ -61,9 +62,9 @@ def score(
       config: how to decode; or one for each text, which may differ in their budgets only.
       prompt_tokens: tokens at the beginning that are prefilled and not scored, 1..T-1; one number for all
         texts or one for each.
-      capacity: tokens per sequence that the cache holds; None: just enough.
+      capacity: tokens per sequence that the cache holds; None: enough.
       progress: called as tokens are done.
-      steps_per_call: decode steps of one compiled call.
+      steps_per_call: decode steps of one compiled call, at most; fewer where the texts need no more.
 
     Raises:
       ValueError: token ids out of the vocabulary or of another shape, a prompt that leaves nothing to
@@ -83,11 +84,14 @@ def score(
         raise ValueError(f"{len(configs)} configurations were given for {batch} texts; give one for each")
     itemsize = jnp.dtype(model.config.dtype).itemsize
     config = largest(configs, configs[0].num_pages(capacity), model.config.head_dim, itemsize)
-    state = new_state(model.config, config, batch, capacity)
+    padded = batch_rows(batch)
+    state = new_state(model.config, config, padded, capacity)
     shardings = jax.tree.map(lambda array: array.sharding, state.budget)
-    state = state.replace(budget=jax.device_put(Budget.of_each(configs), shardings))
+    budgets = Budget.of_each(configs + configs[-1:] * (padded - batch))
+    state = state.replace(budget=jax.device_put(budgets, shardings))
     heads = [row[:count] for row, count in zip(rows, prompts, strict=True)]
     state, logits = run_prefill(model, config, state, heads, progress)
+    logits = logits[:batch]
     firsts = jnp.array([row[count] for row, count in zip(rows, prompts, strict=True)])
     nll = [np.asarray(negative_log_likelihood(logits, firsts))[:, None]]
     hits = [np.asarray(jnp.argmax(logits, axis=-1) == firsts)[:, None]]
@@ -97,23 +101,25 @@ def score(
     def result() -> Score:
         joined = np.concatenate(nll, axis=1).astype(np.float64)
         inside = np.arange(joined.shape[1]) < scored[:, None]
-        metrics = Metrics.gather(calls) if calls else None
+        metrics = Metrics.gather(calls).of(slice(batch)) if calls else None
         return Score(np.where(inside, joined, np.nan), np.concatenate(hits, axis=1) & inside, metrics)
 
     if not np.isfinite(np.asarray(logits)).all():
         raise NonFiniteLogits("the logits after the prompt are not finite", result())
     steps = int(scored.max()) - 1
+    steps_per_call = program_length(max(steps, 1), MIN_STEPS, steps_per_call)
     for begin in range(0, steps, steps_per_call):
         count = min(steps_per_call, steps - begin)
-        window = np.zeros((batch, steps_per_call + 1), np.int32)
-        for line, row, prompt in zip(window, rows, prompts, strict=True):
+        window = np.zeros((padded, steps_per_call + 1), np.int32)
+        for line, row, prompt in zip(window, rows, prompts, strict=False):
             known = row[prompt + begin : prompt + begin + count + 1]
             line[: len(known)] = known
-        active = np.arange(steps_per_call) < np.clip(scored - 1 - begin, 0, count)[:, None]
+        active = np.zeros((padded, steps_per_call), bool)
+        active[:batch] = np.arange(steps_per_call) < np.clip(scored - 1 - begin, 0, count)[:, None]
         state, forced = _teacher_force(
             model.params, model.config, config, state, window[:, :-1], window[:, 1:], active
         )
-        finite = np.asarray(forced.finite)[:, :count]
+        finite = np.asarray(forced.finite)[:batch, :count]
         if not finite.all():
             sequence, step = np.argwhere(~finite)[0]
             raise NonFiniteLogits(
@@ -121,8 +127,8 @@ def score(
                 f"{prompts[sequence] + begin + step}",
                 result(),
             )
-        nll.append(np.asarray(forced.nll)[:, :count])
-        hits.append(np.asarray(forced.hits)[:, :count])
+        nll.append(np.asarray(forced.nll)[:batch, :count])
+        hits.append(np.asarray(forced.hits)[:batch, :count])
         calls.append(forced.metrics)
         if progress:
             progress("decode", begin + count, steps)

@@ -28,7 +28,7 @@ class Query:
     q: Float[Array, "B N D"]
     positions: Int[Array, " B"]
     budgets: Int[Array, " B"]
-    layer: int = flax.struct.field(pytree_node=False)
+    layer: Int[Array, ""] | int
 
 
 Select = Callable[

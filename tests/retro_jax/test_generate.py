@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import retro_jax as rj
 from retro_jax.sampling import sample, sequence_keys
 from tests.retro_jax.tiny import assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 
+generate_module = sys.modules["retro_jax.generate"]  # the package exports the function of the same name
 CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, prefill_chunk=16)
 FULL = rj.DecodeConfig("full", page_size=8, prefill_chunk=16)
 
@@ -64,7 +66,7 @@ def test_each_sequence_ends_at_its_own_stop_token_and_alone_gives_the_same(model
         assert tokens == unstopped[:end] and finished == (stop in unstopped)
         assert text == model.tokenizer.decode(tokens[: end - 1] if finished else tokens)
     assert result.finished[1] and len(result.tokens[1]) <= 8
-    assert np.asarray(result.state.length).tolist() == [9 + len(tokens) - 1 for tokens in result.tokens]
+    assert np.asarray(result.state.length)[:3].tolist() == [9 + len(tokens) - 1 for tokens in result.tokens]
     alone = rj.generate(model, prompts[2:], CONFIG, 24, stop_tokens=[stop])
     assert alone.tokens[0] == result.tokens[2]
 
@@ -174,3 +176,26 @@ def test_a_sequence_with_its_own_key_samples_the_same_in_any_batch():
     for prompt, tokens, expected, key in zip(prompts, backward[::-1], together, keys, strict=True):
         assert_same_tokens(model, CONFIG, prompt, tokens, expected, sampling, key)
     assert rj.generate(model, prompts, CONFIG, 12, sampling=sampling).tokens != together
+
+
+def test_three_prompts_and_four_of_other_lengths_are_one_program():
+    model, prompts = (
+        tiny(3),
+        [row[:length].tolist() for row, length in zip(token_ids(4, 9), (2, 9, 5, 7), strict=True)],
+    )
+    rj.generate(model, prompts, CONFIG, 3, stop_tokens=[])
+    programs = [generate_module._extend._cache_size(), generate_module._decode._cache_size()]
+    result = rj.generate(model, prompts[:3], CONFIG, 21, stop_tokens=[])
+    assert [generate_module._extend._cache_size(), generate_module._decode._cache_size()] == programs
+    assert len(result.texts) == len(result.tokens) == len(result.finished) == len(result.pending) == 3
+    assert result.metrics.kv_bytes.shape == (32, 3) and result.metrics.summary()["steps"] == 60
+    assert result.state.length.tolist() == [22, 29, 25, 0]  # the row after the sequences stays empty
+    later = rj.generate(model, [[1], [2], [3]], CONFIG, 2, stop_tokens=[], previous=result)
+    assert later.state.length.tolist() == [25, 32, 28, 0]
+    alone = rj.generate(model, prompts[:1], CONFIG, 21, stop_tokens=[])
+    assert alone.tokens[0] == result.tokens[0]
+
+
+def test_keys_are_one_for_each_prompt():
+    with pytest.raises(ValueError, match=r"keys have shape \(2,\) for 3 prompts; give one for each"):
+        rj.generate(tiny(3), [[1], [2], [3]], CONFIG, 2, keys=sequence_keys(rj.Sampling(), 2))

@@ -54,3 +54,17 @@ def test_the_cache_is_updated_in_place(name, loop, dtype):
     compiled = jax.jit(run, donate_argnums=1).lower(params, state, tokens).compile()
     pages = state.layers[0].pages
     assert compiled.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_of_one_kind_are_lowered_once(name):
+    def functions(layers):
+        model = tiny(3, layers=layers).config
+        params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
+        state = jax.eval_shape(lambda: rj.init_state(model, CONFIGS[name], 1, 128))
+        tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+        step = jax.jit(rj.decode_step, static_argnums=(1, 2))
+        text = step.lower(params, model, CONFIGS[name], state, tokens).as_text()
+        return text.count("func.func"), text.count("stablehlo.dot_general")
+
+    assert functions(8) == functions(3)

@@ -1,3 +1,5 @@
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -144,5 +146,21 @@ def test_under_a_mesh():
         for prompt, *both in zip(prompts, result.tokens, generated, strict=True):
             assert_same_tokens(model, config, prompt, *both)
         assert len(result.state.layers[0].pages.sharding.device_set) == 4
-        with pytest.raises(ValueError, match="batch 3 does not divide over"):
-            rj.score(sharded, tokens[:3], config, prompt_tokens=21)
+        three = rj.score(sharded, tokens[:3], config, prompt_tokens=21, capacity=capacity)
+        np.testing.assert_allclose(three.nll, expected[:3], atol=ATOL)
+
+
+def test_short_texts_take_short_programs(monkeypatch):
+    module, shapes = sys.modules["retro_jax.score"], []
+    forced = module._teacher_force
+
+    def recorded(params, model, config, state, tokens, *rest):
+        shapes.append(tokens.shape)
+        return forced(params, model, config, state, tokens, *rest)
+
+    monkeypatch.setattr(module, "_teacher_force", recorded)
+    model, tokens = tiny(3), token_ids(3, 20)
+    result = rj.score(model, tokens, rj.DecodeConfig(page_size=8, dense_layers=1), prompt_tokens=10)
+    assert shapes == [(4, 16)]
+    assert result.nll.shape == (3, 10) and result.metrics.kv_bytes.shape == (16, 3)
+    assert result.metrics.summary()["steps"] == 27

@@ -1,0 +1,45 @@
+"""Sizes of compiled programs: few, so that inputs of similar sizes share one program.
+
+Results do not depend on them: what a program has room for beyond its input is masked, and what a cache holds
+beyond a sequence's length has no meaning. All rules are here.
+"""
+
+import jax
+
+from models.config import ModelConfig
+from pallas_kernels.dispatch import SEQUENCES
+
+CAPACITY_QUANTUM = 256
+"""Tokens; short prompts with 20 or with 150 new tokens share one program."""
+MIN_CHUNK, MIN_STEPS = 16, 8
+"""The smallest programs of a prompt's tokens and of forced steps: below, another compilation costs more."""
+
+
+def rounded_up(count: int, quantum: int) -> int:
+    """The next multiple of `quantum`, or of a quarter of the power of two below `count` if that is larger.
+
+    So there are about four sizes for each power of two, and a size exceeds its count by less than a quarter
+    or by less than `quantum`.
+    """
+    step = max(quantum, (1 << (count.bit_length() - 1)) // 4 // quantum * quantum)
+    return -(-count // step) * step
+
+
+def cache_capacity(model: ModelConfig, tokens: int) -> int:
+    """Tokens per sequence that a cache holds which needs `tokens`; never beyond the model's positions."""
+    return max(tokens, min(rounded_up(tokens, CAPACITY_QUANTUM), model.max_positions))
+
+
+def batch_rows(sequences: int) -> int:
+    """Rows of a batch of so many sequences: 1, 2, 4, 6, 8, 10, ..., and a multiple of the mesh's data axis.
+
+    The rows after the sequences hold none: they are never active.
+    """
+    mesh = jax.sharding.get_mesh()
+    devices = 1 if mesh.empty else mesh.shape.get(SEQUENCES, 1)
+    return rounded_up(sequences, devices if sequences == 1 else 2 * devices if devices % 2 else devices)
+
+
+def program_length(count: int, smallest: int, largest: int) -> int:
+    """The power of two that holds `count`, at least `smallest`; `largest` if it is less."""
+    return min(max(1 << (count - 1).bit_length(), smallest), largest)
