@@ -201,7 +201,8 @@ class BenchDecode(Command):
         """Runs all contestants and prints the tables."""
         configs = self.configurations()
         load = os.getloadavg()[0]
-        model = self.load()
+        capacity = max(self.contexts) + WARM_UP_STEPS + self.rounds * self.steps
+        model = self.load(list(configs.values()), self.batch, capacity, together=True)
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             measured = [self._measure(model, configs, context, progress) for context in self.contexts]
         values = {

@@ -37,6 +37,7 @@ from experiments.progress import Progress
 from experiments.provenance import provenance
 from experiments.results import finite, write_bytes, write_json
 from experiments.roofline import roofline_figure
+from models.names import nearest
 from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
 from retro_jax import make_mesh
 
@@ -187,7 +188,9 @@ class BenchKernels(Output):
         for name, known in (("implementations", IMPLEMENTATIONS), ("scores", tuple(SCORES))):
             for value in getattr(self, name) or ():
                 if value not in known:
-                    raise ValueError(f"--{name} {value!r} is unknown; use {', '.join(known)}")
+                    raise ValueError(
+                        f"--{name} {value!r} is unknown{nearest(value, known)}; use {', '.join(known)}"
+                    )
         planned = self.planned()
         if not planned:
             raise ValueError("there is nothing to measure; name --operations, and sizes for them")

@@ -26,7 +26,6 @@ from experiments.progress import Progress
 from experiments.provenance import provenance
 from experiments.results import print_json, write_bytes, write_json
 from experiments.tables import markdown, number
-from experiments.text import read_tokens
 from models import Model, transformer
 from models.config import ModelConfig
 from models.transformer import Params
@@ -283,16 +282,14 @@ class Overlap(TextCommand):
         if self.out is not None and self.out.exists():
             raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
         config = self.config.config(method="quest")
-        model = self.load()
-        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
-        texts = Texts(names, ids, self.prompt_tokens)
+        model, texts = self.read([config])
         with Progress() as progress:
             shares = measure(model, texts, config, self.distances, progress)
         values = {
             "model": self.model,
             "dtype": model.config.dtype,
-            "texts": names,
-            "tokens": ids.shape[1],
+            "texts": texts.names,
+            "tokens": texts.ids.shape[1],
             "prompt_tokens": self.prompt_tokens,
             "config": asdict(config),
             **summary(shares, config.num_dense_layers(model.config)),

@@ -1,0 +1,146 @@
+"""What a command takes of a device's memory, told before weights are read and before work begins."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from experiments.devices import local_devices, memory_left
+from models.config import ModelConfig
+from models.huggingface import config_from_json
+from models.presets import SIZES
+from pallas_kernels.dispatch import HEADS, SEQUENCES
+from retro_jax import DecodeConfig
+from retro_jax.sharding import abstract_arguments
+
+SCORE_BLOCK = 1024
+"""Keys to which a prefill's queries attend at once, in the reference."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    Attributes:
+      weights: of the model.
+      state: the cache with its statistics, and the window.
+      prefill: the largest array of a prompt chunk and the logits; the least that it takes beside them.
+    """
+
+    weights: int
+    state: int
+    prefill: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.state + self.prefill
+
+
+def memory(
+    model: ModelConfig,
+    config: DecodeConfig,
+    batch: int,
+    capacity: int,
+    data_devices: int = 1,
+    model_devices: int = 1,
+) -> Memory:
+    """What decoding takes on each device of a mesh; allocates nothing.
+
+    Args:
+      model: the model's configuration.
+      config: how to decode.
+      batch: sequences.
+      capacity: tokens per sequence that the cache holds.
+      data_devices: over which the batch is spread.
+      model_devices: over which KV heads are spread.
+
+    Raises:
+      ValueError: the mesh does not divide the batch, the heads or the widths, or the capacity is beyond the
+        model's positions.
+    """
+    mesh = AbstractMesh((data_devices, model_devices), (SEQUENCES, HEADS), axis_types=(AxisType.Auto,) * 2)
+    params, state = abstract_arguments(model, config, mesh, batch, capacity)
+    tokens = batch // data_devices * min(config.prefill_chunk, capacity)
+    scores = 4 * tokens * model.num_heads * min(capacity, SCORE_BLOCK) // model_devices
+    hidden = tokens * model.hidden_width * jax.numpy.dtype(model.dtype).itemsize // model_devices
+    logits = 4 * batch // data_devices * model.vocab_size
+    return Memory(_device_bytes(params), _device_bytes(state), max(scores, hidden) + logits)
+
+
+def check_memory(
+    model: ModelConfig,
+    configs: Sequence[DecodeConfig],
+    batch: int,
+    capacity: int,
+    *,
+    loaded: bool = False,
+    together: bool = False,
+    data_devices: int = 1,
+    model_devices: int = 1,
+) -> None:
+    """Refuses what does not fit the memory that is left on this machine's devices.
+
+    Only what is sure not to fit: what XLA takes beside weights, caches and the largest array of a prefill is
+    not counted, and where the memory cannot be told nothing is refused.
+
+    Args:
+      model: the model's configuration.
+      configs: how to decode, one after another.
+      batch: see `memory`.
+      capacity: see `memory`; more than the model's positions is refused where the cache is made.
+      loaded: whether the weights lie in memory already.
+      together: whether the states of all configurations are held at once.
+      data_devices: see `memory`.
+      model_devices: see `memory`.
+
+    Raises:
+      ValueError: it does not fit, or the mesh does not divide the batch, the heads or the widths.
+    """
+    capacity = min(capacity, model.max_positions)
+    parts = [memory(model, config, batch, capacity, data_devices, model_devices) for config in configs]
+    largest = max(parts, key=lambda part: part.total)
+    if together:
+        largest = replace(largest, state=sum(part.state for part in parts))
+    if loaded:
+        largest = replace(largest, weights=0)
+    left, device = memory_left(), local_devices()[0]
+    if left is None:
+        return
+    # Simulated devices of a CPU share its memory.
+    shared = data_devices * model_devices if device.platform == "cpu" else 1
+    if largest.total * shared > left:
+        weights = "" if loaded else f"weights {gigabytes(largest.weights * shared)}, "
+        raise ValueError(
+            f"{model.name} with {batch} x {capacity} tokens does not fit: it takes at least "
+            f"{gigabytes(largest.total * shared)} ({weights}cache and window "
+            f"{gigabytes(largest.state * shared)}, prefill {gigabytes(largest.prefill * shared)}), and "
+            f"{gigabytes(left)} are left on this machine's {device.device_kind}; use fewer tokens or "
+            "sequences, a smaller model or --dtype, or another device"
+        )
+
+
+def known_model(name: str, dtype: str | None) -> ModelConfig | None:
+    """A model's sizes without fetching it: of a preset, a local folder, or a hub model of a known size."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return config_from_json(json.loads((path / "config.json").read_text()), name, dtype)
+    size = name.removeprefix("random:").rpartition("/")[2].lower().removesuffix("-instruct")
+    found = SIZES.get(size) or SIZES.get(size.replace("llama-", "llama", 1).removeprefix("meta-"))
+    return found and replace(found, name=name, dtype=dtype or found.dtype)
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes in GB."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def _device_bytes(tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
