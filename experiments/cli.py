@@ -146,12 +146,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         unread = isinstance(error, BrokenPipeError) and any(map(_is_unread, (sys.stdout, sys.stderr)))
-        refused = [stream for stream in (sys.stdout, sys.stderr) if not _takes_output(stream)]
+        for stream in (sys.stdout, sys.stderr):
+            _drop_unwritable(stream)
         if unread:
             sys.exit(UNREAD)
         if "--traceback" in arguments:
             raise
-        print(f"retro-jax: error: {_words(error, sys.stdout in refused)}", file=sys.stderr)
+        print(f"retro-jax: error: {_words(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -195,7 +196,7 @@ def _show_help(prog: str, about: str, entries: Mapping[str, Entry | Group]) -> N
     parser.print_help()
 
 
-def _words(error: Exception, is_output: bool) -> str:
+def _words(error: Exception) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
@@ -203,8 +204,6 @@ def _words(error: Exception, is_output: bool) -> str:
             f"out of memory ({text[:300] or 'of this machine'}); use fewer tokens or sequences, a smaller "
             "model or --dtype, or another device"
         )
-    if isinstance(error, OSError) and is_output:
-        return f"could not write the output: {error.strerror or text}"
     if text and isinstance(error, IN_WORDS):
         return text
     return f"{type(error).__name__}{f': {text}' if text else ''}; --traceback shows where it was raised"
@@ -220,15 +219,13 @@ def _is_unread(stream: TextIO | None) -> bool:
         return False
 
 
-def _takes_output(stream: TextIO | None) -> bool:
-    """Whether what was printed can be written; if not, it is dropped, for a quiet end of the interpreter."""
+def _drop_unwritable(stream: TextIO | None) -> None:
+    """Drops what was printed and cannot be written, so that the interpreter does not try again at its end."""
     try:
         if stream:
             stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -12,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 from experiments.devices import local_devices, memory_left
 from models.config import ModelConfig
 from models.huggingface import config_from_json
+from models.load import local_path
 from models.presets import SIZES
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from retro_jax import DecodeConfig
@@ -126,9 +126,13 @@ def check_memory(
 
 def known_model(name: str, dtype: str | None) -> ModelConfig | None:
     """A model's sizes without fetching it: of a preset, a local folder, or a hub model of a known size."""
-    path = Path(name).expanduser()
-    if (path / "config.json").is_file():
-        return config_from_json(json.loads((path / "config.json").read_text()), name, dtype)
+    file = local_path(name) / "config.json"
+    if file.is_file():
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is broken ({error}); fetch it again") from error
+        return config_from_json(values, name, dtype)
     size = name.removeprefix("random:").rpartition("/")[2].lower().removesuffix("-instruct")
     found = SIZES.get(size) or SIZES.get(size.replace("llama-", "llama", 1).removeprefix("meta-"))
     return found and replace(found, name=name, dtype=dtype or found.dtype)
