@@ -84,7 +84,8 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
         "# Results",
         f"In brackets: 95% bootstrap intervals over examples, where there are at least {FEWEST}. Differences "
         "are taken on the same examples. *Exposure*: pages that a query has attended to in the end over "
-        "those of its own step. *KV MB/step*: keys, values and page statistics that a step reads for a sequence.",
+        "those of its own step. *KV MB/step*: keys, values and page statistics that a step reads for a "
+        "sequence.",
     ]
     pictures = {}
     if across := questions_plot(runs):

@@ -128,9 +128,7 @@ def test_an_unfinished_run_says_what_is_missing(json_command, tmp_path):
     folder = a_run(tmp_path / "a", LongGenBench(n=4), lines, wanted=wanted)
     (run,) = json_command("report", folder, "--out", tmp_path / "page.md")["runs"]
     assert run["missing"] == {"quest-128": 1, "retro-w4-128": 6}
-    assert (
-        "1 replies of quest-128, 6 replies of retro-w4-128 are missing" in (tmp_path / "page.md").read_text()
-    )
+    assert "replies are missing (quest-128 1, retro-w4-128 6)" in (tmp_path / "page.md").read_text()
     whole = a_run(tmp_path / "b", LongGenBench(n=4), lines, wanted={"methods": ["full"], "replies": 6})
     assert "Unfinished" not in make_page([read_run(whole)], "p")[0]
 
