@@ -4,14 +4,17 @@ Nothing but the chosen command is imported, and that within `main`, where stoppi
 """
 
 import argparse
+import contextlib
 import os
 import select
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ LEAST_COLUMNS = 40
 """Below this width tyro does not come to an end."""
 IN_WORDS = ValueError, TypeError, OSError, NotImplementedError, FloatingPointError
 """Errors that this project raises, with all that there is to say."""
+STOPPED = "\nretro-jax: stopped\n"
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE
 
@@ -136,13 +140,14 @@ def main(arguments: list[str] | None = None) -> None:
     if shutil.get_terminal_size().columns < LEAST_COLUMNS:
         os.environ["COLUMNS"] = str(LEAST_COLUMNS)
     try:
-        try:
-            _read(arguments).run()
-        finally:
-            if sys.stdout:
-                sys.stdout.flush()  # at the interpreter's end nobody could say in words that it failed
+        with _stoppable():
+            try:
+                _read(arguments).run()
+            finally:
+                if sys.stdout:
+                    sys.stdout.flush()  # at the interpreter's end nobody could say in words that it failed
     except KeyboardInterrupt:
-        print("\nretro-jax: stopped", file=sys.stderr)
+        print(STOPPED, end="", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
         unread = isinstance(error, BrokenPipeError) and any(map(_is_unread, (sys.stdout, sys.stderr)))
@@ -184,6 +189,29 @@ def _read(arguments: Sequence[str]) -> "Output":
         about, entries = entry.summary, entry.entries()
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within it Ctrl-C during an import ends the process: what is imported may print or hide it."""
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(sys.__stderr__.fileno(), STOPPED.encode())
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _show_help(prog: str, about: str, entries: Mapping[str, Entry | Group]) -> None:
     parser = argparse.ArgumentParser(
         prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,7 +221,7 @@ def _show_help(prog: str, about: str, entries: Mapping[str, Entry | Group]) -> N
     commands = parser.add_subparsers(title="commands; each has a --help", metavar="COMMAND")
     for name, entry in entries.items():
         commands.add_parser(name, help=entry.summary.replace("%", "%%"))
-    parser.print_help()
+    print(parser.format_help(), end="")  # argparse itself would pass over errors of the stream
 
 
 def _words(error: Exception) -> str:

