@@ -8,16 +8,7 @@ import tyro
 
 from experiments.flags import Flag, Output
 from experiments.paper import PAPER_NOTE, paper_rows
-from experiments.report_data import (
-    FEWEST,
-    Interval,
-    Measured,
-    bootstrap,
-    difference,
-    quest_of,
-    read_runs,
-    run_values,
-)
+from experiments.report_data import Interval, Measured, bootstrap, difference, quest_of, read_runs, run_values
 from experiments.report_plots import (
     budget_plot,
     excess_plot,
@@ -82,10 +73,9 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
     """The page, and its pictures by file name."""
     parts = [
         "# Results",
-        f"In brackets: 95% bootstrap intervals over examples, where there are at least {FEWEST}. Differences "
-        "are taken on the same examples. *Exposure*: pages that a query has attended to in the end over "
-        "those of its own step. *KV MB/step*: keys, values and page statistics that a step reads for a "
-        "sequence.",
+        "In brackets: 95% bootstrap intervals over examples. Differences are taken on the same examples. "
+        "*Exposure*: pages that a query has attended to in the end over those of its own step. *KV MB/step*: "
+        "keys, values and page statistics that a step reads for a sequence.",
     ]
     pictures = {}
     if across := questions_plot(runs):
@@ -95,7 +85,7 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
     if beside := paper_rows(runs):
         parts += ["## Beside the paper", PAPER_NOTE, _paper_table(beside)]
     for number, run in enumerate(runs, 1):
-        parts += [f"## {run.title}", _about(run), *_unfinished(run), _table(run)]
+        parts += [f"## {run.title}", _about(run), _table(run)]
         for name, (plot, title) in PLOTS.items():
             if contents := plot(run):
                 file = f"{stem}-{number}-{name}.png"
@@ -116,14 +106,6 @@ def _about(run: Measured) -> str:
         + "; ".join([f"Seed {config['sampling']['seed']}", *dict.fromkeys(made)])
         + "."
     )
-
-
-def _unfinished(run: Measured) -> list[str]:
-    """What is still to be made, in a paragraph; nothing for a finished run."""
-    if not (missing := run.missing()):
-        return []
-    counts = ", ".join(f"{method} {count}" for method, count in missing.items())
-    return [f"**Unfinished**: replies are missing ({counts}). The command that began the run continues it."]
 
 
 def _table(run: Measured) -> str:

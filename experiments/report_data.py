@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +13,13 @@ from experiments.estimates import block_means
 from experiments.run_folder import KEYS, read_identity, read_lines, read_results
 
 RESAMPLES = 2000
-FEWEST = 4
-"""Values that an interval needs. Of n, the smallest alone is drawn once in n ** n times: of fewer than 4 more
-often than the 2.5% that are cut off, so that the interval would be their range, whatever they are."""
 FREE = ("methods", "presets", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
 """Fields of a run's configuration that change which results there are, and none of them."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval; NaN for the ends where fewer than `FEWEST` values can be resampled."""
+    """A mean and its 95% interval; NaN for the ends where there are fewer than two values to resample."""
 
     mean: float
     low: float
@@ -73,15 +69,6 @@ class Measured:
     def is_likelihood(self) -> bool:
         """Whether passages were decoded along, so that there are likelihoods and no scores."""
         return "scores" not in self.lines[0]
-
-    def missing(self) -> dict[str, int]:
-        """Replies that are still to be made, by method; none where the folders do not tell how many."""
-        wanted: dict[str, int] = {}
-        for start in self.starts:
-            for method in start.get("methods", ()):
-                wanted[method] = max(wanted.get(method, 0), start["replies"])
-        have = Counter(line["method"] for line in self.lines)
-        return {method: count - have[method] for method, count in wanted.items() if count > have[method]}
 
     def by_example(self, method: str) -> dict[str, float]:
         """Each example's value: its score, or its mean NLL; the mean over positions and samples."""
@@ -195,7 +182,7 @@ def bootstrap(*groups: Sequence[float]) -> Interval:
     """
     arrays = [np.asarray(values, float) for values in groups]
     mean = float(np.mean([values.mean() for values in arrays]))
-    if min(map(len, arrays)) < FEWEST:
+    if min(map(len, arrays)) < 2:
         return Interval(mean, float("nan"), float("nan"))
     rng = np.random.default_rng(0)
     picks = [values[rng.integers(len(values), size=(RESAMPLES, len(values)))] for values in arrays]
@@ -257,12 +244,7 @@ def run_values(run: Measured) -> dict:
             "exposure": run.exposure(method),
             "kv_bytes": run.mean(method, "kv_bytes"),
         }
-    return {
-        "name": run.identity["name"],
-        "config": run.config,
-        "methods": methods,
-        "missing": run.missing(),
-    }
+    return {"name": run.identity["name"], "config": run.config, "methods": methods}
 
 
 def _values(interval: Interval | None) -> dict | None:

@@ -125,8 +125,7 @@ def work(
     jobs = [
         (batch, label) for batch in make_batches(rows, config.batch) for label in configs
     ]  # methods by turns, so that a run that is stopped can be compared
-    wanted = {"methods": list(configs), "replies": len(rows)}
-    folder.note(f"provenance-{folder.process}.jsonl", {"config": code} | wanted | provenance())
+    folder.note(f"provenance-{folder.process}.jsonl", {"config": code} | provenance())
     for number, (batch, label) in enumerate(jobs):
         missing = [
             index for index, row in enumerate(batch) if (row.example.id, label, row.sample) not in done

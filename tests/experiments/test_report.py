@@ -20,7 +20,7 @@ def result(example, method, **values):
     return {"example": example, "method": method, "sample": 0} | loaded | values
 
 
-def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu: c", wanted=(), **config):
+def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu: c", **config):
     config = RunConfig(**{"model": "m", "task": task, "budgets": (128, 256)} | config)
     with RunFolder(path, {"name": name, "config": config.identity(), "examples": examples}) as folder:
         folder.append(lines)
@@ -28,8 +28,7 @@ def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu:
             timing = {"batch": config.batch, "context": 900}
             folder.note("timings-0.jsonl", timing | {"method": "full", "steps_per_second": 20.0})
             folder.note("timings-0.jsonl", timing | {"method": "quest-128", "steps_per_second": None})
-            start = {"commit": "abc", "device": device, "versions": {"jax": "9"}}
-            folder.note("provenance-0.jsonl", start | dict(wanted))
+            folder.note("provenance-0.jsonl", {"commit": "abc", "device": device, "versions": {"jax": "9"}})
     return path
 
 
@@ -52,10 +51,8 @@ def test_bootstrap():
     half = 1.96 * values.std(ddof=1) / 20
     assert found.high - found.mean == pytest.approx(half, rel=0.1)
     assert found.mean - found.low == pytest.approx(half, rel=0.1)
-    assert bootstrap([1.0]).text() == "1.000"
-    assert bootstrap([0.0, 1.0, 2.0]).text() == "1.000"  # its interval would be the range
-    assert bootstrap([1.0, 1.0, 1.0, 1.0]).text(1) == "1.0 [1.0, 1.0]"
-    assert bootstrap([0.0, 1.0, 2.0, 3.0]).low > 0.0
+    assert np.isnan(bootstrap([1.0]).low) and bootstrap([1.0]).text() == "1.000"
+    assert bootstrap([1.0, 1.0]).text(1) == "1.0 [1.0, 1.0]"
     both = bootstrap(values, np.full(50, 4.0))  # each counts half, the second does not vary
     assert both.mean == pytest.approx(values.mean() / 2 + 2.0)
     assert both.high - both.mean == pytest.approx(half / 2, rel=0.1)
@@ -122,17 +119,6 @@ def test_folders_of_one_run_are_joined(json_command, tmp_path):
     assert (tmp_path / "page-1-latency.png").exists()
 
 
-def test_an_unfinished_run_says_what_is_missing(json_command, tmp_path):
-    lines = some(scored(4, examples=6), "full", "quest-128")[:-1]
-    wanted = {"methods": ["full", "quest-128", "retro-w4-128"], "replies": 6}
-    folder = a_run(tmp_path / "a", LongGenBench(n=4), lines, wanted=wanted)
-    (run,) = json_command("report", folder, "--out", tmp_path / "page.md")["runs"]
-    assert run["missing"] == {"quest-128": 1, "retro-w4-128": 6}
-    assert "replies are missing (quest-128 1, retro-w4-128 6)" in (tmp_path / "page.md").read_text()
-    whole = a_run(tmp_path / "b", LongGenBench(n=4), lines, wanted={"methods": ["full"], "replies": 6})
-    assert "Unfinished" not in make_page([read_run(whole)], "p")[0]
-
-
 def test_runs_with_other_settings_are_not_joined(tmp_path):
     lines = some(scored(4, examples=2), "full")
     tasks = (LongGenBench(n=4), LongGenBench(n=4, shots=2))
@@ -156,8 +142,8 @@ def test_figures_of_the_paper_stand_beside_runs_of_the_same_setting(json_command
 
     def a_paper_run(n, model="meta-llama/Llama-3.1-8B-Instruct", **task):
         lines = [
-            result(f"e{index}", method, scores=[share + 0.005 * index] * n)
-            for index in range(5)
+            result(f"e{index}", method, scores=[share + 0.01 * index] * n)
+            for index in range(3)
             for method, share in shares.items()
         ]
         folder = tmp_path / f"{model[:4]}{n}{len(task)}"
@@ -191,7 +177,7 @@ def test_figures_of_the_paper_stand_beside_runs_of_the_same_setting(json_command
 def test_likelihoods(tmp_path):
     rng = np.random.default_rng(0)
     lines = []
-    for index in range(4):
+    for index in range(3):
         base = rng.normal(3, 1, size=600)
         for number, method in enumerate(METHODS):
             lines.append(result(f"b{index}", method, nll=(base + 0.1 * number).tolist()))

@@ -15,7 +15,7 @@ CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24)
     (
         (
             {"method": "retra"},
-            r"method 'retra' is unknown \\(did you mean 'retro'\\?\\); use one of full, quest",
+            r"method 'retra' is unknown .did you mean 'retro'.*; use one of full, quest",
         ),
         ({"window": 0}, r"window 0 is below 1"),
         (
