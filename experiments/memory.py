@@ -1,5 +1,6 @@
 """What a command takes of a device's memory, told before weights are read and before work begins."""
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from models.config import ModelConfig
 from models.huggingface import config_from_json
 from models.load import local_path
 from models.presets import SIZES
+from models.transformer import random_params
 from pallas_kernels.dispatch import HEADS, SEQUENCES
-from retro_jax import DecodeConfig
-from retro_jax.sharding import abstract_arguments
+from retro_jax import DecodeConfig, init_state
+from retro_jax.sharding import check_mesh, params_shardings, state_shardings
 
 SCORE_BLOCK = 1024
 """Keys to which a prefill's queries attend at once, in the reference."""
@@ -64,12 +66,14 @@ def memory(
         model's positions.
     """
     mesh = AbstractMesh((data_devices, model_devices), (SEQUENCES, HEADS), axis_types=(AxisType.Auto,) * 2)
-    params, state = abstract_arguments(model, config, mesh, batch, capacity)
+    check_mesh(model, mesh, batch)
+    state = jax.eval_shape(functools.partial(init_state, model, config, batch, capacity))
     tokens = batch // data_devices * min(config.prefill_chunk, capacity)
     scores = 4 * tokens * model.num_heads * min(capacity, SCORE_BLOCK) // model_devices
     hidden = tokens * model.hidden_width * jax.numpy.dtype(model.dtype).itemsize // model_devices
     logits = 4 * batch // data_devices * model.vocab_size
-    return Memory(_device_bytes(params), _device_bytes(state), max(scores, hidden) + logits)
+    held = _device_bytes(state, state_shardings(state, mesh))
+    return Memory(_weights(model, mesh), held, max(scores, hidden) + logits)
 
 
 def check_memory(
@@ -108,19 +112,25 @@ def check_memory(
         largest = replace(largest, state=sum(part.state for part in parts))
     if loaded:
         largest = replace(largest, weights=0)
-    left, device = memory_left(), local_devices()[0]
-    if left is None:
-        return
     # Simulated devices of a CPU share its memory.
-    shared = data_devices * model_devices if device.platform == "cpu" else 1
-    if largest.total * shared > left:
-        weights = "" if loaded else f"weights {gigabytes(largest.weights * shared)}, "
+    shared = data_devices * model_devices if local_devices()[0].platform == "cpu" else 1
+    weights = "" if loaded else f"weights {gigabytes(largest.weights * shared)}, "
+    check_room(
+        f"{model.name} with {batch} x {capacity} tokens",
+        largest.total * shared,
+        f"{weights}cache and window {gigabytes(largest.state * shared)}, "
+        f"prefill {gigabytes(largest.prefill * shared)}",
+    )
+
+
+def check_room(what: str, needed: int, parts: str) -> None:
+    """Raises ValueError if `what` takes more bytes than are left on the first device, told by its parts."""
+    left = memory_left()
+    if left is not None and needed > left:
         raise ValueError(
-            f"{model.name} with {batch} x {capacity} tokens does not fit: it takes at least "
-            f"{gigabytes(largest.total * shared)} ({weights}cache and window "
-            f"{gigabytes(largest.state * shared)}, prefill {gigabytes(largest.prefill * shared)}), and "
-            f"{gigabytes(left)} are left on this machine's {device.device_kind}; use fewer tokens or "
-            "sequences, a smaller model or --dtype, or another device"
+            f"{what} does not fit: it takes at least {gigabytes(needed)} ({parts}), and {gigabytes(left)} "
+            f"are left on this machine's {local_devices()[0].device_kind}; use fewer tokens or sequences, a "
+            "smaller model or --dtype, or another device"
         )
 
 
@@ -143,8 +153,15 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _device_bytes(tree) -> int:
+@functools.cache
+def _weights(model: ModelConfig, mesh: AbstractMesh) -> int:
+    params = jax.eval_shape(lambda: random_params(model, jax.random.key(0)))
+    return _device_bytes(params, params_shardings(params, mesh))
+
+
+def _device_bytes(tree, shardings) -> int:
+    """Bytes of arrays on each device that they are spread over."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     )

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import pytest
 
@@ -12,16 +14,13 @@ TINY = SIZES["tiny"]
 RETRO = DecodeConfig(budget_tokens=64)
 
 
-def held(tree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def test_memory_is_that_of_the_arrays():
-    found = memory(TINY, RETRO, batch=2, capacity=256)
-    assert found.weights == held(random_params(TINY, jax.random.key(0)))
-    assert found.state == held(init_state(TINY, RETRO, 2, 256))
-    halved = memory(TINY, RETRO, batch=2, capacity=256, data_devices=2)
+def test_batches_are_spread_and_weights_are_not():
+    found, halved = (memory(TINY, RETRO, batch=2, capacity=256, data_devices=n) for n in (1, 2))
     assert halved.state == pytest.approx(found.state / 2, rel=0.01) and halved.weights == found.weights
+    assert found.state == sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(TINY, RETRO, 2, 256)))
+    )
 
 
 def test_the_prefill_takes_no_less_than_is_told():
@@ -61,11 +60,18 @@ def test_what_does_not_fit_is_refused_with_its_parts(monkeypatch):
     ],
 )
 def test_every_command_refuses_before_weights_are_made(failure, monkeypatch, ids_file, arguments):
-    monkeypatch.setattr(experiments.memory, "memory_left", lambda: 24 << 30)
+    monkeypatch.setattr(experiments.memory, "memory_left", lambda: 10 << 30)
     words, flags = [word for word in arguments if str(word).isalpha()], arguments[-2:]
     ids = () if "bench" in words else ("--token-ids", ids_file)
-    line = failure(*words, "random:llama3.1-70b", *ids, *flags)
-    assert "does not fit: it takes at least " in line and "25.77 GB are left on this machine's" in line
+    line = failure(*words, "random:llama3.1-8b", *ids, *flags)
+    assert "does not fit: it takes at least " in line and "10.74 GB are left on this machine's" in line
+
+
+def test_kernels_without_room_are_skipped_in_words(command, monkeypatch):
+    monkeypatch.setattr(experiments.memory, "memory_left", lambda: 1000)
+    flags = ("--operations", "update", "--cases", "1x64@0.5", "--implementations", "xla", "--calls", 2)
+    status, _, err = command("bench", "kernels", *flags, "--baselines", "--ceiling-bytes", 2**16)
+    assert status == 2 and "does not fit: it takes at least" in err and "2 sets of inputs" in err
 
 
 def test_models_of_unknown_size_are_checked_when_they_are_read(failure, monkeypatch, ids_file):
