@@ -40,24 +40,31 @@ class Entry:
     Attributes:
       place: its class, as "module:name".
       summary: what it does, in one line.
+      flags: the class's base that has its flags, for one that is there without JAX; "": the class itself.
       default: fields of a value whose others are the defaults of its flags; empty: the class knows them.
     """
 
     place: str
     summary: str
+    flags: str = ""
     default: Mapping[str, object] = field(default_factory=dict)
 
     def read(self, prog: str, arguments: Sequence[str]) -> "Output":
         """Reads the flags; ends with status 2 where they are wrong."""
         import tyro
 
-        module, name = self.place.split(":")
-        kind = getattr(import_module(module), name)
+        kind = _find(self.flags or self.place)
         default = kind(**self.default) if self.default else kind.defaults(arguments)
         options = {} if default is None else {"default": default}
         if self.default:
             options["description"] = self.summary
-        return tyro.cli(kind, prog=prog, args=arguments, **options)
+        command = tyro.cli(kind, prog=prog, args=arguments, **options)
+        return _find(self.place)(**vars(command)) if self.flags else command
+
+
+def _find(place: str) -> "type[Output]":
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ def _benchmarks() -> Mapping[str, Entry]:
         "decode": Entry(
             "experiments.bench_decode:BenchDecode",
             "Measure the speed of decoding: methods take turns in one run, for each length of the context.",
+            "experiments.commands.bench_decode:BenchDecodeFlags",
         ),
         "kernels": Entry(
             "experiments.bench_kernels:BenchKernels",
@@ -98,6 +106,7 @@ def _runs() -> Mapping[str, Entry]:
         name: Entry(
             "experiments.run:Run",
             f"{describe(config.task)}, {config.model}",
+            "experiments.commands.run:RunFlags",
             {"config": config, "name": name},
         )
         for name, config in CONFIGS.items()
@@ -120,12 +129,14 @@ COMMANDS: Mapping[str, Entry | Group] = {
     "overlap": Entry(
         "experiments.overlap:Overlap",
         "Measure how many of a query's pages earlier queries had loaded, or had only just missed.",
+        "experiments.commands.overlap:OverlapFlags",
     ),
     "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(
         "experiments.report:Report",
         "Make one Markdown page with tables and plots from the folders of one or more runs.",
+        "experiments.commands.report:ReportFlags",
     ),
 }
 

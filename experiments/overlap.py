@@ -5,10 +5,8 @@ and then serves both (RetroAttention, section 3).
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import flax.struct
 import jax
@@ -18,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 from matplotlib.axes import Axes
 
 from experiments.budgets import budget_value
+from experiments.commands.overlap import OverlapFlags
 from experiments.compare import Texts
 from experiments.estimates import Estimate, estimate
-from experiments.flags import NoPrefix, TextCommand, common_flags
 from experiments.plots import COLOURS, QUEST_COLOUR, picture
 from experiments.progress import Progress
 from experiments.provenance import provenance
@@ -43,7 +41,6 @@ from retro_jax.state import LayerState
 
 RANKS = {"loaded": "loaded", "next": "next k"}
 """Ranks 1..k of a query's pages, which its step loads, and k+1..2k; in words."""
-CommonFlags = common_flags("method", "window", "overwrite", "evict", "cache_tokens", "observation")
 
 
 @flax.struct.dataclass
@@ -263,19 +260,8 @@ def overlap_figure(values: dict) -> bytes:
     return picture(2, draw, title)
 
 
-@dataclass(kw_only=True)
-class Overlap(TextCommand):
-    """Measure how many of a query's pages earlier queries had loaded, and how many they had only just missed.
-
-    Decodes along the text with Quest. Pages that an earlier query had next in rank are what retrospection
-    adds to it.
-    """
-
-    distances: int = 8
-    """Earlier queries that each one is compared with."""
-    out: Path | None = None
-    """Folder for table, JSON and picture; it must not exist."""
-    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
+class Overlap(OverlapFlags):
+    """The command, with its work."""
 
     def run(self) -> None:
         """Decodes along the texts, then writes and prints the result."""

@@ -5,15 +5,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from dataclasses import asdict, replace
 
 import jax
-import tyro
 
+from experiments.commands.run import RunFlags
 from experiments.devices import local_devices
-from experiments.flags import Flag, NoPrefix, Output
 from experiments.memory import known_model
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
@@ -28,25 +25,8 @@ from retro_jax import Model, load_model, make_mesh, shard_params
 TERMINATED = 128 + signal.SIGTERM
 
 
-@dataclass(kw_only=True)
-class Run(Output):
-    """Run a named configuration; the same command continues where it was stopped, by whatever.
-
-    Each result is on the disk as soon as its batch is finished. SIGTERM ends the run after the batch.
-    """
-
-    config: Annotated[RunConfig, NoPrefix]
-    name: tyro.conf.Suppress[str]
-    out: Path | None = None
-    """Folder for the results; None: one under runs/ that is named after the configuration."""
-    dry_run: Flag[bool] = False
-    """Only print what would run: examples, tokens, decode steps and memory, no time; load, fetch and compile
-    nothing."""
-    compile: Flag[bool] = False
-    """Only compile what would run, from shapes alone, for as many devices as it names (simulated ones where
-    there are fewer), and print the memory that it takes; load and fetch nothing."""
-    distributed: Flag[bool] = False
-    """Share the work among the hosts that JAX finds (a TPU pod, SLURM, ...), each on its own devices."""
+class Run(RunFlags):
+    """The command, with its work."""
 
     def run(self) -> None:
         """Runs what the folder does not have yet."""

@@ -31,7 +31,8 @@ def start(*arguments, **options):
 
 
 def test_help_and_version_come_without_jax():
-    shown = "[], ['generate'], ['score'], ['compare'], ['run'], ['bench']"
+    shown = "[], ['generate'], ['score'], ['compare'], ['overlap'], ['report'], ['run'], ['bench']"
+    shown += ", ['run', 'smollm2-recall'], ['bench', 'decode']"
     code = f"""
 import sys
 from experiments.cli import main
