@@ -11,17 +11,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from experiments.flags import Command, NoPrefix, common_flags
+from experiments.commands.bench_decode import BenchDecodeFlags
 from experiments.plot_files import pictures
 from experiments.plot_text import counted, shortened
 from experiments.plots import FULL, QUEST, Curves, Line, Scale, looks
@@ -163,45 +163,15 @@ class Transformers:
         return json.loads(line)
 
 
-CommonFlags = common_flags("method", "window")
-
-
-@dataclass(kw_only=True)
-class BenchDecode(Command):
-    """Measure the speed of decoding: methods take turns in one run, for each length of the context.
-
-    Greedy, from a context of random tokens. Times are medians of single steps, ratios medians over rounds.
-    """
-
-    contexts: tuple[int, ...] = (4096,)
-    """Tokens in the cache when decoding begins."""
-    batch: int = 1
-    """Sequences that are decoded together."""
-    methods: tuple[str, ...] = ("full", "quest", "retro")
-    """Any of full, quest, retro, streaming, tova, h2o, snapkv."""
-    presets: tuple[str, ...] = ()
-    """Presets beside them: any of quest, paper, retro, at the same budget."""
-    windows: tuple[int, ...] = (4,)
-    """Window sizes of RetroAttention."""
-    steps: int = 16
-    """Decode steps of one turn."""
-    rounds: int = 6
-    """Turns of each contestant."""
-    reference: Path | None = None
-    """A Python interpreter with torch and transformers, which then decodes the same weights in turn. Where
-    other programs use the CPU, set OMP_WAIT_POLICY=PASSIVE: torch's threads wait busily for each other, which
-    multiplies its times then."""
-    seed: int = 0
-    """Of the random context."""
-    out: Path | None = None
-    """JSON file for the results; it must not exist. A picture with the same name goes beside it."""
-    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
+class BenchDecode(BenchDecodeFlags):
+    """The command, with its work."""
 
     def run(self) -> None:
         """Runs all contestants and prints the tables."""
         configs = self.configurations()
         load = os.getloadavg()[0]
-        model = self.load()
+        capacity = max(self.contexts) + WARM_UP_STEPS + self.rounds * self.steps
+        model = self.load(list(configs.values()), self.batch, capacity, together=True)
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             measured = [self._measure(model, configs, context, progress) for context in self.contexts]
         values = {

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.device_time import Timing, device_time
+from experiments.devices import local_devices
 from experiments.flags import Output
 from experiments.kernel_baselines import BASELINES, FLASHINFER, Baseline, versions
 from experiments.kernel_cases import (
@@ -33,10 +34,12 @@ from experiments.kernel_cases import (
     sets_for,
 )
 from experiments.kernel_report import kernel_report
+from experiments.memory import check_room
 from experiments.progress import Progress
 from experiments.provenance import provenance
 from experiments.results import finite, write_bytes, write_json
 from experiments.roofline import roofline_pictures
+from models.names import nearest
 from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
 from retro_jax import make_mesh
 
@@ -140,6 +143,7 @@ class BenchKernels(Output):
         self._check()
         # Read when the backend starts: other libraries need memory of the same device.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        local_devices()
         implementations = self.implementations or tuple(dict.fromkeys([kernels_of_device() or "xla", "xla"]))
         dims = Dimensions(self.kv_heads, self.group, self.head_dim, self.page_size, self.dtype)
         with Progress() as progress, jax.set_mesh(make_mesh(1, 1)):
@@ -188,7 +192,9 @@ class BenchKernels(Output):
         for name, known in (("implementations", IMPLEMENTATIONS), ("scores", tuple(SCORES))):
             for value in getattr(self, name) or ():
                 if value not in known:
-                    raise ValueError(f"--{name} {value!r} is unknown; use {', '.join(known)}")
+                    raise ValueError(
+                        f"--{name} {value!r} is unknown{nearest(value, known)}; use {', '.join(known)}"
+                    )
         planned = self.planned()
         if not planned:
             raise ValueError("there is nothing to measure; name --operations, and sizes for them")
@@ -265,6 +271,7 @@ class Timer:
 
         def time() -> Timing:
             total = self._calls + self._warm_up
+            check_room(case.name(self._dims), sets * case.footprint(self._dims), f"{sets} sets of inputs")
             call = prepare(case, self._dims, implementation, sets, total, self._seed)
             return device_time(call, self._calls, self._warm_up)
 

@@ -15,6 +15,7 @@ from experiments.provenance import provenance
 from experiments.results import finite, write_bytes, write_json
 from experiments.tables import markdown
 from experiments.tpu_model import decode_step
+from models.names import nearest
 from models.presets import SIZES
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig
@@ -90,7 +91,9 @@ class BenchTpuStatic(Output):
         for name, values, known in (("model", (self.model,), SIZES), ("chips", self.chips, CHIPS)):
             for value in values:
                 if value not in known:
-                    raise ValueError(f"--{name} {value!r} is unknown; use {', '.join(known)}")
+                    raise ValueError(
+                        f"--{name} {value!r} is unknown{nearest(value, known)}; use {', '.join(known)}"
+                    )
         if min(self.devices, self.batch, *self.windows, *self.contexts) < 1:
             raise ValueError("--devices, --batch, --windows and --contexts must be 1 or more")
 

@@ -1,6 +1,6 @@
 """Budgets as one number: up to 1 a share of the context, above it tokens."""
 
-from retro_jax import DecodeConfig
+from retro_jax.fields import DecodeFields
 
 
 def budget_fields(value: float) -> dict:
@@ -13,9 +13,9 @@ def budget_fields(value: float) -> dict:
         return {"budget": value, "budget_tokens": None}
     if value != int(value):
         raise ValueError(f"budget {value} is neither a share up to 1 nor a whole number of tokens")
-    return {"budget": DecodeConfig.budget, "budget_tokens": int(value)}
+    return {"budget": DecodeFields.budget, "budget_tokens": int(value)}
 
 
-def budget_value(config: DecodeConfig) -> float | int:
+def budget_value(config: DecodeFields) -> float | int:
     """Returns the budget of a configuration: a float is a share, an integer tokens."""
     return config.budget if config.budget_tokens is None else config.budget_tokens

@@ -1,322 +1,270 @@
-"""The command line `retro-jax`."""
+"""The command line `retro-jax`: finds the command, reads its flags, runs it, and says what went wrong.
 
-import hashlib
-import json
+Nothing but the chosen command is imported, and that within `main`, where stopping is no accident.
+"""
+
+import argparse
+import contextlib
+import os
+import select
+import shutil
+import signal
 import sys
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import FrameType
+from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
-import tyro
-
-from experiments import chat
-from experiments.bench_decode import BenchDecode
-from experiments.bench_kernels import BenchKernels
-from experiments.bench_tpu import BenchTpuStatic
-from experiments.compare import Texts, compare, identity, summary
-from experiments.compare_plots import comparison_pictures
-from experiments.estimates import estimate
-from experiments.flags import (
-    Command,
-    ConfigArguments,
-    Flag,
-    NoPrefix,
-    Preset,
-    SamplingArguments,
-    SamplingFlags,
-    TextCommand,
-    choose_preset,
-    common_flags,
-    preset_flags,
-)
-from experiments.overlap import Overlap
-from experiments.progress import Progress, Rates
-from experiments.provenance import provenance
-from experiments.report import Report
-from experiments.results import ResultsFolder, print_json, write_bytes, write_json
-from experiments.run import RunCommands
-from experiments.sweep import VARIED, Sweep
-from experiments.tables import comparison_report, score_table
-from experiments.text import file_tokens, read_text, read_tokens
-from retro_jax import Generation, Model, generate, score
-
-CommonFlags = common_flags(*VARIED)
-CommonArguments = Annotated[CommonFlags, NoPrefix]
-SweepArguments = Annotated[Sweep, NoPrefix]
-
-
-@dataclass(kw_only=True)
-class Generate(Command):
-    """Continue prompts, or chat, with full attention, Quest or RetroAttention.
-
-    The text goes to stdout as it is generated (several prompts: when all are finished), a summary to stderr.
-    """
-
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to continue; give the flag again for more, which are generated as one batch."""
-    prompt_file: tuple[Path, ...] = ()
-    """UTF-8 text files to continue, as further prompts."""
-    token_ids: Path | None = None
-    """A .npy file of integers as further prompts, shape (tokens,) or (prompts, tokens)."""
-    prompt_chars: int | None = None
-    """Use only so many characters of each prompt file."""
-    chat: Flag[bool] = False
-    """Treat each prompt as a user's message, by the model's chat template; without any prompt, talk."""
-    max_new_tokens: int = 256
-    """Tokens to generate for each prompt, or in each reply."""
-    capacity: int | None = None
-    """Tokens that the cache holds; None: what is needed, or up to 4096 to talk."""
-    sampling: SamplingArguments = field(default_factory=SamplingFlags)
-    preset: Preset | None = None
-    """Take the defaults of the flags below from a preset: Quest, the paper's method, or the best found at the
-    same memory traffic."""
-    config: ConfigArguments = field(default_factory=preset_flags)
-
-    def run(self) -> None:
-        """Generates, once or turn by turn."""
-        config, sampling = self.config.config(), self.sampling.sampling()
-        prompts = [*self.prompt, *(read_text(path, chars=self.prompt_chars) for path in self.prompt_file)]
-        if self.token_ids:
-            prompts += file_tokens(self.token_ids, None).tolist()
-        if not prompts and not self.chat:
-            raise ValueError(
-                "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy "
-                "or --chat"
-            )
-        model = self.load()
-        if self.chat and model.tokenizer is None:
-            raise ValueError(f"{model.config.name} has no tokenizer, so it cannot chat; use another model")
-        if not prompts:
-            self._talk(model)
-            return
-        if self.chat:
-            prompts = [chat.first_turn(model.tokenizer, prompt) for prompt in prompts]
-        streamed = len(prompts) == 1 and model.tokenizer is not None and not self.json
-        result, rates = self._generate(model, prompts, capacity=self.capacity, streamed=streamed)
-        if self.json:
-            values = {
-                "model": self.model,
-                "config": asdict(config),
-                "sampling": asdict(sampling),
-                "texts": result.texts,
-                "tokens": result.tokens,
-                "finished": result.finished,
-                "metrics": result.metrics.summary() if result.metrics else None,
-                "seconds": rates.seconds,
-                "steps_per_second": rates.per_second("decode"),
-                "provenance": provenance(),
-            }
-            print_json(values)
-        elif not streamed:
-            for number, (text, tokens) in enumerate(zip(result.texts, result.tokens, strict=True), 1):
-                print(f"--- {number} ---\n{text if model.tokenizer else ' '.join(map(str, tokens))}")
-
-    def _generate(
-        self,
-        model: Model,
-        prompts: list,
-        capacity: int | None,
-        streamed: bool,
-        previous: Generation | None = None,
-    ) -> tuple[Generation, Rates]:
-        with Progress() as show:
-            rates = Rates(show)
-
-            def stream(_: int, piece: str) -> None:
-                if sys.stdout.isatty():
-                    show.stop()
-                print(piece, end="", flush=True)
-
-            result = generate(
-                model,
-                prompts,
-                self.config.config(),
-                self.max_new_tokens,
-                sampling=self.sampling.sampling(),
-                capacity=capacity,
-                stream=stream if streamed else None,
-                progress=rates,
-                previous=previous,
-            )
-        if streamed:
-            print(flush=True)
-        print(_summary(result, rates), file=sys.stderr)
-        return result, rates
-
-    def _talk(self, model: Model) -> None:
-        """Reads messages from stdin until it ends, on one cache while the template keeps earlier turns."""
-        if self.json:
-            raise ValueError("--json cannot be used to talk; pass --prompt with --chat")
-        capacity = self.capacity or min(4096, model.config.max_positions)
-        messages, held, result = [], [], None
-        print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
-        while message := _read_message():
-            messages.append({"role": "user", "content": message})
-            whole = chat.prompt(model.tokenizer, messages)
-            ids = chat.continuation(whole, held)
-            if ids is None:
-                print(
-                    "The chat template makes something else of earlier turns than the cache holds; "
-                    "it is made anew.",
-                    file=sys.stderr,
-                )
-                ids, result = whole, None
-            result, _ = self._generate(model, [ids], capacity, streamed=True, previous=result)
-            held = [*whole, *result.tokens[0]]
-            messages.append({"role": "assistant", "content": result.texts[0]})
-
-
-@dataclass(kw_only=True)
-class Score(TextCommand):
-    """Measure how likely a model finds a text when one method decodes along it.
-
-    Prints mean negative log-likelihood (nats per token), perplexity, and both by position.
-    """
-
-    preset: Preset | None = None
-    """Take the defaults of the flags below from a preset: Quest, the paper's method, or the best found at the
-    same memory traffic."""
-    config: ConfigArguments = field(default_factory=preset_flags)
-
-    def run(self) -> None:
-        """Scores the texts as one batch."""
-        config = self.config.config()
-        model = self.load()
-        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
-        texts = Texts(names, ids, self.prompt_tokens)
-        with Progress() as show:
-            rates = Rates(show)
-            result = score(model, texts.ids, config, prompt_tokens=texts.prompt_tokens, progress=rates)
-        mean = estimate(result.nll)
-        if self.json:
-            values = {
-                "model": self.model,
-                "config": asdict(config),
-                "tokens": ids.shape[1],
-                "prompt_tokens": texts.prompt_tokens,
-                "nll": asdict(mean),
-                "perplexity": float(np.exp(mean.mean)),
-                "texts": {name: float(row.mean()) for name, row in zip(names, result.nll, strict=True)},
-                "metrics": result.metrics.summary() if result.metrics else None,
-                "seconds": rates.seconds,
-                "provenance": provenance(),
-            }
-            print_json(values)
-        else:
-            print(score_table(result.nll, texts.prompt_tokens, names, self.bin_tokens))
-
-
-@dataclass(kw_only=True)
-class Compare(TextCommand):
-    """Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.
-
-    Writes a table, JSON and pictures, and each run's value for every token. Each run is saved when it is
-    finished: the same command continues where it was stopped, and further values and methods add rows.
-    """
-
-    sweep: SweepArguments = field(default_factory=Sweep)
-    budgets_together: Flag[bool] = False
-    """Decode the texts of all budgets as one batch: faster on an accelerator, and as many times the cache."""
-    out: Path | None = None
-    """Folder for the results; None: one under runs/ that is named after the model and the settings."""
-    config: CommonArguments = field(default_factory=CommonFlags)
-
-    def run(self) -> None:
-        """Runs what the folder does not have yet, then writes and prints the comparison."""
-        configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
-        model = self.load()
-        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
-        texts = Texts(names, ids, self.prompt_tokens)
-        what = identity(self.model, model, texts, configs[0])
-        folder = ResultsFolder(self.out or _default_folder(what), what)
-        runs = compare(model, texts, configs, folder, Progress, budgets_together=self.budgets_together)
-        report = comparison_report(what, runs, self.bin_tokens)
-        values = summary(what, runs, self.bin_tokens)
-        write_json(folder.path / "results.json", values)
-        write_bytes(folder.path / "table.md", report.encode())
-        pictures = comparison_pictures(what, runs)
-        for name, picture in pictures.items():
-            write_bytes(folder.path / name, picture)
-        if self.json:
-            print_json(values)
-        else:
-            print(report)
-            print(f"Table, JSON, pictures and raw values: {folder.path}")
-            for name in pictures:
-                print(folder.path / name)
-
-
-Bench = (
-    Annotated[BenchDecode, tyro.conf.subcommand("decode")]
-    | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
-    | Annotated[BenchTpuStatic, tyro.conf.subcommand("tpu-static")]
-)
-
-Commands = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Score, tyro.conf.subcommand("score")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Overlap, tyro.conf.subcommand("overlap")]
-    | Annotated[
-        Bench,
-        tyro.conf.subcommand("bench", description="Measure speed: of decoding a model, or of its kernels."),
-    ]
-    | Annotated[
-        RunCommands,
-        tyro.conf.subcommand("run", description="Run a named configuration: a model, a task, and methods."),
-    ]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-)
+if TYPE_CHECKING:
+    from experiments.flags import Output
 
 DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.
 
-Start with: retro-jax generate smollm2-135m --prompt "Once upon a time"
+Start with: retro-jax generate smollm2-135m --prompt "Once upon a time" --budget-tokens 64
 """
+LEAST_COLUMNS = 40
+"""Below this width tyro does not come to an end."""
+IN_WORDS = ValueError, TypeError, OSError, NotImplementedError, FloatingPointError
+"""Errors that this project raises, with all that there is to say."""
+STOPPED = "\nretro-jax: stopped\n"
+INTERRUPTED = 128 + signal.SIGINT
+UNREAD = 128 + signal.SIGPIPE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A command.
+
+    Attributes:
+      place: its class, as "module:name".
+      summary: what it does, in one line.
+      flags: the class's base that has its flags, for one that is there without JAX; "": the class itself.
+      default: fields of a value whose others are the defaults of its flags; empty: the class knows them.
+    """
+
+    place: str
+    summary: str
+    flags: str = ""
+    default: Mapping[str, object] = field(default_factory=dict)
+
+    def read(self, prog: str, arguments: Sequence[str]) -> "Output":
+        """Reads the flags; ends with status 2 where they are wrong."""
+        import tyro
+
+        kind = _find(self.flags or self.place)
+        default = kind(**self.default) if self.default else kind.defaults(arguments)
+        options = {} if default is None else {"default": default}
+        if self.default:
+            options["description"] = self.summary
+        command = tyro.cli(kind, prog=prog, args=arguments, **options)
+        return _find(self.place)(**vars(command)) if self.flags else command
+
+
+def _find(place: str) -> "type[Output]":
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands that share their first word.
+
+    Attributes:
+      summary: what they do, in one line.
+      entries: makes the commands, by their next word.
+    """
+
+    summary: str
+    entries: Callable[[], Mapping[str, Entry]]
+
+
+def _benchmarks() -> Mapping[str, Entry]:
+    return {
+        "decode": Entry(
+            "experiments.bench_decode:BenchDecode",
+            "Measure the speed of decoding: methods take turns in one run, for each length of the context.",
+            "experiments.commands.bench_decode:BenchDecodeFlags",
+        ),
+        "kernels": Entry(
+            "experiments.bench_kernels:BenchKernels",
+            "Measure the device time of operations on pages, beside the read bandwidth of the device.",
+        ),
+        "tpu-static": Entry(
+            "experiments.bench_tpu:BenchTpuStatic",
+            "Predict decode steps on TPUs from bytes and from the compiler's schedules.",
+        ),
+    }
+
+
+def _runs() -> Mapping[str, Entry]:
+    from experiments.configs import CONFIGS
+    from experiments.tasks import describe
+
+    return {
+        name: Entry(
+            "experiments.run:Run",
+            f"{describe(config.task)}, {config.model}",
+            "experiments.commands.run:RunFlags",
+            {"config": config, "name": name},
+        )
+        for name, config in CONFIGS.items()
+    }
+
+
+COMMANDS: Mapping[str, Entry | Group] = {
+    "generate": Entry(
+        "experiments.commands.generate:Generate",
+        "Continue prompts, or chat, with full attention, Quest or RetroAttention.",
+    ),
+    "score": Entry(
+        "experiments.commands.score:Score",
+        "Measure how likely a model finds a text when one method decodes along it.",
+    ),
+    "compare": Entry(
+        "experiments.commands.compare:Compare",
+        "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",
+    ),
+    "overlap": Entry(
+        "experiments.overlap:Overlap",
+        "Measure how many of a query's pages earlier queries had loaded, or had only just missed.",
+        "experiments.commands.overlap:OverlapFlags",
+    ),
+    "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
+    "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
+    "report": Entry(
+        "experiments.report:Report",
+        "Make one Markdown page with tables and plots from the folders of one or more runs.",
+        "experiments.commands.report:ReportFlags",
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; errors in what was asked for are one line on stderr and exit status 2."""
-    choose_preset(sys.argv[1:] if arguments is None else arguments)
-    command = tyro.cli(Commands, prog="retro-jax", description=DESCRIPTION, args=arguments)
+    """Runs one command.
+
+    What goes wrong is one line on stderr and exit status 2; with --traceback it is raised. Ctrl-C is status
+    130. A reader of the output who leaves ends the command quietly with status 141, as SIGPIPE ends others.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if shutil.get_terminal_size().columns < LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(LEAST_COLUMNS)
     try:
-        command.run()
+        with _stoppable():
+            try:
+                _read(arguments).run()
+            finally:
+                if sys.stdout:
+                    sys.stdout.flush()  # at the interpreter's end nobody could say in words that it failed
     except KeyboardInterrupt:
-        print("\nretro-jax: stopped", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError) as error:
-        if command.traceback:
+        print(STOPPED, end="", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        unread = isinstance(error, BrokenPipeError) and any(map(_is_unread, (sys.stdout, sys.stderr)))
+        for stream in (sys.stdout, sys.stderr):
+            _drop_unwritable(stream)
+        if unread:
+            sys.exit(UNREAD)
+        if "--traceback" in arguments:
             raise
-        print(f"retro-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"retro-jax: error: {_words(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _read_message() -> str:
+def _read(arguments: Sequence[str]) -> "Output":
+    """Reads a whole command line; shows help or the version and ends where that is asked for.
+
+    Raises:
+      ValueError: there is no such command.
+    """
+    prog, about, entries = "retro-jax", DESCRIPTION, COMMANDS
+    if list(arguments[:1]) == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"retro-jax {version('retro-jax')}, jax {version('jax')}")
+        sys.exit()
+    while True:
+        word, *arguments = arguments or [""]
+        if word in ("-h", "--help"):
+            _show_help(prog, about, entries)
+            sys.exit()
+        if word not in entries:
+            from models.names import nearest
+
+            what = f"{word!r} is no command{nearest(word, entries)}" if word else "a command is missing"
+            raise ValueError(f"{what}; use {prog} with one of {', '.join(entries)}, or --help")
+        prog, entry = f"{prog} {word}", entries[word]
+        if isinstance(entry, Entry):
+            return entry.read(prog, arguments)
+        about, entries = entry.summary, entry.entries()
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within it Ctrl-C during an import ends the process: what is imported may print or hide it."""
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        while frame:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(sys.__stderr__.fileno(), STOPPED.encode())
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
     try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _default_folder(what: dict) -> Path:
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-    name = Path(what["model"]).name.replace(":", "-")
-    return Path("runs") / f"compare-{name}-{digest}"
+def _show_help(prog: str, about: str, entries: Mapping[str, Entry | Group]) -> None:
+    parser = argparse.ArgumentParser(
+        prog, description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if entries is COMMANDS:
+        parser.add_argument("--version", action="store_true", help="show the version and exit")
+    commands = parser.add_subparsers(title="commands; each has a --help", metavar="COMMAND")
+    for name, entry in entries.items():
+        commands.add_parser(name, help=entry.summary.replace("%", "%%"))
+    print(parser.format_help(), end="")  # argparse itself would pass over errors of the stream
 
 
-def _summary(result: Generation, rates: Rates) -> str:
-    """One line on how fast it was and what it loaded."""
-    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s"]
-    rate = rates.per_second("decode")
-    if rate:
-        parts.append(f"{rate * len(result.tokens):.1f} tokens/s after the first steps")
-    if result.metrics is not None:
-        metrics = result.metrics.summary()
-        exposure = metrics["exposure"][-1]
-        parts.append(f"{metrics['kv_bytes'] / 1e6:.2f} MB of KV cache read per token")
-        if exposure is not None:
-            parts.append(f"{metrics['pages_loaded']:.1f} pages per step and KV head, exposure {exposure:.2f}")
-    return "[" + "; ".join(parts) + "]"
+def _words(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return (
+            f"out of memory ({text[:300] or 'of this machine'}); use fewer tokens or sequences, a smaller "
+            "model or --dtype, or another device"
+        )
+    if text and isinstance(error, IN_WORDS):
+        return text
+    return f"{type(error).__name__}{f': {text}' if text else ''}; --traceback shows where it was raised"
+
+
+def _is_unread(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _drop_unwritable(stream: TextIO | None) -> None:
+    """Drops what was printed and cannot be written, so that the interpreter does not try again at its end."""
+    try:
+        if stream:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -1,85 +1,66 @@
-"""Flags that several commands share."""
+"""Flags that several commands share. Reading and showing them starts no JAX."""
 
-import itertools
+import argparse
 from collections.abc import Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
 
-from experiments.compile_cache import keep_programs
 from experiments.progress import Progress
-from retro_jax import PRESETS, DecodeConfig, Model, Sampling, load_model
+from retro_jax.fields import DecodeFields, SamplingFields
+from retro_jax.presets import PRESETS
+
+if TYPE_CHECKING:
+    from experiments.compare import Texts
+    from retro_jax import DecodeConfig, Model, Sampling
 
 Flag = tyro.conf.FlagCreatePairsOff
 Hidden = tyro.conf.Suppress
 
 
 @dataclass(frozen=True)
-class ConfigFlags(DecodeConfig):
+class ConfigFlags(DecodeFields):
     """How to decode: every field of `DecodeConfig`, checked by `config` and not while flags are read."""
 
-    def __post_init__(self):
-        pass
-
-    def config(self, **changes) -> DecodeConfig:
+    def config(self, **changes) -> "DecodeConfig":
         """Returns the configuration, with some fields replaced.
 
         Raises:
           ValueError: a field is out of its range, or two fields contradict each other.
         """
-        return DecodeConfig(**_values(self, DecodeConfig) | changes)
+        from retro_jax import DecodeConfig
 
-
-_preset: ContextVar[str | None] = ContextVar("preset", default=None)
-
-
-def choose_preset(arguments: Sequence[str]) -> None:
-    """Makes the preset that the arguments name, if any, the defaults of the flags that are read next."""
-    name = None
-    for flag, value in itertools.pairwise([*arguments, ""]):
-        if flag.startswith("--preset="):
-            name = flag.partition("=")[2]
-        elif flag == "--preset":
-            name = value
-    _preset.set(name if name in PRESETS else None)  # an unknown one is refused where the flag is read
-
-
-def preset_flags() -> ConfigFlags:
-    """Returns the defaults of the flags: those of the chosen preset, else of `DecodeConfig`."""
-    return ConfigFlags(**PRESETS.get(_preset.get(), {}))
+        return DecodeConfig(**_values(self, DecodeFields) | changes)
 
 
 def common_flags(*hidden: str) -> type[ConfigFlags]:
     """Returns `ConfigFlags` without the flags of some fields, in which the runs of a command differ."""
     fixed = [
         (field.name, Hidden[field.type], field.default)
-        for field in fields(DecodeConfig)
+        for field in fields(DecodeFields)
         if field.name in hidden
     ]
     return make_dataclass("CommonConfigFlags", fixed, bases=(ConfigFlags,), frozen=True)
 
 
 @dataclass(frozen=True)
-class SamplingFlags(Sampling):
+class SamplingFlags(SamplingFields):
     """How tokens are chosen, checked by `sampling` and not while flags are read."""
 
-    def __post_init__(self):
-        pass
-
-    def sampling(self) -> Sampling:
+    def sampling(self) -> "Sampling":
         """Returns the value.
 
         Raises:
           ValueError: a field is out of its range.
         """
-        return Sampling(**_values(self, Sampling))
+        from retro_jax import Sampling
+
+        return Sampling(**_values(self, SamplingFields))
 
 
 NoPrefix = tyro.conf.arg(name="")
-Preset = Literal[tuple(PRESETS)]
 ConfigArguments = Annotated[ConfigFlags, NoPrefix]
 SamplingArguments = Annotated[SamplingFlags, NoPrefix]
 
@@ -92,6 +73,11 @@ class Output:
     """Print one JSON object on stdout, and nothing else there."""
     traceback: Flag[bool] = False
     """Show where an error was raised, not only what it says."""
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self | None:
+        """Returns the values of flags that are not given; None: those that the fields have."""
+        return None
 
 
 @dataclass(kw_only=True)
@@ -106,11 +92,55 @@ class Command(Output):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    def load(self) -> Model:
-        """Reads the model, after downloading it where it is not cached."""
+    def load(
+        self, configs: "Sequence[DecodeConfig]", batch: int, tokens: int, *, together: bool = False
+    ) -> "Model":
+        """Reads the model, after downloading it where it is not cached.
+
+        Args:
+          configs: how it will decode.
+          batch: sequences, at least.
+          tokens: of each that the cache must hold, at least.
+          together: whether the caches of all configurations are held at once.
+
+        Raises:
+          ValueError: JAX does not start, or it does not fit the memory; told before the model is read
+            where its name or its config.json tells its size.
+        """
+        from experiments.compile_cache import keep_programs
+        from experiments.devices import local_devices
+        from experiments.memory import check_memory, known_model
+        from retro_jax import load_model
+
+        local_devices()
         keep_programs()
+        if known := known_model(self.model, self.dtype):
+            check_memory(known, configs, batch, tokens, together=together)
         with Progress() as progress:
-            return load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
+            model = load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
+        if not known:
+            check_memory(model.config, configs, batch, tokens, loaded=True, together=together)
+        return model
+
+
+@dataclass(kw_only=True)
+class Configured(Output):
+    """A command that decodes by one configuration, whose defaults a preset may give."""
+
+    preset: Literal[tuple(PRESETS)] | None = None
+    """Take the defaults of the flags below from a preset: Quest, the paper's method, or the best found at the
+    same memory traffic."""
+    config: ConfigArguments = field(default_factory=ConfigFlags)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self | None:
+        """Returns the defaults with the fields of the preset that the arguments name, if they do."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--preset", nargs="?")
+        name = parser.parse_known_args(list(arguments))[0].preset
+        if name not in PRESETS:  # an unknown one is refused where the flag is read
+            return None
+        return cls(model=tyro.MISSING, config=ConfigFlags(**PRESETS[name]))
 
 
 @dataclass(kw_only=True)
@@ -129,6 +159,29 @@ class TextCommand(Command):
     """Characters left out at the start of each text file, such as a title page."""
     bin_tokens: int = 1024
     """Width of the ranges of positions in the tables."""
+
+    def read(self, configs: "Sequence[DecodeConfig]", copies: int = 1) -> "tuple[Model, Texts]":
+        """Reads the model and the texts' tokens.
+
+        Args:
+          configs: how the texts will be decoded, one after another.
+          copies: of the texts that are decoded at once.
+
+        Raises:
+          FileNotFoundError: a text is not there.
+          ValueError: the texts are not as the flags say, or do not fit the memory.
+        """
+        from experiments.compare import Texts
+        from experiments.memory import check_memory
+        from experiments.text import check_sources, read_tokens
+
+        check_sources(self.text, self.token_ids, self.tokens)
+        batch, least = max(len(self.text), 1), self.tokens or self.prompt_tokens + 1
+        model = self.load(configs, copies * batch, max(least, 1))
+        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
+        texts = Texts(names, ids, self.prompt_tokens)
+        check_memory(model.config, configs, copies * len(ids), ids.shape[1], loaded=True)
+        return model, texts
 
 
 def _values(flags, kind: type) -> dict:

@@ -1,8 +1,12 @@
 """From Quest to the best configuration at the same memory traffic, one part after another."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from retro_jax import PRESETS, DecodeConfig
+from retro_jax.presets import PRESETS
+
+if TYPE_CHECKING:
+    from retro_jax import DecodeConfig
 
 LADDER = (
     ("Quest", {}),
@@ -21,7 +25,7 @@ LADDER = (
 PAPER_WINDOWS = (2, 4, 8)
 
 
-def ladder(full: DecodeConfig, budget: dict) -> list[DecodeConfig]:
+def ladder(full: "DecodeConfig", budget: dict) -> "list[DecodeConfig]":
     """Returns the configurations of `LADDER` at one budget; `full` has the fields that all share."""
     found, fields = [], dict(PRESETS["quest"]) | budget
     for _, part in LADDER:
@@ -30,7 +34,7 @@ def ladder(full: DecodeConfig, budget: dict) -> list[DecodeConfig]:
     return found
 
 
-def beside_ladder(full: DecodeConfig, budget: dict) -> dict[str, DecodeConfig]:
+def beside_ladder(full: "DecodeConfig", budget: dict) -> "dict[str, DecodeConfig]":
     """Returns the paper's method at one budget, by words: Quest of the ladder's first step, with a window."""
     quest = ladder(full, budget)[0]
     return {

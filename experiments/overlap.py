@@ -6,10 +6,8 @@ and then serves both (RetroAttention, section 3).
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import flax.struct
 import jax
@@ -19,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from matplotlib.axes import Axes
 
 from experiments.budgets import budget_value
+from experiments.commands.overlap import OverlapFlags
 from experiments.compare import Texts
 from experiments.estimates import Estimate, estimate
-from experiments.flags import NoPrefix, TextCommand, common_flags
 from experiments.plot_files import pictures
 from experiments.plot_text import counted, listed, shortened
 from experiments.plots import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
@@ -29,7 +27,6 @@ from experiments.progress import Progress
 from experiments.provenance import provenance
 from experiments.results import print_json, write_bytes, write_json
 from experiments.tables import markdown, number
-from experiments.text import read_tokens
 from models import Model, transformer
 from models.config import ModelConfig
 from models.transformer import Params
@@ -47,7 +44,6 @@ from retro_jax.state import LayerState
 
 RANKS = {"loaded": "loaded", "next": "next k"}
 """Ranks 1..k of a query's pages, which its step loads, and k+1..2k; in words."""
-CommonFlags = common_flags("method", "window", "overwrite", "evict", "cache_tokens", "observation")
 
 
 @flax.struct.dataclass
@@ -287,35 +283,22 @@ def overlap_pictures(values: dict) -> dict[str, bytes]:
     return pictures("overlap", panels, title, notes, interval="one standard error to each side")
 
 
-@dataclass(kw_only=True)
-class Overlap(TextCommand):
-    """Measure how many of a query's pages earlier queries had loaded, and how many they had only just missed.
-
-    Decodes along the text with Quest. Pages that an earlier query had next in rank are what retrospection
-    adds to it.
-    """
-
-    distances: int = 8
-    """Earlier queries that each one is compared with."""
-    out: Path | None = None
-    """Folder for table, JSON and picture; it must not exist."""
-    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
+class Overlap(OverlapFlags):
+    """The command, with its work."""
 
     def run(self) -> None:
         """Decodes along the texts, then writes and prints the result."""
         if self.out is not None and self.out.exists():
             raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
         config = self.config.config(method="quest")
-        model = self.load()
-        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
-        texts = Texts(names, ids, self.prompt_tokens)
+        model, texts = self.read([config])
         with Progress() as progress:
             shares = measure(model, texts, config, self.distances, progress)
         values = {
             "model": self.model,
             "dtype": model.config.dtype,
-            "texts": names,
-            "tokens": ids.shape[1],
+            "texts": texts.names,
+            "tokens": texts.ids.shape[1],
             "prompt_tokens": self.prompt_tokens,
             "config": asdict(config),
             **summary(shares, config.num_dense_layers(model.config)),

@@ -5,48 +5,29 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated, Union
+from dataclasses import asdict, replace
 
 import jax
-import tyro
 
+from experiments.commands.run import RunFlags
 from experiments.compile_cache import keep_programs
-from experiments.configs import CONFIGS
-from experiments.flags import Flag, NoPrefix, Output
+from experiments.devices import local_devices
+from experiments.memory import known_model
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
 from experiments.results import print_json
 from experiments.run_compile import check_programs, compile_run, programs_text
 from experiments.run_config import RunConfig, default_folder, digest
 from experiments.run_folder import RunFolder, check_folder
-from experiments.run_plan import check_memory, make_plan, plan_text, plan_values
+from experiments.run_plan import check_memory_of, make_plan, plan_text, plan_values
 from experiments.run_work import Row, check_positions, decode_batch, encode, make_batches
-from experiments.tasks import describe
 from retro_jax import Model, load_model, make_mesh, shard_params
 
 TERMINATED = 128 + signal.SIGTERM
 
 
-@dataclass(kw_only=True)
-class Run(Output):
-    """Run a named configuration; the same command continues where it was stopped, by whatever.
-
-    Each result is on the disk as soon as its batch is finished. SIGTERM ends the run after the batch.
-    """
-
-    config: Annotated[RunConfig, NoPrefix]
-    name: tyro.conf.Suppress[str]
-    out: Path | None = None
-    """Folder for the results; None: one under runs/ that is named after the configuration."""
-    dry_run: Flag[bool] = False
-    """Only print what would run, its memory and its cost; load, fetch and compile nothing."""
-    compile: Flag[bool] = False
-    """Only compile what would run, from shapes alone, for as many devices as it names (simulated ones where
-    there are fewer), and print the memory that it takes; load and fetch nothing."""
-    distributed: Flag[bool] = False
-    """Share the work among the hosts that JAX finds (a TPU pod, SLURM, ...), each on its own devices."""
+class Run(RunFlags):
+    """The command, with its work."""
 
     def run(self) -> None:
         """Runs what the folder does not have yet."""
@@ -56,6 +37,7 @@ class Run(Output):
             return
         if self.distributed:
             jax.distributed.initialize()  # before anything else asks for a device
+        local_devices()
         plan = make_plan(self.config)
         examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
         identity = {
@@ -65,7 +47,8 @@ class Run(Output):
         }
         out = self.out or default_folder(self.name, identity)
         check_folder(out, identity)
-        check_memory(plan)
+        if known := known_model(self.config.model, self.config.dtype):
+            check_memory_of(self.config, known, plan.prompt_tokens + plan.new_tokens)
         with stop_on_sigterm() as stopping, _mesh(self.config):
             model = _load(self.config)
             rows = [
@@ -74,6 +57,7 @@ class Run(Output):
                 for sample in range(self.config.samples)
             ]
             check_positions(model.config, rows)
+            check_memory_of(self.config, model.config, max(row.tokens for row in rows), loaded=True)
             with RunFolder(out, identity, jax.process_index()) as folder:
                 finished = work(self.config, model, rows, folder, digest(identity), stopping)
         if not finished:
@@ -191,19 +175,3 @@ def _load(config: RunConfig) -> Model:
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
     return model if mesh.empty else replace(model, params=shard_params(model.params, model.config, mesh))
-
-
-RunCommands = Union[  # noqa: UP007 (made from the registry)
-    tuple(
-        Annotated[
-            Run,
-            tyro.conf.subcommand(
-                name,
-                default=Run(config=config, name=name),
-                description=f"{describe(config.task)}, {config.model}",
-                prefix_name=False,
-            ),
-        ]
-        for name, config in CONFIGS.items()
-    )
-]

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from experiments.memory import gigabytes, known_model
 from experiments.progress import Progress
 from experiments.run_config import RunConfig
-from experiments.run_plan import Plan, check_fits, gigabytes, known_model
+from experiments.run_plan import Plan, check_fits
 from experiments.tables import markdown
 from retro_jax import decode_step, extend, make_mesh
 from retro_jax.sharding import abstract_arguments

@@ -5,17 +5,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from experiments.budgets import budget_fields
 from experiments.flags import NoPrefix, SamplingFlags, common_flags
 from experiments.tasks import TASKS, AnyTask
-from retro_jax import PRESETS, DecodeConfig, preset
-from retro_jax.methods import METHODS
+from retro_jax.fields import DecodeFields
+from retro_jax.presets import PRESETS, preset
 
-VARIED = ("method", "window", *budget_fields(DecodeConfig.budget))
+if TYPE_CHECKING:
+    from retro_jax import DecodeConfig
+
+VARIED = ("method", "window", *budget_fields(DecodeFields.budget))
 """The fields of `DecodeConfig` in which the methods of a run differ."""
 CommonFlags = common_flags(*VARIED)
 
@@ -78,7 +81,7 @@ class RunConfig:
         self.configurations()
         self.task.check()
 
-    def configurations(self) -> dict[str, DecodeConfig]:
+    def configurations(self) -> "dict[str, DecodeConfig]":
         """How to decode, by label: full once, other methods at each budget, with each window if they revise.
 
         Raises:
@@ -115,10 +118,15 @@ def method_fields(
     Raises:
       ValueError: a method or a preset is unknown.
     """
+    from models.names import nearest
+    from retro_jax.methods import METHODS
+
     found = {}
     for name in methods:
         if name not in METHODS:
-            raise ValueError(f"method {name!r} is unknown; use one of {', '.join(METHODS)}")
+            raise ValueError(
+                f"method {name!r} is unknown{nearest(name, METHODS)}; use one of {', '.join(METHODS)}"
+            )
         method = METHODS[name]
         if method.dense:
             # Full attention has no sink pages to choose; 0 is within any budget.

@@ -1,25 +1,15 @@
 """What a run takes: examples, tokens, steps, and memory by device, before anything is loaded or compiled."""
 
-import math
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-import jax
-from jax.sharding import AbstractMesh, AxisType
-
-from experiments.results import read_json
+from experiments.memory import check_memory, gigabytes, known_model, memory
 from experiments.run_config import RunConfig
 from experiments.run_work import capacity_for
 from experiments.tables import markdown
 from experiments.tasks import Asked, Passage, describe
 from models.config import ModelConfig
-from models.huggingface import config_from_json
-from models.presets import SIZES
-from pallas_kernels.dispatch import HEADS, SEQUENCES
 from retro_jax import DecodeConfig
-from retro_jax.sharding import abstract_arguments
 
 CHARS_PER_TOKEN = 3
 """A cautious figure for estimates without a tokenizer: English text has about 4, digits fewer."""
@@ -90,7 +80,12 @@ def make_plan(config: RunConfig) -> Plan:
                 "make the task's examples or replies shorter"
             )
         capacity = capacity_for(model, longest + new)
-        weights, caches = memory(config, model, capacity)
+        parts = {
+            label: memory(model, decode, config.batch, capacity, config.data_devices, config.model_devices)
+            for label, decode in config.configurations().items()
+        }
+        weights = next(iter(parts.values())).weights
+        caches = {label: part.state for label, part in parts.items()}
         if config.device_gb:
             held = weights + max(caches.values())
             check_fits("weights and cache take", held, "--device-gb", config.device_gb * 1e9)
@@ -108,37 +103,24 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
-def known_model(name: str, dtype: str | None) -> ModelConfig | None:
-    """A model's sizes without fetching it: of a preset, a local folder, or a hub model of a known size."""
-    path = Path(name).expanduser()
-    if (path / "config.json").is_file():
-        return config_from_json(read_json(path / "config.json", "fetch the model again"), name, dtype)
-    size = name.removeprefix("random:").rpartition("/")[2].lower().removesuffix("-instruct")
-    found = SIZES.get(size) or SIZES.get(size.replace("llama-", "llama", 1).removeprefix("meta-"))
-    return found and replace(found, name=name, dtype=dtype or found.dtype)
+def check_memory_of(config: RunConfig, model: ModelConfig, tokens: int, loaded: bool = False) -> None:
+    """Raises ValueError if the run does not fit the memory that this machine's devices have left.
 
-
-def memory(config: RunConfig, model: ModelConfig, capacity: int) -> tuple[int, dict[str, int]]:
-    """Bytes of weights, and of each method's decode state, on each device.
-
-    Raises:
-      ValueError: the mesh does not divide the batch, the heads or the widths.
+    Args:
+      config: the run.
+      model: its model's configuration.
+      tokens: of the longest row.
+      loaded: whether the weights lie in memory already.
     """
-    sizes = config.data_devices, config.model_devices
-    mesh = AbstractMesh(sizes, (SEQUENCES, HEADS), axis_types=(AxisType.Auto,) * 2)
-    caches = {}
-    for label, decode in config.configurations().items():
-        params, state = abstract_arguments(model, decode, mesh, config.batch, capacity)
-        caches[label] = _device_bytes(state)
-    return _device_bytes(params), caches
-
-
-def check_memory(plan: Plan) -> None:
-    """Raises ValueError if weights and cache are larger than a device's memory."""
-    limit = device_memory()
-    if plan.weights is None or limit is None:
-        return
-    check_fits("weights and cache take", plan.weights + max(plan.caches.values()), "its", limit)
+    check_memory(
+        model,
+        list(config.configurations().values()),
+        config.batch,
+        capacity_for(model, tokens),
+        loaded=loaded,
+        data_devices=config.data_devices,
+        model_devices=config.model_devices,
+    )
 
 
 def check_fits(what: str, needed: int, name: str, limit: float) -> None:
@@ -148,17 +130,6 @@ def check_fits(what: str, needed: int, name: str, limit: float) -> None:
             f"{what} {gigabytes(needed)} on each device, over {name} {gigabytes(limit)}; use more devices "
             "(--model-devices, --data-devices), a smaller --batch, or another --dtype"
         )
-
-
-def device_memory() -> int | None:
-    """Bytes of memory of the first device; of the machine for a CPU, None where it cannot be told."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    if device.platform == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def plan_values(config: RunConfig, plan: Plan) -> dict:
@@ -194,15 +165,3 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
     ]
     header = ["method", "prompt tokens", "decode steps at most", "cache per device", "with weights"]
     return "\n".join([*lines, markdown(header, body)])
-
-
-def gigabytes(size: float) -> str:
-    """A number of bytes in GB."""
-    return f"{size / 1e9:.2f} GB"
-
-
-def _device_bytes(tree) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -3,13 +3,16 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from experiments.budgets import budget_fields, budget_value
 from experiments.flags import Flag
 from experiments.ladder import ladder
-from retro_jax import DecodeConfig
-from retro_jax.methods import METHODS
+from retro_jax.fields import DecodeFields
 from retro_jax.presets import PRESETS
+
+if TYPE_CHECKING:
+    from retro_jax import DecodeConfig
 
 NAMES = {
     "full": "full",
@@ -44,10 +47,10 @@ class Axis:
     column: str | None = None
     words: Callable[[object], str] = str
     scored: bool = False
-    read: Callable[[DecodeConfig], object] | None = None
+    read: Callable[[DecodeFields], object] | None = None
     write: Callable[[object], dict] | None = None
 
-    def value(self, config: DecodeConfig) -> object:
+    def value(self, config: DecodeFields) -> object:
         """Its value in a configuration."""
         return self.read(config) if self.read else getattr(config, self.field)
 
@@ -58,9 +61,9 @@ class Axis:
     @property
     def default(self) -> object:
         """The value of `DecodeConfig()`, which goes without saying in the name of a run."""
-        return self.value(DecodeConfig())
+        return self.value(DecodeFields())
 
-    def rank(self, config: DecodeConfig) -> tuple:
+    def rank(self, config: "DecodeConfig") -> tuple:
         """What runs are sorted by: numbers as such, shares after tokens; else the default first."""
         value = self.value(config)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -115,7 +118,7 @@ class Sweep:
     no_overwrite: Flag[bool] = False
     """Also run the widest window without overwriting keys and values, which must give Quest's numbers."""
 
-    def configurations(self, common: DecodeConfig) -> list[DecodeConfig]:
+    def configurations(self, common: "DecodeConfig") -> "list[DecodeConfig]":
         """Returns the configurations to run: full; then, for each combination, Quest, Retro, other methods.
 
         Args:
@@ -125,7 +128,7 @@ class Sweep:
           ValueError: a value is not possible, or a list is empty.
         """
         self._check()
-        plain = {name: getattr(DecodeConfig, name) for name in VARIED}
+        plain = {name: getattr(DecodeFields, name) for name in VARIED}
         # Full attention has no sink pages to choose; 0 is within any budget.
         full = replace(common, **plain | {"method": "full", "sink_pages": 0})
         wider = sorted(set(self.windows) - {1})
@@ -162,6 +165,9 @@ class Sweep:
         return (None, *values) if axis.flag == "evict" else values
 
     def _check(self):
+        from models.names import nearest
+        from retro_jax.methods import METHODS
+
         for field in fields(self):
             if field.default and not getattr(self, field.name):
                 raise ValueError(f"--{field.name.replace('_', '-')} needs at least one value")
@@ -169,23 +175,25 @@ class Sweep:
         for name in self.methods:
             if name not in others:
                 raise ValueError(
-                    f"--methods has {name!r}; use {', '.join(others)} (full attention, Quest and "
-                    "RetroAttention run anyway)"
+                    f"--methods has {name!r}{nearest(name, others)}; use {', '.join(others)} (full "
+                    "attention, Quest and RetroAttention run anyway)"
                 )
 
 
 def _preset(name: str) -> Mapping[str, object]:
     if name not in PRESETS:
-        raise ValueError(f"--presets has {name!r}; use {', '.join(PRESETS)}")
+        from models.names import nearest
+
+        raise ValueError(f"--presets has {name!r}{nearest(name, PRESETS)}; use {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
-def quest_of(config: DecodeConfig) -> DecodeConfig:
+def quest_of(config: "DecodeConfig") -> "DecodeConfig":
     """Returns Quest with the same budget, page size and other settings."""
     return replace(config, method="quest", window=None, overwrite=True)
 
 
-def run_name(config: DecodeConfig) -> str:
+def run_name(config: "DecodeConfig") -> str:
     """Returns the name of a run: its method, and what differs from the defaults."""
     if config.method == "full":
         return "full"
@@ -194,7 +202,7 @@ def run_name(config: DecodeConfig) -> str:
     return "-".join(filter(None, [*parts, "" if config.overwrite else "no_overwrite"]))
 
 
-def order(config: DecodeConfig) -> tuple:
+def order(config: "DecodeConfig") -> tuple:
     """Returns what runs are sorted by: full first; the settings; Quest and RetroAttention before others."""
     shared = [axis.rank(config) for axis in AXES if not axis.scored]
     own = [axis.rank(config) for axis in AXES if axis.scored]
@@ -202,13 +210,13 @@ def order(config: DecodeConfig) -> tuple:
     return config.method != "full", *shared, not config.attention.scored, *own, *last
 
 
-def columns(configs: Sequence[DecodeConfig]) -> list[Axis]:
+def columns(configs: "Sequence[DecodeConfig]") -> list[Axis]:
     """Returns the settings that have a column and differ between these sparse configurations."""
     sparse = [config for config in configs if config.method != "full"]
     return [axis for axis in AXES if axis.column and len({axis.value(config) for config in sparse}) > 1]
 
 
-def constants(configs: Sequence[DecodeConfig]) -> dict[str, object]:
+def constants(configs: "Sequence[DecodeConfig]") -> dict[str, object]:
     """Returns the settings that would have a column, and are the same in all sparse configurations."""
     sparse = [config for config in configs if config.method != "full"]
     varying = columns(sparse)
@@ -216,7 +224,7 @@ def constants(configs: Sequence[DecodeConfig]) -> dict[str, object]:
     return {axis.column: axis.value(sparse[0]) for axis in same}
 
 
-def label(config: DecodeConfig) -> str:
+def label(config: "DecodeConfig") -> str:
     """Returns the method in words, with those settings that have no column; without its window."""
     told = [axis for axis in AXES if axis.column is None and axis.value(config) != axis.default]
     parts = [axis.words(axis.value(config)) for axis in told]

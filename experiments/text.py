@@ -4,11 +4,13 @@ import codecs
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-from retro_jax import Model
+if TYPE_CHECKING:
+    from models import Model
 
 MARKS = {  # UTF-32's first, as one begins like UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -85,7 +87,7 @@ def read_text(path: Path, skip_chars: int = 0, chars: int | None = None) -> str:
 
 
 def text_tokens(
-    model: Model, paths: Sequence[Path], tokens: int | None, skip_chars: int = 0
+    model: "Model", paths: Sequence[Path], tokens: int | None, skip_chars: int = 0
 ) -> Int[np.ndarray, "B T"]:
     """Returns the first `tokens` token ids of each text file, one row per file.
 
@@ -138,18 +140,36 @@ def file_tokens(path: Path, tokens: int | None) -> Int[np.ndarray, "B T"]:
 
 
 def read_tokens(
-    model: Model, texts: Sequence[Path], token_ids: Path | None, tokens: int | None, skip_chars: int = 0
+    model: "Model", texts: Sequence[Path], token_ids: Path | None, tokens: int | None, skip_chars: int = 0
 ) -> tuple[Int[np.ndarray, "B T"], list[str]]:
-    """Returns token ids and a name for each row, from text files or else from one `.npy` file."""
-    if bool(texts) == (token_ids is not None):
-        raise ValueError("pass either --text FILE (one or more) or --token-ids FILE.npy")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"--tokens is {tokens}; it must be 1 or more")
+    """Returns token ids and a name for each row, from text files or else from one `.npy` file.
+
+    Raises:
+        FileNotFoundError: see `check_sources`.
+        ValueError: see `check_sources`, `text_tokens` and `file_tokens`.
+    """
+    check_sources(texts, token_ids, tokens)
     if token_ids is None:
         return text_tokens(model, texts, tokens, skip_chars), _names(texts)
     ids = file_tokens(token_ids, tokens)
     names = [token_ids.stem] if len(ids) == 1 else [f"{token_ids.stem}[{row}]" for row in range(len(ids))]
     return ids, names
+
+
+def check_sources(texts: Sequence[Path], token_ids: Path | None, tokens: int | None) -> None:
+    """Checks what can be told of texts before a model is read.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: there are not either texts or token ids, or `tokens` is below 1.
+    """
+    if bool(texts) == (token_ids is not None):
+        raise ValueError("pass either --text FILE (one or more) or --token-ids FILE.npy")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"--tokens is {tokens}; it must be 1 or more")
+    for path in texts or (token_ids,):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
 
 
 def digest(ids: Int[np.ndarray, "..."]) -> str:

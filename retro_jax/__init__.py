@@ -5,22 +5,30 @@ pytree; `generate` and `score` are the loops around them that most users want. C
 selection by method, sampling, sharding and metrics live here, one module each; operations on pages are
 `pallas_kernels`', model families are `models`'. A method is one file in `methods/`.
 
+What is named here is imported on first use, so that importing the package starts no JAX.
+
 Axes: B batch, T tokens, W window slots (oldest first, the newest is slot W-1), L layers, N query heads,
 K KV heads, G = N/K, D head_dim, P pages, C selected pages, S page_size, M model width, V vocabulary.
 """
 
-from models import Model, load_model
-from retro_jax.config import DecodeConfig
-from retro_jax.decode import Decoded, decode, teacher_force
-from retro_jax.generate import Generation, NonFiniteLogits, generate
-from retro_jax.metrics import Metrics
-from retro_jax.prefill import extend, prefill
-from retro_jax.presets import PRESETS, preset
-from retro_jax.sampling import Sampling
-from retro_jax.score import Score, score
-from retro_jax.sharding import make_mesh, shard_params, shard_state
-from retro_jax.state import DecodeState, init_state
-from retro_jax.step import decode_step
+import sys
+from importlib import import_module, metadata
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models import Model, load_model
+    from retro_jax.config import DecodeConfig
+    from retro_jax.decode import Decoded, decode, teacher_force
+    from retro_jax.generate import Generation, NonFiniteLogits, generate
+    from retro_jax.metrics import Metrics
+    from retro_jax.prefill import extend, prefill
+    from retro_jax.presets import PRESETS, preset
+    from retro_jax.sampling import Sampling
+    from retro_jax.score import Score, score
+    from retro_jax.sharding import make_mesh, shard_params, shard_state
+    from retro_jax.state import DecodeState, init_state
+    from retro_jax.step import decode_step
 
 __all__ = [
     "PRESETS",
@@ -47,3 +55,45 @@ __all__ = [
     "shard_state",
     "teacher_force",
 ]
+
+_NAMES = {
+    "models": ("Model", "load_model"),
+    "retro_jax.config": ("DecodeConfig",),
+    "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
+    "retro_jax.generate": ("Generation", "NonFiniteLogits", "generate"),
+    "retro_jax.metrics": ("Metrics",),
+    "retro_jax.prefill": ("extend", "prefill"),
+    "retro_jax.presets": ("PRESETS", "preset"),
+    "retro_jax.sampling": ("Sampling",),
+    "retro_jax.score": ("Score", "score"),
+    "retro_jax.sharding": ("make_mesh", "shard_params", "shard_state"),
+    "retro_jax.state": ("DecodeState", "init_state"),
+    "retro_jax.step": ("decode_step",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds its name in the package; a function of the same name must stay in view."""
+
+    def __setattr__(self, name, value):
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        value = metadata.version("retro-jax")
+    elif name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,8 +1,10 @@
 """Named configurations: Quest, the paper's method, and the best that was found at their memory traffic."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from retro_jax.config import DecodeConfig
+if TYPE_CHECKING:
+    from retro_jax.config import DecodeConfig
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "quest": {"method": "quest", "sink_pages": 0},
@@ -32,7 +34,7 @@ How accurate each is: docs/results.
 """
 
 
-def preset(name: str = "retro", **changes: object) -> DecodeConfig:
+def preset(name: str = "retro", **changes: object) -> "DecodeConfig":
     """A named configuration.
 
     Args:
@@ -43,6 +45,11 @@ def preset(name: str = "retro", **changes: object) -> DecodeConfig:
       ValueError: the name is unknown, or the configuration is not possible.
       TypeError: a change is no field of `DecodeConfig`.
     """
+    from models.names import nearest
+    from retro_jax.config import DecodeConfig
+
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"preset {name!r} is unknown{nearest(name, PRESETS)}; use one of {', '.join(PRESETS)}"
+        )
     return DecodeConfig(**(dict(PRESETS[name]) | changes))

@@ -7,24 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from pallas_kernels.settings import under_fixed_settings
+from retro_jax.fields import SamplingFields
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The default is greedy.
+class Sampling(SamplingFields):
+    """How the next token is chosen. The default is greedy. Its fields are those of `SamplingFields`.
 
     Raises:
       ValueError: a field is out of its range.
     """
-
-    temperature: float = 0.0
-    """0 takes the most likely token; above, logits are divided by it."""
-    top_k: int | None = None
-    """Sample among so many most likely tokens only."""
-    top_p: float | None = None
-    """Sample among the fewest tokens whose probabilities reach this sum."""
-    seed: int = 0
-    """Of the random draws; each sequence of a batch has its own stream."""
 
     def __post_init__(self):
         if not self.temperature >= 0:

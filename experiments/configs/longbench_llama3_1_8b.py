@@ -1,14 +1,14 @@
 """LongBench, three subsets, with Llama-3.1-8B-Instruct on one device of 80 GB."""
 
 from experiments.run_config import RunConfig
+from experiments.sweep import NAMES
 from experiments.tasks.longbench import LongBench
-from retro_jax.methods import METHODS
 
 CONFIGS = {
     f"llama3.1-8b-longbench-{subset}": RunConfig(
         model="meta-llama/Llama-3.1-8B-Instruct",
         task=LongBench(subset),
-        methods=tuple(METHODS),
+        methods=tuple(NAMES),
         batch=2,
         device_gb=80,
     )

@@ -4,14 +4,14 @@ The paper has n = 15, 30 and 45: pass `--task.n`.
 """
 
 from experiments.run_config import RunConfig
+from experiments.sweep import NAMES
 from experiments.tasks.longgenbench import READ, LongGenBench
-from retro_jax.methods import METHODS
 
 CONFIGS = {
     f"qwen2.5-14b-longgenbench-{source}": RunConfig(
         model="Qwen/Qwen2.5-14B-Instruct",
         task=LongGenBench(source),
-        methods=tuple(METHODS),
+        methods=tuple(NAMES),
         limit=40,
         batch=4,
         device_gb=80,

@@ -6,16 +6,16 @@ writes only with `--task.execute`.
 
 from experiments.flags import SamplingFlags
 from experiments.run_config import RunConfig
+from experiments.sweep import NAMES
 from experiments.tasks.aime24 import AIME24
 from experiments.tasks.gpqa import GPQA
 from experiments.tasks.livecodebench import LiveCodeBench
-from retro_jax.methods import METHODS
 
 CONFIGS = {
     f"deepseek-r1-llama-8b-{name}": RunConfig(
         model="deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
         task=task,
-        methods=tuple(METHODS),
+        methods=tuple(NAMES),
         sampling=SamplingFlags(temperature=0.6, top_p=0.95),
         samples=4,
         batch=8,

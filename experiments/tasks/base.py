@@ -136,7 +136,12 @@ def check_at_least(task: Task, low: int, *names: str) -> None:
 def check_one_of(task: Task, name: str, known: Sequence[str]) -> None:
     """Raises ValueError if this field of a task is not one of the known values."""
     if getattr(task, name) not in known:
-        raise ValueError(f"task.{name} {getattr(task, name)!r} is unknown; use one of {', '.join(known)}")
+        from models.names import nearest
+
+        value = getattr(task, name)
+        raise ValueError(
+            f"task.{name} {value!r} is unknown{nearest(value, known)}; use one of {', '.join(known)}"
+        )
 
 
 def seeded(*parts: object) -> random.Random:

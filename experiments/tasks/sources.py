@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import huggingface_hub
-
 from experiments.text import decode
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -40,6 +38,8 @@ def fetch(repository: str, files: Sequence[str]) -> list[Path]:
       OSError: the hub cannot be reached and the cache does not have them, or the hub refuses.
       ValueError: one is a .parquet file, and what reads it is not installed.
     """
+    import huggingface_hub
+
     for file in files:
         if file.endswith(".parquet"):
             _pyarrow(f"{repository}/{file}")

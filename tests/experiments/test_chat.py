@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
-import experiments.flags
+import retro_jax
 from experiments import chat
 from models import Model, ModelConfig, Tokenizer, random_params
 
@@ -34,7 +34,7 @@ def talking(tokenizer, monkeypatch):
     """`load_model` gives a tiny random model with that tokenizer."""
     config = ModelConfig("talker", tokenizer.vocab_size, 2, 4, 2, 8, 32, 64, max_positions=512)
     model = Model(config, random_params(config, jax.random.key(0)), tokenizer)
-    monkeypatch.setattr(experiments.flags, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(retro_jax, "load_model", lambda *_, **__: model)
     return model
 
 
@@ -150,7 +150,7 @@ def test_talking_equals_the_whole_conversation(
     head = np.asarray(talking.params.head).copy()
     head[:, ~np.isin(letters, printable)] = 0
     monkeypatch.setattr(
-        experiments.flags,
+        retro_jax,
         "load_model",
         lambda *_, **__: dataclasses.replace(talking, params=talking.params.replace(head=head)),
     )

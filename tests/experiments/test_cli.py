@@ -1,11 +1,11 @@
 import itertools
 import json
-import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
+import retro_jax
 from experiments.cli import main
 from retro_jax import DecodeConfig, preset
 
@@ -162,7 +162,7 @@ def test_interrupted(monkeypatch, command, ids_file):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["experiments.cli"], "score", stop)
+    monkeypatch.setattr(retro_jax, "score", stop)
     status, out, err = command("score", "random:tiny", "--token-ids", ids_file, *TEXT)
     assert (status, out) == (130, "")
     assert "stopped" in err

@@ -114,7 +114,7 @@ def test_a_folder_of_something_else_is_refused(failure, arguments, tmp_path):
         (("--task.questions", 9), "task.questions 9 exceed the task.pairs 8"),
         (("--task.pairs", 10**6), "1000000 codes were asked for"),
         (("--task.pairs", 1000), "positions, "),
-        (("--model", "random:llama3.1-70b"), "weights and cache take"),
+        (("--model", "random:llama3.1-70b"), "does not fit: it takes at least 282.66 GB (weights 282.21 GB"),
         (("--device-gb", 1e-6), "over --device-gb 0.00 GB; use more devices"),
         (("--model", "nobody/knows-this", "--compile"), "the sizes of 'nobody/knows-this' are not known"),
         (("--model", "random:tiny"), "random:tiny has no tokenizer"),
@@ -149,7 +149,7 @@ def test_dry_run(json_command, command, name, tmp_path, monkeypatch):
 def two_layers(monkeypatch):
     """Two of the layers of a size that configs name."""
     sizes = {"qwen2.5-32b": replace(SIZES["qwen2.5-32b"], num_layers=2)}
-    monkeypatch.setattr(experiments.run_plan, "SIZES", sizes)
+    monkeypatch.setattr(experiments.memory, "SIZES", sizes)
 
 
 QWEN = ("run", "qwen2.5-32b-longgenbench-gsm8k", "--methods", "retro", "--dense-layers", 1, "--compile")

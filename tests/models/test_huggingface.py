@@ -29,7 +29,7 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("name", ["smollm3", "no/such/folder", "random", ""])
+@pytest.mark.parametrize("name", ["smollm3", "random", ""])
 def test_unknown_model_names_every_form(name):
     with pytest.raises(
         ValueError, match=r"unknown model .*smollm2-135m.*folder.*\.gguf.*hub id.*random:NAME"

@@ -15,7 +15,10 @@ CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24)
 @pytest.mark.parametrize(
     ("fields", "message"),
     (
-        ({"method": "retra"}, r"method 'retra' is unknown; use one of full, quest, retro"),
+        (
+            {"method": "retra"},
+            r"method 'retra' is unknown .did you mean 'retro'.*; use one of full, quest",
+        ),
         ({"window": 0}, r"window 0 is below 1"),
         (
             {"method": "quest", "window": 4},

@@ -1,0 +1,63 @@
+"""The command `compare`: methods side by side over the same texts."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from experiments.flags import Flag, NoPrefix, TextCommand, common_flags
+from experiments.progress import Progress
+from experiments.sweep import VARIED, Sweep
+
+CommonFlags = common_flags(*VARIED)
+
+
+@dataclass(kw_only=True)
+class Compare(TextCommand):
+    """Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.
+
+    Writes a table, JSON and pictures, and each run's value for every token. Each run is saved when it is
+    finished: the same command continues where it was stopped, and further values and methods add rows.
+    """
+
+    sweep: Annotated[Sweep, NoPrefix] = field(default_factory=Sweep)
+    budgets_together: Flag[bool] = False
+    """Decode the texts of all budgets as one batch: faster on an accelerator, and as many times the cache."""
+    out: Path | None = None
+    """Folder for the results; None: one under runs/ that is named after the model and the settings."""
+    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
+
+    def run(self) -> None:
+        """Runs what the folder does not have yet, then writes and prints the comparison."""
+        from experiments.compare import compare, identity, summary
+        from experiments.compare_plots import comparison_pictures
+        from experiments.results import ResultsFolder, print_json, write_bytes, write_json
+        from experiments.tables import comparison_report
+
+        configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
+        together = len(set(self.sweep.budgets)) if self.budgets_together else 1
+        model, texts = self.read(configs, copies=together)
+        what = identity(self.model, model, texts, configs[0])
+        folder = ResultsFolder(self.out or _default_folder(what), what)
+        runs = compare(model, texts, configs, folder, Progress, budgets_together=self.budgets_together)
+        report = comparison_report(what, runs, self.bin_tokens)
+        values = summary(what, runs, self.bin_tokens)
+        write_json(folder.path / "results.json", values)
+        write_bytes(folder.path / "table.md", report.encode())
+        pictures = comparison_pictures(what, runs)
+        for name, picture in pictures.items():
+            write_bytes(folder.path / name, picture)
+        if self.json:
+            print_json(values)
+        else:
+            print(report)
+            print(f"Table, JSON, pictures and raw values: {folder.path}")
+            for name in pictures:
+                print(folder.path / name)
+
+
+def _default_folder(what: dict) -> Path:
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+    name = Path(what["model"]).name.replace(":", "-")
+    return Path("runs") / f"compare-{name}-{digest}"

@@ -1,0 +1,80 @@
+"""The fields of `DecodeConfig` and `Sampling`: their defaults and what they mean.
+
+The classes that check them know methods, scores and kernels, and so need JAX. What only shows or reads the
+fields, such as a command line, imports no more than this.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DecodeFields:
+    """How to decode, unchecked."""
+
+    method: str = "retro"
+    """What attention past the dense layers does: "full" (every page), "quest" (the pages that score best
+    for the newest query), "retro" (Quest, and every loaded page also revises the last queries); or what
+    remains after evicting pages for good: "streaming" (sink pages and recent ones), "tova" (what the newest
+    query attends to least goes), "h2o" (what all queries attended to most stays, and recent pages) or
+    "snapkv" (the end of the prompt decides what stays of it; then the cache grows)."""
+    window: int | None = None
+    """Queries that one step serves, the newest included. None: the method's own, 4 for "retro" and 1
+    for the others, which take no other."""
+    budget: float = 0.15
+    """Share of the current context that a step may load per layer and KV head."""
+    budget_floor: int = 256
+    """Tokens that a step may load at least, where the budget is a share."""
+    budget_tokens: int | None = None
+    """A fixed number of tokens instead of the share and its floor."""
+    page_size: int = 16
+    """Consecutive tokens that are selected and loaded together."""
+    dense_layers: int = 2
+    """First layers that always use full attention."""
+    sink_pages: int = 1
+    """Pages at the beginning of the sequence that are always loaded, within the budget. Neither the paper
+    nor Quest forces any (0)."""
+    budget_covers: str = "pages"
+    """What the budget limits: "pages" (the tokens that are loaded; what is read to choose them comes on top)
+    or "traffic" (all that Quest would read with this budget: its tokens, and two vectors for every 16 tokens
+    of context; statistics that take less leave room for more pages)."""
+    group_reduce: str = "mean"
+    """How the scores of the query heads that share a KV head become one: "mean" or "max", or "mass" (each
+    head's scores become attention weights over all pages, then their mean)."""
+    statistics: str | None = None
+    """What is kept per page: "min_max" (Quest's bounds), "mean_key" or "mean_key_int8" (in 8 bits). None: the
+    first of these that the score can read, "mean_key" for a residual."""
+    score: str = "bounds"
+    """How "quest" and "retro" score a page: "bounds" (needs "min_max" statistics) or "mean_key" (needs
+    mean keys); for analysis, "oracle" (its exact attention, which reads every key) or "random"."""
+    residual_pages: int = 0
+    """Pages that are not loaded are estimated, each by its mean key and the mean value of a block of so many
+    pages (needs mean keys). 0: they do not count."""
+    score_seed: int = 0
+    """Of the score "random"."""
+    evict: str | None = None
+    """A method whose rule takes pages away from "quest" and "retro" for good: "tova" or "h2o"."""
+    cache_tokens: int | None = None
+    """Tokens that `evict` leaves in each sparse layer; at least the budget."""
+    observation: int = 32
+    """Last queries of the prompt by whose attention "snapkv" compresses it."""
+    overwrite: bool = True
+    """Write the corrected keys and values of past queries over the stale ones. Without it RetroAttention
+    generates what Quest generates."""
+    prefill_chunk: int = 256
+    """Prompt tokens that are processed at once."""
+    implementation: str | None = None
+    """Kernels: None picks the best that this device has, "xla" the reference."""
+
+
+@dataclass(frozen=True)
+class SamplingFields:
+    """How the next token is chosen, unchecked."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; above, logits are divided by it."""
+    top_k: int | None = None
+    """Sample among so many most likely tokens only."""
+    top_p: float | None = None
+    """Sample among the fewest tokens whose probabilities reach this sum."""
+    seed: int = 0
+    """Of the random draws; each sequence of a batch has its own stream."""

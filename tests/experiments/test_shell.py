@@ -1,0 +1,201 @@
+"""The command line among other programs: streams, signals, narrow terminals, names that are nearly right."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import models.wheel
+import retro_jax
+from experiments import cli
+from experiments.commands import generate
+from models.presets import SIZES
+from retro_jax import DecodeConfig
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMMAND = [sys.executable, "-m", "experiments.cli"]
+FULL_DISK = Path("/dev/full")
+
+
+def start(*arguments, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "text": True} | options
+    return subprocess.Popen([*COMMAND, *arguments], **options)
+
+
+def test_help_and_version_come_without_jax():
+    shown = "[], ['generate'], ['score'], ['compare'], ['overlap'], ['report'], ['run'], ['bench']"
+    shown += ", ['run', 'smollm2-recall'], ['bench', 'decode']"
+    code = f"""
+import sys
+from experiments.cli import main
+for words in ({shown}):
+    try:
+        main([*words, "--help"])
+    except SystemExit as stop:
+        assert not stop.code
+try:
+    main(["--version"])
+except SystemExit as stop:
+    assert not stop.code
+heavy = {{"jax", "matplotlib", "huggingface_hub", "gguf", "flax"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "smollm2-recall" in done.stdout and "--budget-tokens" in done.stdout
+    assert f"retro-jax {version('retro-jax')}, jax {version('jax')}" in done.stdout
+    assert retro_jax.__version__ == version("retro-jax")
+
+
+def test_a_reader_who_leaves_ends_it_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start("--help", stdout=writer)
+    os.close(writer)
+    assert (process.communicate()[1], process.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with FULL_DISK.open("w") as full:
+        process = start("--version", stdout=full)
+        _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.startswith("retro-jax: error: ") and "No space left" in err and err.count("\n") == 1
+
+
+def test_narrow_terminals_get_help():
+    process = start("generate", "--help", env=os.environ | {"COLUMNS": "5"})
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--max-new-tokens" in out
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_stopped_while_it_imports():
+    process = start("generate", "random:tiny", "--token-ids", "none.npy")
+    ready = Path(f"/proc/{process.pid}/maps")
+    for _ in range(6000):
+        if "jaxlib" in ready.read_text():  # long before JAX is imported
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert (err, process.returncode) == ("\nretro-jax: stopped\n", 130)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (
+            ("genrate",),
+            "'genrate' is no command (did you mean 'generate'?); use retro-jax with one of",
+        ),
+        (("run", "smollm2-recal"), "(did you mean 'smollm2-recall'?)"),
+        (("bench", "kernel"), "(did you mean 'kernels'?)"),
+        (("generate", "smolm2-135m", "--prompt", "x"), "(did you mean 'smollm2-135m'?)"),
+        (("generate", "random:llama3-8", "--prompt", "x"), "(did you mean 'llama3-8b'?)"),
+        (("generate", "random:tiny", "--prompt", "x", "--method", "qest"), "(did you mean 'quest'?)"),
+        (("generate", "random:tiny", "--prompt", "x", "--score", "mean_keys"), "(did you mean 'mean_key'?)"),
+        (("compare", "random:tiny", "--methods", "snap_kv"), "(did you mean 'snapkv'?)"),
+        (("compare", "random:tiny", "--presets", "papr"), "(did you mean 'paper'?)"),
+        (("run", "smollm2-recall", "--methods", "tovva"), "(did you mean 'tova'?)"),
+        (("run", "llama3.1-8b-longgenbench-gsm8k", "--task.source", "gsm8"), "(did you mean 'gsm8k'?)"),
+    ],
+)
+def test_the_nearest_name_is_told(failure, arguments, near):
+    assert near in failure(*arguments)
+
+
+def test_names_that_are_not_near_suggest_nothing(failure):
+    assert "did you mean" not in failure("frobnicate")
+    assert "a command is missing; use retro-jax with one of generate, " in failure()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "./no-model"), "there is no folder no-model"),
+        (("generate", "a/b/c"), "there is no folder a/b/c"),
+        (("generate", "no.gguf"), "there is no GGUF file no.gguf"),
+        (("generate", str(Path(__file__))), "test_shell.py is a file and no .gguf file"),
+        (("score", "random:tiny", "--text", "no.txt"), "there is no file no.txt"),
+        (("score", "nobody/knows", "--text", "no.txt"), "there is no file no.txt"),  # before any download
+    ],
+)
+def test_what_is_not_there_is_called_that(failure, arguments, message):
+    extra = ("--prompt", "x") if arguments[0] == "generate" else ()
+    assert message in failure(*arguments, *extra)
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (MemoryError(), "out of memory (of this machine); use fewer tokens"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: 9 GB"),
+            "out of memory (RESOURCE_EXHAUSTED: 9 GB); use",
+        ),
+        (KeyError("scores"), "KeyError: 'scores'; --traceback shows where it was raised"),
+        (AssertionError(), "AssertionError; --traceback shows where it was raised"),
+        (OSError(28, "No space left on device", "x"), "No space left on device: 'x'"),
+    ],
+)
+def test_errors_are_words(failure, monkeypatch, raised, message):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(cli, "_read", fail)
+    assert message in failure("generate")
+    with pytest.raises(type(raised)):
+        cli.main(["generate", "--traceback"])
+
+
+@pytest.mark.parametrize("reason", [AssertionError(), RuntimeError("Unable to initialize backend 'x'")])
+def test_a_platform_that_does_not_start_is_named(failure, monkeypatch, ids_file, reason):
+    def fail():
+        raise reason
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    line = failure("generate", "random:tiny", "--token-ids", ids_file)
+    assert "JAX cannot start with JAX_PLATFORMS=cpu" in line and "unset it" in line
+    assert str(reason) in line
+
+
+def test_models_need_a_folder_that_can_be_written(failure, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RETRO_JAX_CACHE", str(tmp_path / "file" / "cache"))
+    assert "set RETRO_JAX_CACHE" in failure("generate", "smollm2-135m", "--prompt", "x")
+
+    def homeless(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RETRO_JAX_CACHE")
+    monkeypatch.setattr(models.wheel.Path, "expanduser", homeless)
+    with pytest.raises(OSError, match="no home folder to keep models in; set RETRO_JAX_CACHE"):
+        models.wheel.cache_folder()
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (DecodeConfig(budget_tokens=112), "the budget of 112 tokens covers all 100 tokens of context"),
+        (
+            DecodeConfig(),
+            "the budget of 256 tokens covers all 100 tokens of context, so 'retro' did what full",
+        ),
+        (DecodeConfig(budget_tokens=96), ""),
+        (DecodeConfig("full"), ""),
+    ],
+)
+def test_a_budget_that_covers_the_context_is_told(config, told):
+    result = SimpleNamespace(config=config, state=SimpleNamespace(length=np.array([60, 100])), metrics=True)
+    line = generate._covered(result, SimpleNamespace(config=SIZES["tiny"]))
+    assert told in line and bool(told) == bool(line)
