@@ -73,6 +73,10 @@ class DecodeConfig:
     overwrite: bool = True
     """Write the corrected keys and values of past queries over the stale ones. Without it RetroAttention
     generates what Quest generates."""
+    rectify_every: int | None = None
+    """After so many decoded tokens one dense pass over them writes their keys and values anew, as full
+    attention would have (ReSA, arXiv 2506.04108). It reads the whole cache. 1: an exact cache behind every
+    query. None: never."""
     prefill_chunk: int = 256
     """Prompt tokens that are processed at once."""
     implementation: str | None = None
@@ -96,6 +100,8 @@ class DecodeConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} is below {low}")
+        if self.rectify_every is not None:
+            self._check_rectification()
         self._check_parts()
         self._check_budget()
         self._check_eviction()
@@ -123,6 +129,17 @@ class DecodeConfig:
             raise ValueError(
                 f"implementation {self.implementation!r} is unknown; use None or one of "
                 f"{', '.join(IMPLEMENTATIONS)}"
+            )
+
+    def _check_rectification(self):
+        if self.rectify_every < 1:
+            raise ValueError(f"rectify_every {self.rectify_every} is below 1; use None to never rectify")
+        attention = METHODS[self.method]
+        if attention.dense or self.eviction:
+            why = "writes an exact cache by itself" if attention.dense else "evicts pages that it would need"
+            raise ValueError(
+                f"rectify_every {self.rectify_every} was asked for with method {self.method!r}, evict "
+                f"{self.evict!r}, which {why}; use method 'quest' or 'retro' without evict"
             )
 
     def _check_residual(self):

@@ -9,6 +9,7 @@ from models.transformer import Params
 from retro_jax.budget import vectors_per_page
 from retro_jax.config import DecodeConfig
 from retro_jax.layers import dense_layer, retro_layer, window_slots
+from retro_jax.rectify import rectify
 from retro_jax.state import DecodeState, StepMetrics
 
 
@@ -69,7 +70,12 @@ def decode_step(
         hidden=hidden,
         layers=tuple(layers),
         metrics=_metrics(model, config, state, active, attended),
+        stale=state.stale,
     )
+    if config.rectify_every:
+        state, rectified = rectify(params, model, config, state, tokens, active)
+        whole = jnp.where(rectified, _full_cache(model, state.length), 0.0)
+        state = state.replace(metrics=state.metrics.replace(kv_bytes=state.metrics.kv_bytes + whole))
     return state, transformer.logits(params, model, x[:, -1:])[:, 0]
 
 
@@ -97,3 +103,9 @@ def _metrics(
     vectors = dense * 2 * context + sparse * (2 * config.page_size * loaded + by_page)
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
+
+
+def _full_cache(model: ModelConfig, context: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Bytes of all keys and values of `context` tokens."""
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    return context.astype(jnp.float32) * token
