@@ -60,5 +60,5 @@ def rewrite(
         return dense_pass(params, model, config, behind, stale.tokens, lengths)[0]
 
     # A loop of one round or none and no `cond`, through which XLA would copy a layer of the cache.
-    state = lax.fori_loop(0, jnp.any(lengths > 0).astype(jnp.int32), lambda _, state: dense(state), state)
+    state = lax.cond(jnp.any(lengths > 0), dense, lambda state: state, state)
     return state.replace(stale=stale.replace(count=stale.count - lengths))

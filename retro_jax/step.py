@@ -1,6 +1,7 @@
 """One decode step: the newest token in, logits of the next one out, past tokens revised on the way."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from models import transformer
@@ -72,11 +73,14 @@ def decode_step(
         metrics=_metrics(model, config, state, active, attended),
         stale=state.stale,
     )
+    logits = transformer.logits(params, model, x[:, -1:])[:, 0]
     if config.rectify_every:
+        # The cache is rewritten when the step has read it: else XLA would keep a copy for the last layer.
+        state, logits = lax.optimization_barrier((state, logits))
         state, rectified = rectify(params, model, config, state, tokens, active)
         whole = jnp.where(rectified, _full_cache(model, state.length), 0.0)
         state = state.replace(metrics=state.metrics.replace(kv_bytes=state.metrics.kv_bytes + whole))
-    return state, transformer.logits(params, model, x[:, -1:])[:, 0]
+    return state, logits
 
 
 def _metrics(
