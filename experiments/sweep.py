@@ -71,6 +71,10 @@ class Axis:
         return value != self.default, str(value)
 
 
+def _rectified(every: int) -> str:
+    return "exact cache" if every == 1 else f"rectified every {every} tokens"
+
+
 AXES = (
     Axis("budgets", "budget", "b", "budget", read=budget_value, write=budget_fields),
     Axis("page_sizes", "page_size", "p", "page size"),
@@ -81,6 +85,7 @@ AXES = (
     Axis("", "statistics", scored=True),
     Axis("", "residual_pages", "residual", words=lambda pages: f"residual of {pages} pages", scored=True),
     Axis("", "budget_covers", scored=True),
+    Axis("rectify", "rectify_every", "f", words=_rectified, scored=True),
 )
 """A further one is a line here and a field of `Sweep`, unless presets alone set it."""
 VARIED = ("method", "window", "overwrite", *(name for axis in AXES for name in axis.fields(axis.default)))
@@ -108,6 +113,9 @@ class Sweep:
     """What Quest and RetroAttention select by: bounds, mean_key, oracle, random."""
     evict: tuple[str, ...] = ()
     """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens."""
+    rectify: tuple[int, ...] = ()
+    """After how many tokens a dense pass rewrites their keys and values exactly: Quest, RetroAttention and
+    presets also run so. 1: an exact cache, so that only what the newest query misses is left."""
     methods: tuple[str, ...] = ()
     """Further methods: streaming, tova, h2o, snapkv."""
     presets: tuple[str, ...] = ()
@@ -135,6 +143,8 @@ class Sweep:
         found = [full]
         for shared in self._combinations(scored=False):
             for own in self._combinations(scored=True):
+                if own["evict"] and own["rectify_every"]:
+                    continue  # what was evicted cannot be rectified
                 quest = replace(full, method="quest", **shared | own)
                 found.append(quest)
                 found += [replace(quest, method="retro", window=window) for window in wider]
@@ -147,8 +157,10 @@ class Sweep:
                 found += ladder(full, budget)
             for name in self.presets:
                 chosen = replace(full, **plain | dict(_preset(name)) | budget)
-                revised = [replace(chosen, window=window) for window in wider]
-                found += revised if chosen.attention.revises else [chosen]
+                for every in (None, *self.rectify):
+                    own = replace(chosen, rectify_every=every)
+                    revised = [replace(own, window=window) for window in self.windows]
+                    found += revised if own.attention.revises else [own]
         return list(dict.fromkeys(found))
 
     def _combinations(self, scored: bool) -> Iterator[dict]:
@@ -162,7 +174,7 @@ class Sweep:
 
     def _values(self, axis: Axis) -> tuple:
         values = getattr(self, axis.flag) if axis.flag else (axis.default,)
-        return (None, *values) if axis.flag == "evict" else values
+        return (None, *values) if axis.default is None else values
 
     def _check(self):
         from models.names import nearest
@@ -189,8 +201,8 @@ def _preset(name: str) -> Mapping[str, object]:
 
 
 def quest_of(config: "DecodeConfig") -> "DecodeConfig":
-    """Returns Quest with the same budget, page size and other settings."""
-    return replace(config, method="quest", window=None, overwrite=True)
+    """Returns Quest with the same budget, page size and other settings, which never rectifies."""
+    return replace(config, method="quest", window=None, overwrite=True, rectify_every=None)
 
 
 def run_name(config: "DecodeConfig") -> str:

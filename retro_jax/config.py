@@ -49,6 +49,8 @@ class DecodeConfig(DecodeFields):
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} is below {low}")
+        if self.rectify_every is not None:
+            self._check_rectification()
         self._check_parts()
         self._check_budget()
         self._check_eviction()
@@ -82,6 +84,17 @@ class DecodeConfig(DecodeFields):
                 f"implementation {self.implementation!r} is unknown"
                 f"{nearest(self.implementation, IMPLEMENTATIONS)}; use None or one of "
                 f"{', '.join(IMPLEMENTATIONS)}"
+            )
+
+    def _check_rectification(self):
+        if self.rectify_every < 1:
+            raise ValueError(f"rectify_every {self.rectify_every} is below 1; use None to never rectify")
+        attention = METHODS[self.method]
+        if attention.dense or self.eviction:
+            why = "writes an exact cache by itself" if attention.dense else "evicts pages that it would need"
+            raise ValueError(
+                f"rectify_every {self.rectify_every} was asked for with method {self.method!r}, evict "
+                f"{self.evict!r}, which {why}; use method 'quest' or 'retro' without evict"
             )
 
     def _check_residual(self):

@@ -60,6 +60,10 @@ class DecodeFields:
     overwrite: bool = True
     """Write the corrected keys and values of past queries over the stale ones. Without it RetroAttention
     generates what Quest generates."""
+    rectify_every: int | None = None
+    """After so many decoded tokens one dense pass over them writes their keys and values anew, as full
+    attention would have (ReSA, arXiv 2506.04108). It reads the whole cache. 1: an exact cache behind every
+    query. None: never."""
     prefill_chunk: int = 256
     """Prompt tokens that are processed at once."""
     implementation: str | None = None

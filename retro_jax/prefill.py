@@ -4,13 +4,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from models import transformer
 from models.config import ModelConfig
 from models.transformer import Params
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
+from retro_jax.dense import dense_pass
 from retro_jax.inputs import check_ints, check_lengths
-from retro_jax.layers import dense_layer
+from retro_jax.rectify import rewrite
 from retro_jax.state import DecodeState, init_state
 
 
@@ -62,7 +62,8 @@ def extend(
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Append given tokens, with full attention over all that is in the cache: a prompt, or a next turn.
 
-    Empties the window of every sequence that gets tokens: what was decoded before them stays as it is.
+    Empties the window of every sequence that gets tokens: what was decoded before them stays as it is, or is
+    rectified first where `config.rectify_every` asks for it.
 
     Args:
       params: weights.
@@ -89,6 +90,8 @@ def extend(
     check_lengths(lengths, 0, T, room)
     fits = (lengths >= 0) & (lengths <= jnp.minimum(T, room))
     lengths = jnp.where(fits, lengths, 0)
+    if config.rectify_every:
+        state = rewrite(params, model, config, state, lengths > 0)
     chunk = min(config.prefill_chunk, T)
     chunks = -(-T // chunk)
     tokens = jnp.pad(tokens, ((0, 0), (0, chunks * chunk - T)))
@@ -96,7 +99,7 @@ def extend(
     def add_chunk(carry, inputs):
         state, logits = carry
         index, chunk_tokens = inputs
-        state, fresh = _extend_chunk(
+        state, fresh = dense_pass(
             params, model, config, state, chunk_tokens, jnp.clip(lengths - index * chunk, 0, chunk)
         )
         return (state, jnp.where((lengths > index * chunk)[:, None], fresh, logits)), None
@@ -113,28 +116,3 @@ def _check_tokens(tokens: Array) -> tuple[int, int]:
     if len(shape) != 2 or not shape[1]:
         raise ValueError(f"tokens has shape {shape}; give [B, T], at least one token for each sequence")
     return shape
-
-
-def _extend_chunk(
-    params: Params,
-    model: ModelConfig,
-    config: DecodeConfig,
-    state: DecodeState,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-) -> tuple[DecodeState, Float[Array, "B V"]]:
-    """`extend` for one chunk; the logits of a sequence of length 0 have no meaning."""
-    valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    x = transformer.embed(params, tokens)
-    layers = []
-    for layer, cache in zip(params.layers, state.layers, strict=True):
-        # Chunks are matters of large matrix products, which XLA does well; the kernels are for single tokens.
-        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid, implementation="xla")
-        layers.append(cache)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    state = state.replace(
-        length=state.length + lengths,
-        decoded=jnp.where(lengths > 0, 0, state.decoded),
-        layers=tuple(layers),
-    )
-    return state, transformer.logits(params, model, jnp.take_along_axis(x, last, axis=1))[:, 0]

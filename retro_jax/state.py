@@ -47,6 +47,19 @@ class LayerState:
 
 
 @flax.struct.dataclass
+class Stale:
+    """Tokens decoded since their sequence was last rectified.
+
+    Attributes:
+      tokens: their ids, oldest first, in the first `count` places.
+      count: how many there are.
+    """
+
+    tokens: Int[Array, "B f"]
+    count: Int[Array, " B"]
+
+
+@flax.struct.dataclass
 class StepMetrics:
     """What the latest decode step did, per sequence; zeros for a sequence that was not active.
 
@@ -54,7 +67,8 @@ class StepMetrics:
       pages_attended: pages that the query of age a (0 is the newest) newly attended to, the mean over
         sparse layers and KV heads.
       pages_loaded: pages loaded, likewise.
-      kv_bytes: bytes of keys, values and page statistics read, summed over all layers and KV heads.
+      kv_bytes: bytes of keys, values and page statistics read, summed over all layers and KV heads; what a
+        rectification reads is counted in the step that it follows.
     """
 
     pages_attended: Float[Array, "B W"]
@@ -74,6 +88,7 @@ class DecodeState:
       hidden: hidden states of the last W-1 tokens as the dense layers left them, oldest first.
       layers: the cache, one entry per layer.
       metrics: what the latest step did.
+      stale: what the next rectification rewrites; None for a configuration without.
     """
 
     length: Int[Array, " B"]
@@ -82,6 +97,7 @@ class DecodeState:
     hidden: Float[Array, "B older M"]
     layers: tuple[LayerState, ...]
     metrics: StepMetrics
+    stale: Stale | None = None
 
     @property
     def capacity(self) -> int:
@@ -150,4 +166,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
             pages_loaded=jnp.zeros(B, jnp.float32),
             kv_bytes=jnp.zeros(B, jnp.float32),
         ),
+        stale=Stale(jnp.zeros((B, config.rectify_every), jnp.int32), jnp.zeros(B, jnp.int32))
+        if config.rectify_every
+        else None,
     )

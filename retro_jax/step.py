@@ -1,6 +1,7 @@
 """One decode step: the newest token in, logits of the next one out, past tokens revised on the way."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from models import transformer
@@ -11,6 +12,7 @@ from retro_jax.budget import vectors_per_page
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints
 from retro_jax.layers import dense_layer, retro_layer, window_slots
+from retro_jax.rectify import rectify
 from retro_jax.state import DecodeState, StepMetrics
 
 
@@ -80,8 +82,15 @@ def decode_step(
         hidden=hidden,
         layers=tuple(layers),
         metrics=_metrics(model, config, state, active, attended),
+        stale=state.stale,
     )
     logits = transformer.logits(params, model, x[:, -1:])[:, 0]
+    if config.rectify_every:
+        # The cache is rewritten when the step has read it: else XLA would keep a copy for the last layer.
+        state, logits = lax.optimization_barrier((state, logits))
+        state, rectified = rectify(params, model, config, state, tokens, active)
+        whole = jnp.where(rectified, _full_cache(model, state.length), 0.0)
+        state = state.replace(metrics=state.metrics.replace(kv_bytes=state.metrics.kv_bytes + whole))
     return state, jnp.where(refused[:, None], jnp.nan, logits)
 
 
@@ -109,3 +118,9 @@ def _metrics(
     vectors = dense * 2 * context + sparse * (2 * config.page_size * loaded + by_page)
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
+
+
+def _full_cache(model: ModelConfig, context: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Bytes of all keys and values of `context` tokens."""
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    return context.astype(jnp.float32) * token

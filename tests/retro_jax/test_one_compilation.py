@@ -16,6 +16,7 @@ CONFIGS = {
     "h2o": rj.DecodeConfig("h2o", page_size=8, budget_tokens=32, dense_layers=1),
     "quest": rj.DecodeConfig("quest", page_size=8, budget_tokens=32, dense_layers=1),
     "retro": rj.DecodeConfig("retro", page_size=8, budget=0.2, budget_floor=16, dense_layers=1),
+    "rectified": rj.DecodeConfig("quest", page_size=8, budget_tokens=32, dense_layers=1, rectify_every=4),
 }
 
 

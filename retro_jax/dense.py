@@ -1,0 +1,50 @@
+"""A dense pass over consecutive tokens: what prefill and rectification are made of."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from models import transformer
+from models.config import ModelConfig
+from models.transformer import Params
+from retro_jax.config import DecodeConfig
+from retro_jax.layers import dense_layer
+from retro_jax.state import DecodeState
+
+
+def dense_pass(
+    params: Params,
+    model: ModelConfig,
+    config: DecodeConfig,
+    state: DecodeState,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+) -> tuple[DecodeState, Float[Array, "B V"]]:
+    """Append T tokens by one pass with full attention in every layer, whatever the method.
+
+    Page statistics, and what eviction carries, follow. Empties the window of every sequence that gets tokens.
+
+    Args:
+      params: weights.
+      model: the model's configuration; static.
+      config: how to decode; static.
+      state: where the tokens begin is its length.
+      tokens: padded on the right with any token ids.
+      lengths: how many of them to append, 0..T; 0 changes nothing in that sequence.
+
+    Returns:
+      The new state and float32 logits of the token after the last one; without meaning where the length is 0.
+    """
+    valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    x = transformer.embed(params, tokens)
+    layers = []
+    for layer, cache in zip(params.layers, state.layers, strict=True):
+        # Chunks are matters of large matrix products, which XLA does well; the kernels are for single tokens.
+        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid, implementation="xla")
+        layers.append(cache)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    state = state.replace(
+        length=state.length + lengths,
+        decoded=jnp.where(lengths > 0, 0, state.decoded),
+        layers=tuple(layers),
+    )
+    return state, transformer.logits(params, model, jnp.take_along_axis(x, last, axis=1))[:, 0]
