@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from models import Model, Tokenizer
+from models import Model
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import decode
-from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, prompt_ids
+from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, check_keys, prompt_ids
 from retro_jax.metrics import Metrics
 from retro_jax.prefill import extend
 from retro_jax.sampling import Sampling, sample, sequence_keys
-from retro_jax.sharding import new_state, under_mesh_of_weights
+from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
 from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
 from retro_jax.state import DecodeState
+from retro_jax.texts import Texts
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("prefill" or "decode"), the tokens done and their total."""
@@ -31,14 +32,16 @@ class Generation:
     """The result of `generate`.
 
     Attributes:
-      texts: the generated texts, without the stop token; empty where the model has no tokenizer.
-      tokens: the generated token ids, the stop token included.
-      finished: whether each sequence ended by a stop token.
+      texts: the generated texts, without the stop token or string; empty where the model has no tokenizer.
+      tokens: the generated token ids, the stop token or those of the stop string included.
+      finished: whether each sequence ended by a stop token or string.
       metrics: of the decode steps; None if the prefill alone gave every token.
       config: how it was decoded.
       state: to go on from with `previous`; a call that does consumes it. Its first rows are the sequences;
         those after them, by which batches of similar sizes share one program, are empty.
       pending: each sequence's last token, which is not in the cache yet.
+      turns: the tokens that each sequence generated since its last prompt: `tokens`, and before them those of
+        earlier calls that this one went on from without a prompt.
     """
 
     texts: list[str]
@@ -48,18 +51,20 @@ class Generation:
     config: DecodeConfig
     state: DecodeState
     pending: np.ndarray
+    turns: list[list[int]]
 
 
 @under_mesh_of_weights
 def generate(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | None] | None,
     config: DecodeConfig,
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
     keys: Key[Array, " B"] | None = None,
     stop_tokens: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
     capacity: int | None = None,
     stream: Callable[[int, str], None] | None = None,
     progress: Progress | None = None,
@@ -70,12 +75,15 @@ def generate(
 
     Args:
       model: from `load_model`.
-      prompts: texts or token ids, of any lengths.
+      prompts: texts or token ids, of any lengths. With `previous`, None goes on with a sequence, or with all
+        of them, without a new prompt, as one longer call would have.
       config: how to decode.
       max_new_tokens: per sequence.
       sampling: how tokens are chosen; None: greedy.
       keys: one random key per sequence; None: from `sampling.seed` and the sequence's place in the batch.
       stop_tokens: tokens that end a sequence; None: the tokenizer's end-of-text and end-of-turn tokens.
+      stop: strings that end a sequence as soon as its text has one of them, across tokens too; the text ends
+        before it. Each step is then a compiled call of its own, so that `previous` can go on from there.
       capacity: tokens per sequence that the cache holds, for later turns too; None: enough for this call.
       stream: called with the index of a sequence and the text it has grown by.
       progress: called as tokens are done.
@@ -85,8 +93,9 @@ def generate(
 
     Raises:
       ValueError: a prompt is empty or out of the vocabulary, prompt and new tokens do not fit the capacity
-        or the model's positions, or `previous` does not fit the prompts.
-      TypeError: token ids are not whole numbers.
+        or the model's positions, `previous` does not fit the prompts, `stop` has an empty string or the model
+        no tokenizer for it, keys are not one for each prompt, or the processes of a mesh disagree.
+      TypeError: token ids are not whole numbers, or keys are not those of `jax.random.key`.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Generation up to there.
     """
     sampling = sampling or Sampling()
@@ -95,61 +104,97 @@ def generate(
             f"max_new_tokens {max_new_tokens} and steps_per_call {steps_per_call} must be at least 1"
         )
     ids = _turn_ids(model, prompts, previous)
-    state = _state_for(model, config, ids, max_new_tokens, capacity, previous)
     stops = _stop_tokens(model, stop_tokens)
+    _check_stop(model, stop)
+    keys = sequence_keys(sampling, len(ids)) if keys is None else check_keys(keys, len(ids))
+    check_processes_agree(
+        prompts=[row.tolist() for row in ids],
+        configurations=config,
+        samplings=(sampling, jax.random.key_data(keys).tolist()),
+        limits=(max_new_tokens, stops, list(stop), capacity, steps_per_call),
+    )
+    state = _state_for(model, config, ids, max_new_tokens, capacity, previous)
 
-    state, logits = run_prefill(model, config, state, ids, progress)
-    rows = logits.shape[0]
-    keys = sequence_keys(sampling, rows) if keys is None else _padded_keys(keys, len(ids), rows)
-    first = np.asarray(sample(logits, sampling, keys, state.length))
-    output = _Output(model.tokenizer, config, len(ids), set(stops), stream)
-    if not np.isfinite(np.asarray(logits)).all():
-        raise NonFiniteLogits("the logits after the prompt are not finite", output.result([], state, first))
-    output.append(first[:, None], np.ones((rows, 1), bool))
+    batch, rows = len(ids), state.length.shape[0]  # the rows after the sequences hold none
+    keys = keys[np.minimum(np.arange(rows), batch - 1)]
+    prompted = np.array([len(row) > 0 for row in ids])
+    turns = [[] if new else previous.turns[index] for index, new in enumerate(prompted)]
+    output, calls = Texts(model.tokenizer, turns, stops, stop, stream), []
+    pending = np.zeros(batch, np.int32) if previous is None else previous.pending
 
-    pending, calls = jnp.asarray(first), []
-    stops = jnp.asarray(stops, jnp.int32)
-    idle = jnp.isin(pending, stops) | (jnp.arange(rows) >= len(ids))
-    remaining = jnp.where(idle, 0, max_new_tokens - 1)
-    done = 1
-    while bool((remaining > 0).any()):
+    def result() -> Generation:
+        return Generation(
+            texts=[output.text(index) for index in range(batch)],
+            tokens=[output.tokens(index) for index in range(batch)],
+            finished=list(output.ended),
+            metrics=Metrics.gather(calls).of(slice(batch)) if calls else None,
+            config=config,
+            state=state,
+            pending=pending,
+            turns=output.turns,
+        )
+
+    if prompted.any():
+        state, logits = run_prefill(model, config, state, ids, progress)
+        chosen, finite = to_host((sample(logits, sampling, keys, state.length), jnp.isfinite(logits).all()))
+        pending = np.where(prompted, chosen[:batch], pending)
+        if not finite:
+            raise NonFiniteLogits("the logits after the prompt are not finite", result())
+        output.append(pending[:, None], prompted[:, None])
+
+    remaining = np.where(output.ended, 0, max_new_tokens - prompted).astype(np.int32)
+    stops = np.array(stops, np.int32)
+    done, steps = int(prompted.any()), 1 if stop else steps_per_call
+    while (remaining > 0).any():
         state, out = _decode(
             model.params,
             model.config,
             config,
             state,
-            pending,
-            steps_per_call,
+            _padded(pending, rows),
+            steps,
             sampling,
             keys,
             stops,
-            remaining,
+            _padded(remaining, rows),
         )
-        pending, remaining = out.pending, out.remaining
-        emitted, finite = np.asarray(out.emitted), np.asarray(out.finite)
         calls.append(out.metrics)
+        fetched = to_host((out.tokens, out.emitted, out.finite, out.pending, out.remaining))
+        tokens, emitted, finite, pending, remaining = (values[:batch] for values in fetched)
         # A token chosen from a logit that is not finite has no meaning, nor have those after it.
-        output.append(np.asarray(out.tokens), emitted & np.logical_and.accumulate(finite, axis=1))
+        output.append(tokens, emitted & np.logical_and.accumulate(finite, axis=1))
         if not finite.all():
             sequence, step = np.argwhere(~finite)[0]
             raise NonFiniteLogits(
-                f"the logits of sequence {sequence} are not finite after {done + step} new tokens",
-                output.result(calls, state, np.asarray(pending)),
+                f"the logits of sequence {sequence} are not finite after {done + step} new tokens", result()
             )
-        done += steps_per_call
+        remaining = np.where(output.ended, 0, remaining)
+        done += steps
         if progress:
             progress("decode", min(done, max_new_tokens), max_new_tokens)
     output.flush()
-    return output.result(calls, state, np.asarray(pending))
+    return result()
 
 
-def _turn_ids(model: Model, prompts: Sequence[Prompt], previous: Generation | None) -> list[np.ndarray]:
-    """Token ids to append per sequence; a later turn begins with the token that is still pending."""
+def _turn_ids(
+    model: Model, prompts: Sequence[Prompt | None] | None, previous: Generation | None
+) -> list[np.ndarray]:
+    """Token ids to append per sequence; a later turn begins with the token that is still pending.
+
+    None are those of a sequence that goes on without a prompt.
+    """
+    if prompts is None and previous is not None:
+        prompts = [None] * len(previous.pending)
+    if prompts is None or (previous is None and any(prompt is None for prompt in prompts)):
+        raise ValueError("a prompt is None; only a sequence of a previous result goes on without one")
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list; put a single prompt in brackets")
     if not len(prompts):
         raise ValueError("prompts are empty; give at least one")
-    ids = [prompt_ids(model, prompt, index, previous is None) for index, prompt in enumerate(prompts)]
+    ids = [
+        np.zeros(0, np.int32) if prompt is None else prompt_ids(model, prompt, index, previous is None)
+        for index, prompt in enumerate(prompts)
+    ]
     if previous is None:
         return ids
     if len(ids) != len(previous.pending):
@@ -158,7 +203,10 @@ def _turn_ids(model: Model, prompts: Sequence[Prompt], previous: Generation | No
         )
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(previous.state)):
         raise ValueError("previous was continued before, which consumed its state; continue the later result")
-    return [np.concatenate([[token], row]) for token, row in zip(previous.pending, ids, strict=True)]
+    return [
+        np.concatenate([[token], row]) if len(row) else row
+        for token, row in zip(previous.pending, ids, strict=True)
+    ]
 
 
 def _state_for(
@@ -170,7 +218,7 @@ def _state_for(
     previous: Generation | None,
 ) -> DecodeState:
     """A fresh state, or that of the previous turn, with room for the ids and the new tokens."""
-    used = np.zeros(len(ids), int) if previous is None else np.asarray(previous.state.length)[: len(ids)]
+    used = np.zeros(len(ids), int) if previous is None else to_host(previous.state.length)[: len(ids)]
     needed = max(int(before) + len(row) for before, row in zip(used, ids, strict=True)) + max_new_tokens
     if previous is None:
         capacity = check_capacity(model.config, needed, capacity)
@@ -193,11 +241,19 @@ def _stop_tokens(model: Model, stop_tokens: Sequence[int] | None) -> list[int]:
     return list(stop_tokens)
 
 
-def _padded_keys(keys: Key[Array, " B"], sequences: int, rows: int) -> Key[Array, " rows"]:
-    """The sequences' keys, and any for the rows after them."""
-    if keys.shape != (sequences,):
-        raise ValueError(f"keys have shape {keys.shape} for {sequences} prompts; give one for each")
-    return keys[jnp.minimum(jnp.arange(rows), sequences - 1)]
+def _padded(values: Int[np.ndarray, " B"], rows: int) -> Int[np.ndarray, " rows"]:
+    """The values of the sequences, and zeros for the rows after them."""
+    return np.pad(values, (0, rows - len(values)))
+
+
+def _check_stop(model: Model, stop: Sequence[str]) -> None:
+    """Raises TypeError or ValueError if these cannot be looked for in texts."""
+    if isinstance(stop, str):
+        raise TypeError("stop must be a list of strings; put a single one in brackets")
+    if not all(isinstance(string, str) and string for string in stop):
+        raise ValueError(f"stop has {list(stop)}; give strings of at least one character")
+    if stop and model.tokenizer is None:
+        raise ValueError(f"{model.config.name} has no tokenizer to look for stop strings; give stop_tokens")
 
 
 def run_prefill(
@@ -229,58 +285,3 @@ def run_prefill(
         if progress:
             progress("prefill", min(begin + chunk, total), total)
     return state, logits
-
-
-class _Output:
-    """Collects tokens per sequence and turns them into text as they come."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        config: DecodeConfig,
-        batch: int,
-        stops: set[int],
-        stream: Callable[[int, str], None] | None,
-    ):
-        self.tokenizer, self.config, self.stops, self.stream = tokenizer, config, stops, stream
-        self.tokens: list[list[int]] = [[] for _ in range(batch)]
-        self.streamed = [""] * batch
-
-    def append(self, tokens: Int[np.ndarray, "B steps"], emitted: np.ndarray) -> None:
-        """Add the emitted tokens of one call; rows after the sequences hold none."""
-        for row, chosen, mask in zip(self.tokens, tokens, emitted, strict=False):
-            row.extend(int(token) for token in chosen[mask])
-        for index in range(len(self.tokens)):
-            # An unfinished character decodes to U+FFFD; hold it back until it is whole.
-            self._stream(index, self.text(index).rstrip("\ufffd"))
-
-    def flush(self) -> None:
-        """Stream what was held back."""
-        for index in range(len(self.tokens)):
-            self._stream(index, self.text(index))
-
-    def _stream(self, index: int, text: str) -> None:
-        if self.stream and len(text) > len(self.streamed[index]):
-            self.stream(index, text[len(self.streamed[index]) :])
-            self.streamed[index] = text
-
-    def finished(self, index: int) -> bool:
-        return bool(self.tokens[index]) and self.tokens[index][-1] in self.stops
-
-    def text(self, index: int) -> str:
-        if self.tokenizer is None:
-            return ""
-        tokens = self.tokens[index]
-        return self.tokenizer.decode(tokens[:-1] if self.finished(index) else tokens)
-
-    def result(self, calls: list, state: DecodeState, pending: np.ndarray) -> Generation:
-        batch = range(len(self.tokens))
-        return Generation(
-            texts=[self.text(index) for index in batch],
-            tokens=self.tokens,
-            finished=[self.finished(index) for index in batch],
-            metrics=Metrics.gather(calls).of(slice(len(batch))) if calls else None,
-            config=self.config,
-            state=state,
-            pending=pending[: len(batch)],
-        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from retro_jax.sharding import to_host
 from retro_jax.state import StepMetrics
 
 
@@ -33,9 +34,7 @@ class Metrics:
         """
         if not calls:
             raise ValueError("no decode steps were taken, so there is nothing to measure")
-        joined = jax.tree.map(
-            lambda *arrays: np.concatenate([np.asarray(a, np.float64) for a in arrays]), *calls
-        )
+        joined = jax.tree.map(lambda *arrays: np.concatenate(arrays).astype(np.float64), *to_host(calls))
         return cls(joined.pages_attended, joined.pages_loaded, joined.kv_bytes)
 
     def of(self, sequences: slice) -> "Metrics":

@@ -6,14 +6,19 @@ output projections, as in any tensor-parallel transformer; where XLA stands in f
 gathers scores and numbers of pages. Call them under `jax.set_mesh(mesh)` so that kernels, which XLA cannot
 partition, know the mesh too; without it operations on pages run through XLA wherever there are several
 devices. `generate` and `score` do so by themselves.
+
+The devices of a mesh may belong to several processes, which `jax.distributed.initialize` has joined. Each of
+them then makes the same calls with the same arguments, and gets the same results.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -112,6 +117,39 @@ def under_mesh_of_weights(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(model, *args, **kwargs)
 
     return on_mesh
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of a tree as NumPy's, whole on each of the processes that they are spread over.
+
+    Those processes must all call it.
+    """
+
+    def whole(array):
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return np.asarray(array)
+
+    return jax.tree.map(whole, tree)
+
+
+def check_processes_agree(**arguments: object) -> None:
+    """Raises ValueError if processes that share the mesh that is set were given different arguments.
+
+    They would wait for each other forever, or mix what they were given. Arguments are compared by `repr`.
+    """
+    mesh = jax.sharding.get_mesh()
+    if len({device.process_index for device in mesh.devices.flat}) == 1:
+        return
+    texts = [repr(value).encode() for value in arguments.values()]
+    digests = np.stack([np.frombuffer(hashlib.sha256(text).digest(), np.uint8) for text in texts])
+    spread = NamedSharding(mesh, P((SEQUENCES, HEADS)))
+    shape = (mesh.size, *digests.shape)
+    given = to_host(jax.make_array_from_callback(shape, spread, lambda _: digests[None]))
+    differing = np.any(given != given[0], axis=(0, 2))
+    if differing.any():
+        names = ", ".join(name for name, differs in zip(arguments, differing, strict=True) if differs)
+        raise ValueError(f"the processes of the mesh were given different {names}; give all of them the same")
 
 
 def params_shardings(params: Params, mesh: Mesh | AbstractMesh) -> Params:
