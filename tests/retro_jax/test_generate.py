@@ -1,5 +1,5 @@
+import importlib
 import itertools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ import retro_jax as rj
 from retro_jax.sampling import sample, sequence_keys
 from tests.retro_jax.tiny import assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 
-generate_module = sys.modules["retro_jax.generate"]  # the package exports the function of the same name
+generate_module = importlib.import_module(
+    "retro_jax.generate"
+)  # the package exports the function of the same name
 CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, prefill_chunk=16)
 FULL = rj.DecodeConfig("full", page_size=8, prefill_chunk=16)
 
@@ -197,5 +199,5 @@ def test_three_prompts_and_four_of_other_lengths_are_one_program():
 
 
 def test_keys_are_one_for_each_prompt():
-    with pytest.raises(ValueError, match=r"keys have shape \(2,\) for 3 prompts; give one for each"):
+    with pytest.raises(ValueError, match=r"keys has shape \(2,\), not \(3,\): one for each sequence"):
         rj.generate(tiny(3), [[1], [2], [3]], CONFIG, 2, keys=sequence_keys(rj.Sampling(), 2))
