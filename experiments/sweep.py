@@ -159,7 +159,7 @@ class Sweep:
                 chosen = replace(full, **plain | dict(_preset(name)) | budget)
                 for every in (None, *self.rectify):
                     own = replace(chosen, rectify_every=every)
-                    revised = [replace(own, window=window) for window in self.windows]
+                    revised = [replace(own, window=window) for window in wider]
                     found += revised if own.attention.revises else [own]
         return list(dict.fromkeys(found))
 

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,16 +77,26 @@ def test_narrow_terminals_get_help():
     assert process.returncode == 0 and "--max-new-tokens" in out
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_stopped_while_it_imports():
-    process = start("generate", "random:tiny", "--token-ids", "none.npy")
-    ready = Path(f"/proc/{process.pid}/maps")
-    for _ in range(6000):
-        if "jaxlib" in ready.read_text():  # long before JAX is imported
-            break
-        time.sleep(0.01)
+SLOW_JAX = """
+import sys, time
+
+class SlowJax:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jax":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, SlowJax())
+"""
+
+
+def test_stopped_while_it_imports(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_JAX)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = start("generate", "random:tiny", "--prompt", "x", env=os.environ | {"PYTHONPATH": path})
+    assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=30)
     assert (err, process.returncode) == ("\nretro-jax: stopped\n", 130)
 
 
