@@ -98,6 +98,15 @@ def generate(
       TypeError: token ids are not whole numbers, or keys are not those of `jax.random.key`.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Generation up to there.
     """
+    check_processes_agree(
+        prompts=prompts,
+        config=config,
+        sampling=sampling,
+        keys=keys,
+        stop=(stop_tokens, stop),
+        limits=(max_new_tokens, capacity, steps_per_call),
+        previous=previous and previous.turns,
+    )
     sampling = sampling or Sampling()
     if max_new_tokens < 1 or steps_per_call < 1:
         raise ValueError(
@@ -107,12 +116,6 @@ def generate(
     stops = _stop_tokens(model, stop_tokens)
     _check_stop(model, stop)
     keys = sequence_keys(sampling, len(ids)) if keys is None else check_keys(keys, len(ids))
-    check_processes_agree(
-        prompts=[row.tolist() for row in ids],
-        configurations=config,
-        samplings=(sampling, jax.random.key_data(keys).tolist()),
-        limits=(max_new_tokens, stops, list(stop), capacity, steps_per_call),
-    )
     state = _state_for(model, config, ids, max_new_tokens, capacity, previous)
 
     batch, rows = len(ids), state.length.shape[0]  # the rows after the sequences hold none

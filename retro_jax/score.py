@@ -14,7 +14,7 @@ from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.generate import Progress, run_prefill
 from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids
 from retro_jax.metrics import Metrics
-from retro_jax.sharding import new_state, under_mesh_of_weights
+from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
 from retro_jax.sizes import MIN_STEPS, batch_rows, program_length
 
 _teacher_force = jax.jit(teacher_force, static_argnames=("model", "config"), donate_argnames="state")
@@ -68,11 +68,17 @@ def score(
 
     Raises:
       ValueError: token ids out of the vocabulary or of another shape, a prompt that leaves nothing to
-        score, a text that does not fit the capacity or the model's positions, or configurations that are not
-        one for each text or differ in more than their budgets.
+        score, a text that does not fit the capacity or the model's positions, configurations that are not one
+        for each text or differ in more than their budgets, or processes of a mesh that disagree.
       TypeError: token ids are not whole numbers.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Score up to there.
     """
+    check_processes_agree(
+        token_ids=token_ids,
+        config=config,
+        prompt_tokens=prompt_tokens,
+        limits=(capacity, steps_per_call),
+    )
     rows, prompts = _rows(model, token_ids, prompt_tokens)
     if steps_per_call < 1:
         raise ValueError(f"steps_per_call {steps_per_call} must be at least 1")
@@ -93,8 +99,9 @@ def score(
     state, logits = run_prefill(model, config, state, heads, progress)
     logits = logits[:batch]
     firsts = jnp.array([row[count] for row, count in zip(rows, prompts, strict=True)])
-    nll = [np.asarray(negative_log_likelihood(logits, firsts))[:, None]]
-    hits = [np.asarray(jnp.argmax(logits, axis=-1) == firsts)[:, None]]
+    likely, all_finite = jnp.argmax(logits, axis=-1) == firsts, jnp.isfinite(logits).all()
+    first_nll, first_hits, finite = to_host((negative_log_likelihood(logits, firsts), likely, all_finite))
+    nll, hits = [first_nll[:, None]], [first_hits[:, None]]
     calls = []
     scored = lengths - prompts
 
@@ -104,7 +111,7 @@ def score(
         metrics = Metrics.gather(calls).of(slice(batch)) if calls else None
         return Score(np.where(inside, joined, np.nan), np.concatenate(hits, axis=1) & inside, metrics)
 
-    if not np.isfinite(np.asarray(logits)).all():
+    if not finite:
         raise NonFiniteLogits("the logits after the prompt are not finite", result())
     steps = int(scored.max()) - 1
     steps_per_call = program_length(max(steps, 1), MIN_STEPS, steps_per_call)
@@ -119,7 +126,9 @@ def score(
         state, forced = _teacher_force(
             model.params, model.config, config, state, window[:, :-1], window[:, 1:], active
         )
-        finite = np.asarray(forced.finite)[:batch, :count]
+        calls_nll, calls_hits, finite = (
+            array[:batch, :count] for array in to_host((forced.nll, forced.hits, forced.finite))
+        )
         if not finite.all():
             sequence, step = np.argwhere(~finite)[0]
             raise NonFiniteLogits(
@@ -127,8 +136,8 @@ def score(
                 f"{prompts[sequence] + begin + step}",
                 result(),
             )
-        nll.append(np.asarray(forced.nll)[:batch, :count])
-        hits.append(np.asarray(forced.hits)[:batch, :count])
+        nll.append(calls_nll)
+        hits.append(calls_hits)
         calls.append(forced.metrics)
         if progress:
             progress("decode", begin + count, steps)

@@ -13,6 +13,7 @@ them then makes the same calls with the same arguments, and gets the same result
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,12 +137,14 @@ def to_host(tree: Any) -> Any:
 def check_processes_agree(**arguments: object) -> None:
     """Raises ValueError if processes that share the mesh that is set were given different arguments.
 
-    They would wait for each other forever, or mix what they were given. Arguments are compared by `repr`.
+    They would wait for each other forever, or mix what they were given. Comes before any other check, which
+    only some of them might pass. Arguments are compared by `repr`.
     """
     mesh = jax.sharding.get_mesh()
     if len({device.process_index for device in mesh.devices.flat}) == 1:
         return
-    texts = [repr(value).encode() for value in arguments.values()]
+    with np.printoptions(threshold=sys.maxsize):
+        texts = [repr(value).encode() for value in arguments.values()]
     digests = np.stack([np.frombuffer(hashlib.sha256(text).digest(), np.uint8) for text in texts])
     spread = NamedSharding(mesh, P((SEQUENCES, HEADS)))
     shape = (mesh.size, *digests.shape)

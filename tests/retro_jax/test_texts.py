@@ -4,14 +4,28 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
+from retro_jax.sampling import sequence_keys
 from retro_jax.texts import Texts
-from tests.retro_jax.test_generate import Letters
 from tests.retro_jax.tiny import tiny, token_ids
 
 CONFIGS = {
     "retro": rj.DecodeConfig("retro", window=3, page_size=8, budget_tokens=24, dense_layers=1),
     "preset": rj.preset("retro", budget_tokens=64),
 }
+
+
+class Letters:
+    """A tokenizer whose token i is the letter i; none ends a text."""
+
+    stop_ids = ()
+
+    def encode(self, text, add_bos=None):
+        return [ord(letter) - 32 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(i + 32) for i in ids)
+
+
 MODEL = rj.Model(tiny(3, layers=2).config, tiny(3, layers=2).params, Letters())
 SAMPLING = rj.Sampling(1.0, seed=2)
 
@@ -130,7 +144,7 @@ def test_one_sequence_goes_on_and_another_gets_a_prompt():
             ValueError,
             "tiny-group-3 has no tokenizer to look for stop",
         ),
-        ({"keys": rj.sampling.sequence_keys(SAMPLING, 2)}, ValueError, r"keys has shape \(2,\), not \(1,\)"),
+        ({"keys": sequence_keys(SAMPLING, 2)}, ValueError, r"keys has shape \(2,\), not \(1,\)"),
     ),
 )
 def test_errors(options, error, message):
