@@ -77,6 +77,7 @@ class Generate(Configured, Command):
                 "finished": result.finished,
                 "metrics": result.metrics.summary() if result.metrics else None,
                 "seconds": rates.seconds,
+                "compile_seconds": rates.show.compile_seconds,
                 "steps_per_second": rates.per_second("decode"),
                 "provenance": provenance(),
             }
@@ -162,7 +163,7 @@ def _read_message() -> str:
 
 def _summary(result: "Generation", rates: Rates) -> str:
     """One line on how fast it was and what it loaded."""
-    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s"]
+    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s{_compiling(rates)}"]
     rate = rates.per_second("decode")
     if rate:
         parts.append(f"{rate * len(result.tokens):.1f} tokens/s after the first steps")
@@ -173,6 +174,12 @@ def _summary(result: "Generation", rates: Rates) -> str:
         if exposure is not None:
             parts.append(f"{metrics['pages_loaded']:.1f} pages per step and KV head, exposure {exposure:.2f}")
     return "[" + "; ".join(parts) + "]"
+
+
+def _compiling(rates: Rates) -> str:
+    """How much of the time was compiling, if any that shows."""
+    seconds = rates.show.compile_seconds
+    return f", {seconds:.1f} s of them compiling" if seconds >= 0.05 else ""
 
 
 def _covered(result: "Generation", model: "Model") -> str:
