@@ -43,6 +43,7 @@ class Generate(Configured, Command):
         from experiments.provenance import provenance
         from experiments.results import print_json
         from experiments.text import file_tokens, read_text
+        from retro_jax.sizes import batch_rows, cache_capacity
 
         config, sampling = self.config.config(), self.sampling.sampling()
         if self.max_new_tokens < 1:
@@ -56,8 +57,8 @@ class Generate(Configured, Command):
                 "or --chat"
             )
         longest = max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=1)
-        batch = max(len(prompts), 1)
-        model = self.load([config], batch, self.capacity or longest + self.max_new_tokens)
+        capacity = self.capacity or cache_capacity(longest + self.max_new_tokens)
+        model = self.load([config], batch_rows(max(len(prompts), 1)), capacity)
         if self.chat and model.tokenizer is None:
             raise ValueError(f"{model.config.name} has no tokenizer, so it cannot chat; use another model")
         if not prompts:
@@ -97,12 +98,13 @@ class Generate(Configured, Command):
         from experiments.memory import check_memory
         from retro_jax import generate
         from retro_jax.inputs import prompt_ids
+        from retro_jax.sizes import batch_rows, cache_capacity
 
         config = self.config.config()
         if previous is None:
             prompts = [prompt_ids(model, prompt, index, True) for index, prompt in enumerate(prompts)]
-            tokens = max(map(len, prompts)) + self.max_new_tokens
-            check_memory(model.config, [config], len(prompts), capacity or tokens, loaded=True)
+            room = capacity or cache_capacity(max(map(len, prompts)) + self.max_new_tokens)
+            check_memory(model.config, [config], batch_rows(len(prompts)), room, loaded=True)
         with Progress() as show:
             rates = Rates(show)
 

@@ -2,6 +2,7 @@ import io
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from jax import monitoring
 
 import experiments.progress
+from experiments.commands.generate import _summary
 from experiments.compile_time import COMPILE_EVENTS, CompileTime
 from experiments.progress import Progress, Rates
 
@@ -175,6 +177,20 @@ def test_compiling_stands_below_the_bars(clock, monkeypatch):
         end()
         clock[0] = 99.0
     assert "compiled for 12 s" in terminal.getvalue()
+
+
+def test_the_summary_tells_the_seconds_of_compiling(clock):
+    made = SimpleNamespace(tokens=[[1, 2], [3]], metrics=None)
+    with Progress() as show:
+        rates = Rates(show)
+        begin()
+        clock[0] = 2.5
+        end()
+        clock[0] = 4.0
+        rates("prefill", 1, 1)
+        assert _summary(made, rates) == "[3 tokens in 4.0 s, 2.5 s of them compiling]"
+    with Progress() as show:
+        assert _summary(made, Rates(show)) == "[3 tokens in 0.0 s]"
 
 
 def test_rates_do_not_depend_on_compiling(clock):
