@@ -25,6 +25,7 @@ from experiments.commands.bench_decode import BenchDecodeFlags
 from experiments.plot_files import pictures
 from experiments.plot_text import counted, shortened
 from experiments.plots import FULL, QUEST, Curves, Line, Scale, looks
+from experiments.programs import release
 from experiments.progress import Progress
 from experiments.provenance import cpus, provenance
 from experiments.results import print_json, write_bytes, write_json
@@ -239,6 +240,7 @@ class BenchDecode(BenchDecodeFlags):
         milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
         if reference:
             reference.close()
+        release()  # the next context's programs are other ones
         return {
             "context": context,
             "contestants": {

@@ -93,14 +93,14 @@ class Command(Output):
     """Branch, tag or commit of a hub model."""
 
     def load(
-        self, configs: "Sequence[DecodeConfig]", batch: int, tokens: int, *, together: bool = False
+        self, configs: "Sequence[DecodeConfig]", batch: int, capacity: int, *, together: bool = False
     ) -> "Model":
         """Reads the model, after downloading it where it is not cached.
 
         Args:
           configs: how it will decode.
-          batch: sequences, at least.
-          tokens: of each that the cache must hold, at least.
+          batch: rows of the state, at least.
+          capacity: tokens of each that the cache holds, at least.
           together: whether the caches of all configurations are held at once.
 
         Raises:
@@ -115,11 +115,11 @@ class Command(Output):
         local_devices()
         keep_programs()
         if known := known_model(self.model, self.dtype):
-            check_memory(known, configs, batch, tokens, together=together)
+            check_memory(known, configs, batch, capacity, together=together)
         with Progress() as progress:
             model = load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
         if not known:
-            check_memory(model.config, configs, batch, tokens, loaded=True, together=together)
+            check_memory(model.config, configs, batch, capacity, loaded=True, together=together)
         return model
 
 
@@ -160,12 +160,15 @@ class TextCommand(Command):
     bin_tokens: int = 1024
     """Width of the ranges of positions in the tables."""
 
-    def read(self, configs: "Sequence[DecodeConfig]", copies: int = 1) -> "tuple[Model, Texts]":
+    def read(
+        self, configs: "Sequence[DecodeConfig]", copies: int = 1, *, padded: bool = True
+    ) -> "tuple[Model, Texts]":
         """Reads the model and the texts' tokens.
 
         Args:
           configs: how the texts will be decoded, one after another.
           copies: of the texts that are decoded at once.
+          padded: whether the state has the rows and the room that `score` gives it, or just what is needed.
 
         Raises:
           FileNotFoundError: a text is not there.
@@ -174,13 +177,18 @@ class TextCommand(Command):
         from experiments.compare import Texts
         from experiments.memory import check_memory
         from experiments.text import check_sources, read_tokens
+        from retro_jax.sizes import batch_rows, cache_capacity
+
+        def sizes(texts: int, tokens: int) -> tuple[int, int]:
+            texts *= copies
+            return (batch_rows(texts), cache_capacity(tokens)) if padded else (texts, tokens)
 
         check_sources(self.text, self.token_ids, self.tokens)
-        batch, least = max(len(self.text), 1), self.tokens or self.prompt_tokens + 1
-        model = self.load(configs, copies * batch, max(least, 1))
+        least = self.tokens or self.prompt_tokens + 1
+        model = self.load(configs, *sizes(max(len(self.text), 1), max(least, 1)))
         ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
         texts = Texts(names, ids, self.prompt_tokens)
-        check_memory(model.config, configs, copies * len(ids), ids.shape[1], loaded=True)
+        check_memory(model.config, configs, *sizes(*ids.shape), loaded=True)
         return model, texts
 
 

@@ -56,8 +56,8 @@ def memory(
     Args:
       model: the model's configuration.
       config: how to decode.
-      batch: sequences.
-      capacity: tokens per sequence that the cache holds.
+      batch: rows of the state: see `sizes.batch_rows`.
+      capacity: tokens per sequence that the cache holds: see `sizes.cache_capacity`.
       data_devices: over which the batch is spread.
       model_devices: over which KV heads are spread.
 

@@ -291,7 +291,7 @@ class Overlap(OverlapFlags):
         if self.out is not None and self.out.exists():
             raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
         config = self.config.config(method="quest")
-        model, texts = self.read([config])
+        model, texts = self.read([config], padded=False)
         with Progress() as progress:
             shares = measure(model, texts, config, self.distances, progress)
         values = {

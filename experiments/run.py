@@ -13,6 +13,7 @@ from experiments.commands.run import RunFlags
 from experiments.compile_cache import keep_programs
 from experiments.devices import local_devices
 from experiments.memory import known_model
+from experiments.programs import release
 from experiments.progress import Progress, Rates
 from experiments.provenance import provenance
 from experiments.results import print_json
@@ -140,6 +141,7 @@ def work(
         folder.note(
             f"timings-{folder.process}.jsonl", timing | {"context": context, "steps_per_second": rate}
         )
+        release()  # the next method's programs are other ones
     return True
 
 

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from experiments.memory import gigabytes, known_model
+from experiments.programs import release
 from experiments.progress import Progress
 from experiments.run_config import RunConfig
 from experiments.run_plan import Plan, check_fits
 from experiments.tables import markdown
 from retro_jax import decode_step, extend, make_mesh
 from retro_jax.sharding import abstract_arguments
+from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(")
@@ -74,17 +76,20 @@ def compile_run(config: RunConfig, plan: Plan) -> list[Program]:
     devices = mesh_devices(config.data_devices * config.model_devices)
     mesh = make_mesh(config.data_devices, config.model_devices, devices)
     found, configs = [], config.configurations()
+    rows = batch_rows(config.batch, config.data_devices)
+    each = jax.ShapeDtypeStruct((rows,), jnp.int32)
     with jax.set_mesh(mesh), Progress() as progress:
         for label, decode in configs.items():
-            params, state = abstract_arguments(model, decode, mesh, config.batch, plan.capacity)
-            tokens = jax.ShapeDtypeStruct((config.batch, decode.prefill_chunk), jnp.int32)
-            each = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+            params, state = abstract_arguments(model, decode, mesh, rows, plan.capacity)
+            chunk = program_length(plan.prompt_tokens, MIN_CHUNK, decode.prefill_chunk)
+            tokens = jax.ShapeDtypeStruct((rows, chunk), jnp.int32)
             for name, lower in {
                 "prefill": lambda: _extend.lower(params, model, decode, state, tokens, each),  # noqa: B023
                 "decode": lambda: _step.lower(params, model, decode, state, each),  # noqa: B023
             }.items():
                 found.append(_program(label, name, devices[0].platform, lower().compile()))
                 progress("programs", len(found), 2 * len(configs))
+            release()  # the next method's programs are other ones
     return found
 
 

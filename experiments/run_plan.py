@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 
 from experiments.memory import check_memory, gigabytes, known_model, memory
 from experiments.run_config import RunConfig
-from experiments.run_work import capacity_for
 from experiments.tables import markdown
 from experiments.tasks import Asked, Passage, describe
 from models.config import ModelConfig
 from retro_jax import DecodeConfig
+from retro_jax.sizes import batch_rows, cache_capacity
 
 CHARS_PER_TOKEN = 3
 """A cautious figure for estimates without a tokenizer: English text has about 4, digits fewer."""
@@ -79,9 +79,10 @@ def make_plan(config: RunConfig) -> Plan:
                 f"an example takes about {longest + new} positions, {model.name} has {model.max_positions}; "
                 "make the task's examples or replies shorter"
             )
-        capacity = capacity_for(model, longest + new)
+        capacity = cache_capacity(longest + new, model.max_positions)
+        rows = batch_rows(config.batch, config.data_devices)
         parts = {
-            label: memory(model, decode, config.batch, capacity, config.data_devices, config.model_devices)
+            label: memory(model, decode, rows, capacity, config.data_devices, config.model_devices)
             for label, decode in config.configurations().items()
         }
         weights = next(iter(parts.values())).weights
@@ -115,8 +116,8 @@ def check_memory_of(config: RunConfig, model: ModelConfig, tokens: int, loaded: 
     check_memory(
         model,
         list(config.configurations().values()),
-        config.batch,
-        capacity_for(model, tokens),
+        batch_rows(config.batch, config.data_devices),
+        cache_capacity(tokens, model.max_positions),
         loaded=loaded,
         data_devices=config.data_devices,
         model_devices=config.model_devices,

@@ -17,9 +17,7 @@ from experiments.tasks.base import THINK
 from models import Model, Tokenizer
 from models.config import ModelConfig
 from retro_jax import DecodeConfig, Metrics, Sampling, generate, score
-
-CAPACITY_STEP = 256
-"""Cache capacities are multiples of this, so that batches of similar lengths share one compiled program."""
+from retro_jax.sizes import cache_capacity
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,6 @@ def check_positions(model: ModelConfig, rows: Sequence[Row]) -> None:
         )
 
 
-def capacity_for(model: ModelConfig, tokens: int) -> int:
-    """Tokens that the cache of a batch holds whose longest row takes `tokens`."""
-    return min(-(-tokens // CAPACITY_STEP) * CAPACITY_STEP, model.max_positions)
-
-
 def decode_batch(
     model: Model,
     config: DecodeConfig,
@@ -120,7 +113,7 @@ def decode_batch(
       progress: as `Progress`.
     """
     filled = [*batch, *[batch[-1]] * (size - len(batch))]
-    capacity = capacity_for(model.config, max(row.tokens for row in batch))
+    capacity = cache_capacity(max(row.tokens for row in batch), model.config.max_positions)
     results = _force if batch[0].forced else _generate
     found = results(model, config, task, filled, capacity, sampling, progress)
     return [{"prompt_tokens": len(row.prompt)} | result for row, result in zip(batch, found, strict=False)]

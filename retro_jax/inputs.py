@@ -150,7 +150,7 @@ def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int
             "shorten the prompt or generate fewer tokens"
         )
     if capacity is None:
-        return cache_capacity(model, needed)
+        return cache_capacity(needed, model.max_positions)
     if needed > capacity:
         raise ValueError(
             f"prompt and new tokens take {needed} positions, the cache holds {capacity}; pass a larger "

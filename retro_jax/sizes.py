@@ -6,7 +6,6 @@ beyond a sequence's length has no meaning. All rules are here.
 
 import jax
 
-from models.config import ModelConfig
 from pallas_kernels.dispatch import SEQUENCES
 
 CAPACITY_QUANTUM = 256
@@ -15,28 +14,40 @@ MIN_CHUNK, MIN_STEPS = 16, 8
 """The smallest programs of a prompt's tokens and of forced steps: below, another compilation costs more."""
 
 
-def rounded_up(count: int, quantum: int) -> int:
-    """The next multiple of `quantum`, or of a quarter of the power of two below `count` if that is larger.
+def rounded_up(count: int, quantum: int, parts: int = 4) -> int:
+    """The next multiple of `quantum`, or of a part of the power of two below `count` if that is larger.
 
-    So there are about four sizes for each power of two, and a size exceeds its count by less than a quarter
-    or by less than `quantum`.
+    So there are about `parts` (a power of two) sizes for each power of two, and a size exceeds its count by
+    less than that part of it or by less than `quantum`.
     """
-    step = max(quantum, (1 << (count.bit_length() - 1)) // 4 // quantum * quantum)
+    step = max(quantum, (1 << (count.bit_length() - 1)) // parts // quantum * quantum)
     return -(-count // step) * step
 
 
-def cache_capacity(model: ModelConfig, tokens: int) -> int:
-    """Tokens per sequence that a cache holds which needs `tokens`; never beyond the model's positions."""
-    return max(tokens, min(rounded_up(tokens, CAPACITY_QUANTUM), model.max_positions))
+def cache_capacity(tokens: int, positions: int | None = None) -> int:
+    """Tokens per sequence that a cache holds which needs `tokens`: up to an eighth more where they are many.
+
+    Args:
+      tokens: that it needs.
+      positions: of the model, beyond which it has no room; None: not known.
+    """
+    # Long caches are most of the memory, so that they have smaller steps than batches.
+    size = rounded_up(tokens, CAPACITY_QUANTUM, parts=8)
+    return size if positions is None else max(tokens, min(size, positions))
 
 
-def batch_rows(sequences: int) -> int:
-    """Rows of a batch of so many sequences: 1, 2, 4, 6, 8, 10, ..., and a multiple of the mesh's data axis.
+def batch_rows(sequences: int, devices: int | None = None) -> int:
+    """Rows of a batch of so many sequences: 1, 2, 4, 6, 8, 10, ..., and a multiple of `devices`.
 
     The rows after the sequences hold none: they are never active.
+
+    Args:
+      sequences: of the batch.
+      devices: of the mesh's data axis; None: of the current mesh.
     """
-    mesh = jax.sharding.get_mesh()
-    devices = 1 if mesh.empty else mesh.shape.get(SEQUENCES, 1)
+    if devices is None:
+        mesh = jax.sharding.get_mesh()
+        devices = 1 if mesh.empty else mesh.shape.get(SEQUENCES, 1)
     return rounded_up(sequences, devices if sequences == 1 else 2 * devices if devices % 2 else devices)
 
 

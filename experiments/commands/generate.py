@@ -43,6 +43,7 @@ class Generate(Configured, Command):
         from experiments.provenance import provenance
         from experiments.results import print_json
         from experiments.text import file_tokens, read_text
+        from retro_jax.sizes import batch_rows, cache_capacity
 
         config, sampling = self.config.config(), self.sampling.sampling()
         if self.max_new_tokens < 1:
@@ -56,8 +57,8 @@ class Generate(Configured, Command):
                 "or --chat"
             )
         longest = max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=1)
-        batch = max(len(prompts), 1)
-        model = self.load([config], batch, self.capacity or longest + self.max_new_tokens)
+        capacity = self.capacity or cache_capacity(longest + self.max_new_tokens)
+        model = self.load([config], batch_rows(max(len(prompts), 1)), capacity)
         if self.chat and model.tokenizer is None:
             raise ValueError(f"{model.config.name} has no tokenizer, so it cannot chat; use another model")
         if not prompts:
@@ -77,6 +78,7 @@ class Generate(Configured, Command):
                 "finished": result.finished,
                 "metrics": result.metrics.summary() if result.metrics else None,
                 "seconds": rates.seconds,
+                "compile_seconds": rates.show.compile_seconds,
                 "steps_per_second": rates.per_second("decode"),
                 "provenance": provenance(),
             }
@@ -96,12 +98,13 @@ class Generate(Configured, Command):
         from experiments.memory import check_memory
         from retro_jax import generate
         from retro_jax.inputs import prompt_ids
+        from retro_jax.sizes import batch_rows, cache_capacity
 
         config = self.config.config()
         if previous is None:
             prompts = [prompt_ids(model, prompt, index, True) for index, prompt in enumerate(prompts)]
-            tokens = max(map(len, prompts)) + self.max_new_tokens
-            check_memory(model.config, [config], len(prompts), capacity or tokens, loaded=True)
+            room = capacity or cache_capacity(max(map(len, prompts)) + self.max_new_tokens)
+            check_memory(model.config, [config], batch_rows(len(prompts)), room, loaded=True)
         with Progress() as show:
             rates = Rates(show)
 
@@ -162,7 +165,7 @@ def _read_message() -> str:
 
 def _summary(result: "Generation", rates: Rates) -> str:
     """One line on how fast it was and what it loaded."""
-    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s"]
+    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s{_compiling(rates)}"]
     rate = rates.per_second("decode")
     if rate:
         parts.append(f"{rate * len(result.tokens):.1f} tokens/s after the first steps")
@@ -173,6 +176,12 @@ def _summary(result: "Generation", rates: Rates) -> str:
         if exposure is not None:
             parts.append(f"{metrics['pages_loaded']:.1f} pages per step and KV head, exposure {exposure:.2f}")
     return "[" + "; ".join(parts) + "]"
+
+
+def _compiling(rates: Rates) -> str:
+    """How much of the time was compiling, if any that shows."""
+    seconds = rates.show.compile_seconds
+    return f", {seconds:.1f} s of them compiling" if seconds >= 0.05 else ""
 
 
 def _covered(result: "Generation", model: "Model") -> str:

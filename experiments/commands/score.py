@@ -40,6 +40,7 @@ class Score(Configured, TextCommand):
                 "texts": {name: float(row.mean()) for name, row in zip(texts.names, result.nll, strict=True)},
                 "metrics": result.metrics.summary() if result.metrics else None,
                 "seconds": rates.seconds,
+                "compile_seconds": show.compile_seconds,
                 "provenance": provenance(),
             }
             print_json(values)

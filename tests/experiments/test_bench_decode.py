@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import experiments.bench_decode
 from experiments.bench_decode import BenchDecode, agreement, results, speed_table, take_turns
 from experiments.transformers_export import export
 from models import Model, ModelConfig, RopeScaling, random_params
@@ -55,11 +56,14 @@ def test_speed_table():
     assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "", "2.50", "1.00"]
 
 
-def test_bench_decode(json_command, failure, tmp_path):
+def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     out = tmp_path / "more" / "bench.json"
+    released = []
+    monkeypatch.setattr(experiments.bench_decode, "release", lambda: released.append(True))
     flags = ("--methods", "full", "retro", "--windows", 2, "--page-size", 8, "--out", out)
     values = json_command("bench", "decode", "random:tiny", *SHORT, *flags, "--contexts", 40, 80)
     assert [measured["context"] for measured in values["contexts"]] == [40, 80]
+    assert len(released) == 2  # the programs of many contexts do not pile up
     for measured in values["contexts"]:
         assert list(measured["contestants"]) == ["full", "retro w=2"]
         assert [len(turns) for turns in measured["milliseconds"].values()] == [2, 2]

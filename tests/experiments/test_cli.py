@@ -45,6 +45,7 @@ def test_generate_from_token_ids(json_command, ids_file):
     assert [len(tokens) for tokens in values["tokens"]] == [5, 5]
     assert values["finished"] == [False, False]
     assert values["config"]["budget_tokens"] == 32
+    assert 0.0 < values["compile_seconds"] < values["seconds"]
     again = json_command("generate", "random:tiny", *arguments, "--temperature", 1.0, "--seed", 3)
     assert again["sampling"]["seed"] == 3
     assert again["tokens"] != values["tokens"]

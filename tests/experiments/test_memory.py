@@ -1,6 +1,8 @@
+import importlib
 import math
 
 import jax
+import numpy as np
 import pytest
 
 import experiments.memory
@@ -65,6 +67,39 @@ def test_every_command_refuses_before_weights_are_made(failure, monkeypatch, ids
     ids = () if "bench" in words else ("--token-ids", ids_file)
     line = failure(*words, "random:llama3.1-8b", *ids, *flags)
     assert "does not fit: it takes at least " in line and "10.74 GB are left on this machine's" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "maker", "sizes"),
+    [
+        (("generate", "random:tiny", "--max-new-tokens", 5), "retro_jax.generate", (4, 256)),
+        (("generate", "random:tiny", "--max-new-tokens", 5, "--capacity", 77), "retro_jax.generate", (4, 77)),
+        (("score", "random:tiny", "--tokens", 300, "--prompt-tokens", 9), "retro_jax.score", (4, 512)),
+        (("overlap", "random:tiny", "--tokens", 300, "--prompt-tokens", 9, "--dense-layers", 0),
+         "experiments.overlap", (3, 300)),
+        (("run", "smollm2-recall", "--batch", 3, "--task.pairs", 8, "--task.questions", 3),
+         "retro_jax.score", (4, 256)),
+    ],
+)  # fmt: skip
+def test_what_is_checked_is_what_is_made(
+    failure, monkeypatch, tmp_path, tiny_folder, arguments, maker, sizes
+):
+    checked = []
+    tell = experiments.memory.memory
+    monkeypatch.setattr(experiments.memory, "memory", lambda *args: checked.append(args[2:4]) or tell(*args))
+
+    def make(model, config, rows, capacity):
+        assert (rows, capacity) == sizes
+        raise ValueError("made")
+
+    monkeypatch.setattr(importlib.import_module(maker), "new_state", make)
+    np.save(tmp_path / "ids.npy", np.ones((3, 60 if "generate" in arguments else 300), np.int32))
+    if "run" in arguments:
+        extra = ("--model", tiny_folder, "--out", tmp_path / "out")
+    else:
+        extra = ("--token-ids", tmp_path / "ids.npy")
+    assert "made" in failure(*arguments, *extra)
+    assert checked[-1] == sizes
 
 
 def test_kernels_without_room_are_skipped_in_words(command, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 import experiments.run
 from experiments.configs import CONFIGS
+from experiments.run_compile import compile_run
 from experiments.run_config import RunConfig
 from experiments.run_plan import known_model, make_plan
 from experiments.run_work import Row, decode_batch, encode, make_batches
@@ -75,7 +76,10 @@ def test_a_mesh_gives_the_same_results(json_command, arguments, tmp_path):
 
 def test_hosts_share_the_work(json_command, arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments.run, "decode_batch", stand_in.decode_batch)
+    released = []
+    monkeypatch.setattr(experiments.run, "release", lambda: released.append(True))
     json_command(*arguments)
+    assert len(released) == 2 * 3  # after each batch and method: their programs do not pile up
     whole = {(line["example"], line["method"], line["text"]) for line in lines(tmp_path / "out")}
     monkeypatch.setattr("jax.process_count", lambda: 2)
     parts = []
@@ -170,10 +174,10 @@ def test_compiled_from_shapes_for_the_mesh(json_command, two_layers, tmp_path, m
 
 
 def test_what_does_not_compile_into_the_devices_is_an_error(command, two_layers):
-    fits = 3.5  # weights and cache alone, 3.49 GB
+    fits = 3.51  # weights and cache alone, 3.50 GB
     status, out, err = command(*QWEN, "--device-gb", fits)
     assert status == 2 and "| retro-w4-0.15 | prefill |" in out
-    assert "the program 'prefill' of retro-w4-0.15 takes" in err and "over --device-gb 3.50 GB" in err
+    assert "the program 'prefill' of retro-w4-0.15 takes" in err and "over --device-gb 3.51 GB" in err
 
 
 def test_memory_is_that_of_the_arrays():
@@ -185,6 +189,23 @@ def test_memory_is_that_of_the_arrays():
     embeddings = 2 * 512 * 128
     layer = 2 * 128 + 2 * 128 * 128 + 2 * 128 * 32 + 3 * 128 * 256
     assert plan.weights == 4 * (embeddings + tiny.num_layers * layer + 128)
+
+
+def test_what_is_planned_and_compiled_has_the_rows_and_the_room_of_what_runs(monkeypatch):
+    task = Recall(pairs=150, questions=2, count=2)
+    config = RunConfig(model="random:tiny", task=task, methods=("full",), batch=3)
+    plan, of_four = make_plan(config), make_plan(replace(config, batch=4))
+    assert plan.caches == of_four.caches
+    shapes = []
+
+    def lower(params, model, decode, state, tokens, *_):
+        shapes.append((state.length.shape, state.capacity, tokens.shape))
+        raise InterruptedError
+
+    monkeypatch.setattr("experiments.run_compile._extend", SimpleNamespace(lower=lower))
+    with pytest.raises(InterruptedError):
+        compile_run(config, replace(plan, prompt_tokens=100))
+    assert shapes == [((4,), plan.capacity, (4, 128))]
 
 
 def test_presets_run_beside_methods():
