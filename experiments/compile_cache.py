@@ -5,6 +5,7 @@ import sys
 import tempfile
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from models.wheel import cache_folder
 
@@ -16,7 +17,7 @@ def keep_programs() -> None:
     """Keeps compiled programs in `compiled` beside the fetched models, for later processes.
 
     JAX's own settings come first: JAX_COMPILATION_CACHE_DIR, and JAX_ENABLE_COMPILATION_CACHE=0. A folder
-    that cannot be written is said in one line, and nothing is kept. Call it before anything is compiled.
+    that cannot be written is said in one line, and nothing is kept.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
@@ -29,5 +30,6 @@ def keep_programs() -> None:
         print(f"retro-jax: compiled programs are not kept: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()  # JAX looks at the setting once, until this
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)

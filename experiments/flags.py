@@ -113,11 +113,11 @@ class Command(Output):
         from retro_jax import load_model
 
         local_devices()
-        keep_programs()
         if known := known_model(self.model, self.dtype):
             check_memory(known, configs, batch, capacity, together=together)
         with Progress() as progress:
             model = load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
+        keep_programs()
         if not known:
             check_memory(model.config, configs, batch, capacity, loaded=True, together=together)
         return model
