@@ -110,7 +110,8 @@ def generate(
     pending, calls = jnp.asarray(first), []
     stops = jnp.asarray(stops, jnp.int32)
     idle = jnp.isin(pending, stops) | (jnp.arange(rows) >= len(ids))
-    remaining = jnp.where(idle, 0, max_new_tokens - 1)
+    # Typed as what `decode` returns: of Python numbers it would be weakly typed, another program's argument.
+    remaining = jnp.where(idle, 0, jnp.int32(max_new_tokens - 1))
     done = 1
     while bool((remaining > 0).any()):
         state, out = _decode(
