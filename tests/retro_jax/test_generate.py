@@ -11,9 +11,7 @@ import retro_jax as rj
 from retro_jax.sampling import sample, sequence_keys
 from tests.retro_jax.tiny import assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 
-generate_module = importlib.import_module(
-    "retro_jax.generate"
-)  # the package exports the function of the same name
+generate_module = importlib.import_module("retro_jax.generate")  # the package exports a function of this name
 CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24, dense_layers=1, prefill_chunk=16)
 FULL = rj.DecodeConfig("full", page_size=8, prefill_chunk=16)
 
@@ -185,7 +183,9 @@ def test_three_prompts_and_four_of_other_lengths_are_one_program():
         tiny(3),
         [row[:length].tolist() for row, length in zip(token_ids(4, 9), (2, 9, 5, 7), strict=True)],
     )
-    rj.generate(model, prompts, CONFIG, 3, stop_tokens=[])
+    before = generate_module._decode._cache_size()
+    rj.generate(model, prompts, CONFIG, 21, stop_tokens=[])  # two calls of `decode`
+    assert generate_module._decode._cache_size() - before == 1
     programs = [generate_module._extend._cache_size(), generate_module._decode._cache_size()]
     result = rj.generate(model, prompts[:3], CONFIG, 21, stop_tokens=[])
     assert [generate_module._extend._cache_size(), generate_module._decode._cache_size()] == programs
