@@ -66,6 +66,8 @@ class Axis:
     def rank(self, config: "DecodeConfig") -> tuple:
         """What runs are sorted by: numbers as such, shares after tokens; else the default first."""
         value = self.value(config)
+        if value is None:  # before every number, and as a default before every word
+            return value != self.default, float("-inf")
         if isinstance(value, int | float) and not isinstance(value, bool):
             return isinstance(value, float), value
         return value != self.default, str(value)

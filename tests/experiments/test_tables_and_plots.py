@@ -94,6 +94,18 @@ def test_a_sweep_runs_every_combination_and_full_attention_once():
     assert [config.budget_tokens for config in in_order[1:]] == [256] * 12 + [None] * 12
 
 
+def test_runs_with_and_without_rectification_have_an_order():
+    configs = Sweep(rectify=(8, 1), evict=("h2o",)).configurations(DecodeConfig(cache_tokens=512))
+    in_order = sorted(reversed(configs), key=order)
+    assert in_order[0].method == "full"
+    assert [(c.evict, c.rectify_every) for c in in_order[1::2]] == [
+        (None, None),
+        (None, 1),
+        (None, 8),
+        ("h2o", None),
+    ]
+
+
 def test_rows_compare_with_the_quest_of_their_sink_pages(runs):
     found = {row.run.name: row for row in rows(runs, [(128, 384), (384, 640)], 128)}
     assert found["full"].excess == Estimate(0.0, 0.0)
