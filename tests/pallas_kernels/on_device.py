@@ -180,7 +180,8 @@ def configurations():
     """Every supported head_dim and page size, the other sizes taking turns."""
     rows = itertools.cycle(ROWS)
     dtypes = itertools.cycle(SUPPORTED.DTYPES)
-    scores = itertools.cycle(itertools.product(SCORES, GROUP_REDUCE))
+    served = [name for name in GROUP_REDUCE if name != "mass"]  # which every kernel refuses
+    scores = itertools.cycle(itertools.product(SCORES, served))
     tokens = itertools.cycle(
         [(1, "min_max"), (4, "min_max"), (4, "mean_key"), (17, "min_max"), (16, "mean_key")]
     )
