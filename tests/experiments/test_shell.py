@@ -78,7 +78,9 @@ def test_narrow_terminals_get_help():
 
 
 SLOW_JAX = """
-import sys, time
+import signal, sys, time
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a job in the background starts ignores it
 
 class SlowJax:
     def find_spec(self, name, path=None, target=None):
@@ -93,11 +95,7 @@ sys.meta_path.insert(0, SlowJax())
 def test_stopped_while_it_imports(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SLOW_JAX)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    process = start(
-        *("generate", "random:tiny", "--prompt", "x"),
-        env=os.environ | {"PYTHONPATH": path},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
-    )
+    process = start("generate", "random:tiny", "--prompt", "x", env=os.environ | {"PYTHONPATH": path})
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
