@@ -16,6 +16,7 @@ from pallas_kernels.selection import api as selection
 from pallas_kernels.update import api as update
 from tests.retro_jax.tiny import (
     ATOL,
+    CENTROIDS,
     assert_decided,
     assert_same_tokens,
     begin,
@@ -32,13 +33,6 @@ GROUPS = (1, 3, 4)
 PAGE_SIZES = (8, 16)
 LENGTHS = (2, 13, 37)  # shorter than a window, than a page, and off every page boundary
 STEPS = 20
-CENTROIDS = {
-    "score": "mean_key",
-    "statistics": "mean_key_int8",
-    "group_reduce": "mass",
-    "residual_pages": 2,
-    "budget_covers": "traffic",
-}
 
 
 def sparse(window: int, page_size: int, **fields) -> rj.DecodeConfig:

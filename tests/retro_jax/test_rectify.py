@@ -6,16 +6,9 @@ import pytest
 
 import models
 import retro_jax as rj
-from tests.retro_jax.tiny import ATOL, begin, force, forced_logits, prefill, step, tiny, token_ids
+from tests.retro_jax.tiny import ATOL, CENTROIDS, begin, force, forced_logits, prefill, step, tiny, token_ids
 
 LENGTHS = (2, 13, 37)
-CENTROIDS = {
-    "score": "mean_key",
-    "statistics": "mean_key_int8",
-    "group_reduce": "mass",
-    "residual_pages": 2,
-    "budget_covers": "traffic",
-}
 
 
 def sparse(window=1, **fields) -> rj.DecodeConfig:

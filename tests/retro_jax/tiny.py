@@ -12,6 +12,14 @@ from models import ModelConfig, transformer
 
 VOCAB = 96
 ATOL = 1e-5  # float32, logits of order one
+CENTROIDS = {
+    "score": "mean_key",
+    "statistics": "mean_key_int8",
+    "group_reduce": "mass",
+    "residual_pages": 2,
+    "budget_covers": "traffic",
+}
+"""What preset retro is made of, in small."""
 
 prefill = jax.jit(rj.prefill, static_argnames=("model", "config", "capacity"))
 step = jax.jit(rj.decode_step, static_argnames=("model", "config"), donate_argnames="state")
