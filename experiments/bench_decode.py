@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from experiments.commands.bench_decode import BenchDecodeFlags
-from experiments.plot_files import pictures
-from experiments.plot_text import counted, shortened
-from experiments.plots import FULL, QUEST, Curves, Line, Scale, looks
-from experiments.programs import release
-from experiments.progress import Progress
-from experiments.provenance import cpus, provenance
-from experiments.results import print_json, write_bytes, write_json
-from experiments.tables import markdown
-from experiments.transformers_export import export
 from retro_jax import PRESETS, DecodeConfig, Model, decode_step, init_state, preset
+from retro_jax.experiments.commands.bench_decode import BenchDecodeFlags
+from retro_jax.experiments.plot_files import pictures
+from retro_jax.experiments.plot_text import counted, shortened
+from retro_jax.experiments.plots import FULL, QUEST, Curves, Line, Scale, looks
+from retro_jax.experiments.programs import release
+from retro_jax.experiments.progress import Progress
+from retro_jax.experiments.provenance import cpus, provenance
+from retro_jax.experiments.results import print_json, write_bytes, write_json
+from retro_jax.experiments.tables import markdown
+from retro_jax.experiments.transformers_export import export
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
 from retro_jax.sharding import mesh_of

@@ -19,11 +19,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.device_time import Timing, device_time
-from experiments.devices import local_devices
-from experiments.flags import Output
-from experiments.kernel_baselines import BASELINES, FLASHINFER, Baseline, versions
-from experiments.kernel_cases import (
+from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
+from retro_jax import make_mesh
+from retro_jax.experiments.device_time import Timing, device_time
+from retro_jax.experiments.devices import local_devices
+from retro_jax.experiments.flags import Output
+from retro_jax.experiments.kernel_baselines import BASELINES, FLASHINFER, Baseline, versions
+from retro_jax.experiments.kernel_cases import (
     Case,
     Dimensions,
     device_memory,
@@ -33,15 +35,13 @@ from experiments.kernel_cases import (
     random_keys,
     sets_for,
 )
-from experiments.kernel_report import kernel_report
-from experiments.memory import check_room
-from experiments.progress import Progress
-from experiments.provenance import provenance
-from experiments.results import finite, write_bytes, write_json
-from experiments.roofline import roofline_pictures
-from models.names import nearest
-from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
-from retro_jax import make_mesh
+from retro_jax.experiments.kernel_report import kernel_report
+from retro_jax.experiments.memory import check_room
+from retro_jax.experiments.progress import Progress
+from retro_jax.experiments.provenance import provenance
+from retro_jax.experiments.results import finite, write_bytes, write_json
+from retro_jax.experiments.roofline import roofline_pictures
+from retro_jax.models.names import nearest
 
 """The kernels that are tried first on each backend, as by `pallas_kernels.dispatch`."""
 

@@ -4,21 +4,21 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments import tpu_compiler
-from experiments.flags import Output
-from experiments.kernel_report import rounded
-from experiments.plot_files import Layout, pictures
-from experiments.plot_text import counted
-from experiments.plots import Bars, Scale
-from experiments.progress import Progress
-from experiments.provenance import provenance
-from experiments.results import finite, write_bytes, write_json
-from experiments.tables import markdown
-from experiments.tpu_model import decode_step
-from models.names import nearest
-from models.presets import SIZES
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig
+from retro_jax.experiments import tpu_compiler
+from retro_jax.experiments.flags import Output
+from retro_jax.experiments.kernel_report import rounded
+from retro_jax.experiments.plot_files import Layout, pictures
+from retro_jax.experiments.plot_text import counted
+from retro_jax.experiments.plots import Bars, Scale
+from retro_jax.experiments.progress import Progress
+from retro_jax.experiments.provenance import provenance
+from retro_jax.experiments.results import finite, write_bytes, write_json
+from retro_jax.experiments.tables import markdown
+from retro_jax.experiments.tpu_model import decode_step
+from retro_jax.models.names import nearest
+from retro_jax.models.presets import SIZES
 
 PARTS = ("weights", "dense attention", "selection", "attention", "update")
 

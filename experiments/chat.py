@@ -6,7 +6,7 @@ only where the cache holds the beginning of what the template makes of the whole
 
 from collections.abc import Mapping, Sequence
 
-from models import Tokenizer
+from retro_jax.models import Tokenizer
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from experiments.flags import Output
+    from retro_jax.experiments.flags import Output
 
 DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.
 
@@ -83,30 +83,30 @@ class Group:
 def _benchmarks() -> Mapping[str, Entry]:
     return {
         "decode": Entry(
-            "experiments.bench_decode:BenchDecode",
+            "retro_jax.experiments.bench_decode:BenchDecode",
             "Measure the speed of decoding: methods take turns in one run, for each length of the context.",
-            "experiments.commands.bench_decode:BenchDecodeFlags",
+            "retro_jax.experiments.commands.bench_decode:BenchDecodeFlags",
         ),
         "kernels": Entry(
-            "experiments.bench_kernels:BenchKernels",
+            "retro_jax.experiments.bench_kernels:BenchKernels",
             "Measure the device time of operations on pages, beside the read bandwidth of the device.",
         ),
         "tpu-static": Entry(
-            "experiments.bench_tpu:BenchTpuStatic",
+            "retro_jax.experiments.bench_tpu:BenchTpuStatic",
             "Predict decode steps on TPUs from bytes and from the compiler's schedules.",
         ),
     }
 
 
 def _runs() -> Mapping[str, Entry]:
-    from experiments.configs import CONFIGS
-    from experiments.tasks import describe
+    from retro_jax.experiments.configs import CONFIGS
+    from retro_jax.experiments.tasks import describe
 
     return {
         name: Entry(
-            "experiments.run:Run",
+            "retro_jax.experiments.run:Run",
             f"{describe(config.task)}, {config.model}",
-            "experiments.commands.run:RunFlags",
+            "retro_jax.experiments.commands.run:RunFlags",
             {"config": config, "name": name},
         )
         for name, config in CONFIGS.items()
@@ -115,28 +115,28 @@ def _runs() -> Mapping[str, Entry]:
 
 COMMANDS: Mapping[str, Entry | Group] = {
     "generate": Entry(
-        "experiments.commands.generate:Generate",
+        "retro_jax.experiments.commands.generate:Generate",
         "Continue prompts, or chat, with full attention, Quest or RetroAttention.",
     ),
     "score": Entry(
-        "experiments.commands.score:Score",
+        "retro_jax.experiments.commands.score:Score",
         "Measure how likely a model finds a text when one method decodes along it.",
     ),
     "compare": Entry(
-        "experiments.commands.compare:Compare",
+        "retro_jax.experiments.commands.compare:Compare",
         "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",
     ),
     "overlap": Entry(
-        "experiments.overlap:Overlap",
+        "retro_jax.experiments.overlap:Overlap",
         "Measure how many of a query's pages earlier queries had loaded, or had only just missed.",
-        "experiments.commands.overlap:OverlapFlags",
+        "retro_jax.experiments.commands.overlap:OverlapFlags",
     ),
     "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(
-        "experiments.report:Report",
+        "retro_jax.experiments.report:Report",
         "Make one Markdown page with tables and plots from the folders of one or more runs.",
-        "experiments.commands.report:ReportFlags",
+        "retro_jax.experiments.commands.report:ReportFlags",
     ),
 }
 
@@ -190,7 +190,7 @@ def _read(arguments: Sequence[str]) -> "Output":
             _show_help(prog, about, entries)
             sys.exit()
         if word not in entries:
-            from models.names import nearest
+            from retro_jax.models.names import nearest
 
             what = f"{word!r} is no command{nearest(word, entries)}" if word else "a command is missing"
             raise ValueError(f"{what}; use {prog} with one of {', '.join(entries)}, or --help")

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 from jaxtyping import Int
 
-from experiments.budgets import budget_fields
-from experiments.estimates import Estimate, estimate, position_bins, ratio
-from experiments.programs import release
-from experiments.provenance import provenance
-from experiments.results import ResultsFolder, Run
-from experiments.sweep import VARIED, quest_of, run_name
-from experiments.text import digest
 from retro_jax import DecodeConfig, Model, score
+from retro_jax.experiments.budgets import budget_fields
+from retro_jax.experiments.estimates import Estimate, estimate, position_bins, ratio
+from retro_jax.experiments.programs import release
+from retro_jax.experiments.provenance import provenance
+from retro_jax.experiments.results import ResultsFolder, Run
+from retro_jax.experiments.sweep import VARIED, quest_of, run_name
+from retro_jax.experiments.text import digest
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.budgets import budget_fields, budget_value
-from experiments.estimates import BLOCK, estimate, running_mean
-from experiments.ladder import LADDER, beside_ladder, ladder
-from experiments.plot_files import Layout, pictures
-from experiments.plot_text import counted, listed, shortened
-from experiments.plots import QUEST, Curves, Line, Look, Scale, looks
-from experiments.results import Run
-from experiments.sweep import NAMES, Axis, columns, constants, label, order, run_name
+from retro_jax.experiments.budgets import budget_fields, budget_value
+from retro_jax.experiments.estimates import BLOCK, estimate, running_mean
+from retro_jax.experiments.ladder import LADDER, beside_ladder, ladder
+from retro_jax.experiments.plot_files import Layout, pictures
+from retro_jax.experiments.plot_text import counted, listed, shortened
+from retro_jax.experiments.plots import QUEST, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.results import Run
+from retro_jax.experiments.sweep import NAMES, Axis, columns, constants, label, order, run_name
 
 SPAN = 8
 """Blocks in the running mean; texts of fewer blocks have so many points, and no errors."""
@@ -33,7 +33,7 @@ def comparison_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]
     """Draws a comparison.
 
     Args:
-      identity: what the runs share, as `experiments.compare.identity` gives it.
+      identity: what the runs share, as `retro_jax.experiments.compare.identity` gives it.
       runs: full attention and at least one other.
 
     Returns:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
 
-from experiments.progress import Progress
+from retro_jax.experiments.progress import Progress
 from retro_jax.fields import DecodeFields, SamplingFields
 from retro_jax.presets import PRESETS
 
 if TYPE_CHECKING:
-    from experiments.compare import Texts
     from retro_jax import DecodeConfig, Model, Sampling
+    from retro_jax.experiments.compare import Texts
 
 Flag = tyro.conf.FlagCreatePairsOff
 Hidden = tyro.conf.Suppress
@@ -107,10 +107,10 @@ class Command(Output):
           ValueError: JAX does not start, or it does not fit the memory; told before the model is read
             where its name or its config.json tells its size.
         """
-        from experiments.compile_cache import keep_programs
-        from experiments.devices import local_devices
-        from experiments.memory import check_memory, known_model
         from retro_jax import load_model
+        from retro_jax.experiments.compile_cache import keep_programs
+        from retro_jax.experiments.devices import local_devices
+        from retro_jax.experiments.memory import check_memory, known_model
 
         local_devices()
         if known := known_model(self.model, self.dtype):
@@ -174,9 +174,9 @@ class TextCommand(Command):
           FileNotFoundError: a text is not there.
           ValueError: the texts are not as the flags say, or do not fit the memory.
         """
-        from experiments.compare import Texts
-        from experiments.memory import check_memory
-        from experiments.text import check_sources, read_tokens
+        from retro_jax.experiments.compare import Texts
+        from retro_jax.experiments.memory import check_memory
+        from retro_jax.experiments.text import check_sources, read_tokens
         from retro_jax.sizes import batch_rows, cache_capacity
 
         def sizes(texts: int, tokens: int) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Which operations of a decode step run through kernels: pairs of configuration and chip, without a chip.
 
-    python -m experiments.kernel_pairs --out docs/kernels.md
+    python -m retro_jax.experiments.kernel_pairs --out docs/kernels.md
 
 Each operation that a configuration asks for is traced for each chip, as a decode step would trace it there: a
 kernel takes it, or refuses it with the reason that the log shows.
@@ -19,8 +19,6 @@ import jax.numpy as jnp
 import tyro
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from experiments.tables import markdown
-from models import ModelConfig
 from pallas_kernels import (
     GROUP_REDUCE,
     SCORES,
@@ -34,6 +32,8 @@ from pallas_kernels import (
 )
 from retro_jax import DecodeConfig, init_state
 from retro_jax.budget import most_pages
+from retro_jax.experiments.tables import markdown
+from retro_jax.models import ModelConfig
 from retro_jax.selectors import SELECTORS
 
 CHIPS: Mapping[str, AbstractDevice] = {
@@ -249,10 +249,10 @@ def page() -> str:
 
 _HEAD = f"""# Which kernels a decode step runs through
 
-Written by `python -m experiments.kernel_pairs --out docs/kernels.md`, which traces every operation of every
-row for every chip, without one. A cell names what runs through XLA there, and why is told once in the log;
-"-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA always. Of 8-bit
-statistics, "update" is the statistics alone: the kernel writes the pages. Where a table does not say
+Written by `python -m retro_jax.experiments.kernel_pairs --out docs/kernels.md`, which traces every operation
+of every row for every chip, without one. A cell names what runs through XLA there, and why is told once in
+the log; "-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA always.
+Of 8-bit statistics, "update" is the statistics alone: the kernel writes the pages. Where a table does not say
 otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in bfloat16, head_dim 128, 4 query heads a
 KV head, one sequence. "all" is update, dense attention, selection and attention."""
 _ALL = ("update", "dense attention", "selection", "attention")

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments.devices import local_devices, memory_left
-from experiments.results import read_json
-from models.config import ModelConfig
-from models.huggingface import config_from_json
-from models.load import local_path
-from models.presets import SIZES
-from models.transformer import random_params
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from retro_jax import DecodeConfig, init_state
+from retro_jax.experiments.devices import local_devices, memory_left
+from retro_jax.experiments.results import read_json
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.huggingface import config_from_json
+from retro_jax.models.load import local_path
+from retro_jax.models.presets import SIZES
+from retro_jax.models.transformer import random_params
 from retro_jax.sharding import check_mesh, params_shardings, state_shardings
 
 SCORE_BLOCK = 1024

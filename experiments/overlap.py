@@ -16,28 +16,28 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from matplotlib.axes import Axes
 
-from experiments.budgets import budget_value
-from experiments.commands.overlap import OverlapFlags
-from experiments.compare import Texts
-from experiments.estimates import Estimate, estimate
-from experiments.plot_files import pictures
-from experiments.plot_text import counted, listed, shortened
-from experiments.plots import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
-from experiments.progress import Progress
-from experiments.provenance import provenance
-from experiments.results import print_json, write_bytes, write_json
-from experiments.tables import markdown, number
-from models import Model, transformer
-from models.config import ModelConfig
-from models.transformer import Params
 from pallas_kernels import choose_pages
 from retro_jax import DecodeConfig, DecodeState
 from retro_jax.budget import most_pages
+from retro_jax.experiments.budgets import budget_value
+from retro_jax.experiments.commands.overlap import OverlapFlags
+from retro_jax.experiments.compare import Texts
+from retro_jax.experiments.estimates import Estimate, estimate
+from retro_jax.experiments.plot_files import pictures
+from retro_jax.experiments.plot_text import counted, listed, shortened
+from retro_jax.experiments.plots import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
+from retro_jax.experiments.progress import Progress
+from retro_jax.experiments.provenance import provenance
+from retro_jax.experiments.results import print_json, write_bytes, write_json
+from retro_jax.experiments.tables import markdown, number
 from retro_jax.generate import run_prefill
 from retro_jax.inputs import check_token_ids
 from retro_jax.layers import dense_layer, retro_layer, window_slots
 from retro_jax.methods import Query
 from retro_jax.methods.eviction import members
+from retro_jax.models import Model, transformer
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import Params
 from retro_jax.selectors import SELECTORS
 from retro_jax.sharding import new_state, under_mesh_of_weights
 from retro_jax.state import LayerState

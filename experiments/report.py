@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from experiments.commands.report import ReportFlags
-from experiments.paper import PAPER_NOTE, paper_rows
-from experiments.report_data import (
+from retro_jax.experiments.commands.report import ReportFlags
+from retro_jax.experiments.paper import PAPER_NOTE, paper_rows
+from retro_jax.experiments.report_data import (
     LEAST_EXAMPLES,
     Interval,
     Measured,
@@ -14,7 +14,7 @@ from experiments.report_data import (
     read_runs,
     run_values,
 )
-from experiments.report_plots import (
+from retro_jax.experiments.report_plots import (
     budget_plot,
     excess_plot,
     exposure_plot,
@@ -23,9 +23,9 @@ from experiments.report_plots import (
     questions_groups,
     questions_plot,
 )
-from experiments.results import print_json, write_bytes
-from experiments.tables import markdown
-from experiments.tasks import TASKS
+from retro_jax.experiments.results import print_json, write_bytes
+from retro_jax.experiments.tables import markdown
+from retro_jax.experiments.tasks import TASKS
 
 PLOTS = {
     "position": (position_plot, "Score by position in the reply"),

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from experiments.estimates import block_means
-from experiments.run_config import method_fields
-from experiments.run_folder import KEYS, read_identity, read_lines, read_results
+from retro_jax.experiments.estimates import block_means
+from retro_jax.experiments.run_config import method_fields
+from retro_jax.experiments.run_folder import KEYS, read_identity, read_lines, read_results
 
 RESAMPLES = 2000
 LEAST_EXAMPLES = 6

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.plot_files import Layout, pictures
-from experiments.plot_text import counted, shortened
-from experiments.plots import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
-from experiments.report_data import (
+from retro_jax.experiments.plot_files import Layout, pictures
+from retro_jax.experiments.plot_text import counted, shortened
+from retro_jax.experiments.plots import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.report_data import (
     LEAST_EXAMPLES,
     Interval,
     Measured,

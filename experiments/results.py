@@ -14,8 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from experiments.sweep import order, run_name
 from retro_jax import DecodeConfig, Score
+from retro_jax.experiments.sweep import order, run_name
 
 IDENTITY = "comparison.json"
 

@@ -5,9 +5,9 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from experiments.plot_files import Layout, pictures
-from experiments.plot_text import counted, shortened
-from experiments.plots import COLOURS, MARKERS, QUEST_COLOUR, Curves, Line, Look, Scale
+from retro_jax.experiments.plot_files import Layout, pictures
+from retro_jax.experiments.plot_text import counted, shortened
+from retro_jax.experiments.plots import COLOURS, MARKERS, QUEST_COLOUR, Curves, Line, Look, Scale
 
 TITLES = {
     "attention": "Attention over selected pages",

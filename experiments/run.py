@@ -9,20 +9,20 @@ from dataclasses import asdict, replace
 
 import jax
 
-from experiments.commands.run import RunFlags
-from experiments.compile_cache import keep_programs
-from experiments.devices import local_devices
-from experiments.memory import known_model
-from experiments.programs import release
-from experiments.progress import Progress, Rates
-from experiments.provenance import provenance
-from experiments.results import print_json
-from experiments.run_compile import check_programs, compile_run, programs_text
-from experiments.run_config import RunConfig, default_folder, digest
-from experiments.run_folder import RunFolder, check_folder
-from experiments.run_plan import check_memory_of, make_plan, plan_text, plan_values
-from experiments.run_work import Row, check_positions, decode_batch, encode, make_batches
 from retro_jax import Model, load_model, make_mesh, shard_params
+from retro_jax.experiments.commands.run import RunFlags
+from retro_jax.experiments.compile_cache import keep_programs
+from retro_jax.experiments.devices import local_devices
+from retro_jax.experiments.memory import known_model
+from retro_jax.experiments.programs import release
+from retro_jax.experiments.progress import Progress, Rates
+from retro_jax.experiments.provenance import provenance
+from retro_jax.experiments.results import print_json
+from retro_jax.experiments.run_compile import check_programs, compile_run, programs_text
+from retro_jax.experiments.run_config import RunConfig, default_folder, digest
+from retro_jax.experiments.run_folder import RunFolder, check_folder
+from retro_jax.experiments.run_plan import check_memory_of, make_plan, plan_text, plan_values
+from retro_jax.experiments.run_work import Row, check_positions, decode_batch, encode, make_batches
 
 TERMINATED = 128 + signal.SIGTERM
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from experiments.budgets import budget_fields
-from experiments.flags import NoPrefix, SamplingFlags, common_flags
-from experiments.tasks import TASKS, AnyTask
+from retro_jax.experiments.budgets import budget_fields
+from retro_jax.experiments.flags import NoPrefix, SamplingFlags, common_flags
+from retro_jax.experiments.tasks import TASKS, AnyTask
 from retro_jax.fields import DecodeFields
 from retro_jax.presets import PRESETS, preset
 
@@ -118,8 +118,8 @@ def method_fields(
     Raises:
       ValueError: a method or a preset is unknown.
     """
-    from models.names import nearest
     from retro_jax.methods import METHODS
+    from retro_jax.models.names import nearest
 
     found = {}
     for name in methods:

@@ -15,7 +15,14 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from experiments.results import check_writable, differences, finite, read_json, sync_folder, write_json
+from retro_jax.experiments.results import (
+    check_writable,
+    differences,
+    finite,
+    read_json,
+    sync_folder,
+    write_json,
+)
 
 CONFIG = "config.json"
 KEYS = ("example", "method", "sample")

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from experiments.memory import check_memory, gigabytes, known_model, memory
-from experiments.run_config import RunConfig
-from experiments.tables import markdown
-from experiments.tasks import Asked, Passage, describe
-from models.config import ModelConfig
 from retro_jax import DecodeConfig
+from retro_jax.experiments.memory import check_memory, gigabytes, known_model, memory
+from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.tables import markdown
+from retro_jax.experiments.tasks import Asked, Passage, describe
+from retro_jax.models.config import ModelConfig
 from retro_jax.sizes import batch_rows, cache_capacity
 
 CHARS_PER_TOKEN = 3

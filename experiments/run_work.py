@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from experiments.tasks import Asked, Example, Passage, Task
-from experiments.tasks.base import THINK
-from models import Model, Tokenizer
-from models.config import ModelConfig
 from retro_jax import DecodeConfig, Metrics, Sampling, generate, score
+from retro_jax.experiments.tasks import Asked, Example, Passage, Task
+from retro_jax.experiments.tasks.base import THINK
+from retro_jax.models import Model, Tokenizer
+from retro_jax.models.config import ModelConfig
 from retro_jax.sizes import cache_capacity
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from experiments.budgets import budget_fields, budget_value
-from experiments.flags import Flag
-from experiments.ladder import ladder
+from retro_jax.experiments.budgets import budget_fields, budget_value
+from retro_jax.experiments.flags import Flag
+from retro_jax.experiments.ladder import ladder
 from retro_jax.fields import DecodeFields
 from retro_jax.presets import PRESETS
 
@@ -179,8 +179,8 @@ class Sweep:
         return (None, *values) if axis.default is None else values
 
     def _check(self):
-        from models.names import nearest
         from retro_jax.methods import METHODS
+        from retro_jax.models.names import nearest
 
         for field in fields(self):
             if field.default and not getattr(self, field.name):
@@ -196,7 +196,7 @@ class Sweep:
 
 def _preset(name: str) -> Mapping[str, object]:
     if name not in PRESETS:
-        from models.names import nearest
+        from retro_jax.models.names import nearest
 
         raise ValueError(f"--presets has {name!r}{nearest(name, PRESETS)}; use {', '.join(PRESETS)}")
     return PRESETS[name]

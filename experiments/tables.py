@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from experiments.budgets import budget_fields, budget_value
-from experiments.compare import Row, rows
-from experiments.estimates import BLOCK, Estimate, estimate, position_bins, ratio
-from experiments.ladder import LADDER, beside_ladder, ladder
-from experiments.results import Run
-from experiments.sweep import columns, constants, label, run_name
+from retro_jax.experiments.budgets import budget_fields, budget_value
+from retro_jax.experiments.compare import Row, rows
+from retro_jax.experiments.estimates import BLOCK, Estimate, estimate, position_bins, ratio
+from retro_jax.experiments.ladder import LADDER, beside_ladder, ladder
+from retro_jax.experiments.results import Run
+from retro_jax.experiments.sweep import columns, constants, label, run_name
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 if TYPE_CHECKING:
-    from models import Model
+    from retro_jax.models import Model
 
 MARKS = {  # UTF-32's first, as one begins like UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",

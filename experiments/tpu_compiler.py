@@ -44,7 +44,7 @@ def compile_for(chip, function, *shapes, donate=(), row_major=False):
     from jax.experimental.layout import Format, Layout
     from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
-    from experiments.programs import not_cached
+    from retro_jax.experiments.programs import not_cached
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     device = topology.devices[0]
@@ -74,9 +74,9 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-    from experiments.programs import not_cached
     from pallas_kernels.dispatch import HEADS, SEQUENCES
     from retro_jax import decode_step
+    from retro_jax.experiments.programs import not_cached
     from retro_jax.sharding import abstract_arguments
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])

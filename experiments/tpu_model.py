@@ -12,15 +12,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-import models
-from experiments import tpu_compiler, tpu_schedule, tpu_selection
-from models.config import ModelConfig
 from pallas_kernels.attention.tpu_blocks import LATENCY, choose_blocks
 from pallas_kernels.selection.mosaic_tpu import heads_per_step, pages_per_block
 from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.tpu import CHIPS, Chip
-from retro_jax import DecodeConfig
+from retro_jax import DecodeConfig, models
 from retro_jax.budget import Budget, budget_pages
+from retro_jax.experiments import tpu_compiler, tpu_schedule, tpu_selection
+from retro_jax.models.config import ModelConfig
 
 _SCHEDULED_CONTEXT = 32768  # of the compiled kernels: what a block issues does not depend on it
 
@@ -55,7 +54,7 @@ def _schedule(chip: str, page_size: int, head_dim: int, group: int, window: int,
             chip, page_size, window, _SCHEDULED_CONTEXT, head_dim=head_dim, group=group
         )
     arguments = {"chip": chip, "page_size": page_size, "head_dim": head_dim, "group": group}
-    bundles = tpu_schedule.dump("experiments.tpu_model:compile_dense", "dense_attention", **arguments)
+    bundles = tpu_schedule.dump(f"{__name__}:compile_dense", "dense_attention", **arguments)
     blocks = choose_blocks(CHIPS[chip], page_size, head_dim, 2, _SCHEDULED_CONTEXT // page_size)
     return tpu_schedule.measure(bundles, blocks.pages)
 

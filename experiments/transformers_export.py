@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from models import Model, ModelConfig
-from models.huggingface import TABLE
+from retro_jax.models import Model, ModelConfig
+from retro_jax.models.huggingface import TABLE
 
 
 def export(model: Model, folder: Path) -> None:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from models import ModelConfig, Params, transformer
 from pallas_kernels import KEYS
 from retro_jax import DecodeConfig, DecodeState
 from retro_jax.layers import window_slots
+from retro_jax.models import ModelConfig, Params, transformer
 
 
 class FullAttention(NamedTuple):

@@ -2,13 +2,18 @@
 
 What may change here: how a model is described, computed layer by layer, and read from files, with its
 tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours.
+
+Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """
 
-from models.config import ModelConfig, RopeScaling
-from models.load import load_model
-from models.model import Model
-from models.tokenizer import Tokenizer
-from models.transformer import (
+if __name__ != "retro_jax.models":
+    raise ImportError(f"this package is imported as retro_jax.models, not as {__name__}")
+
+from retro_jax.models.config import ModelConfig, RopeScaling
+from retro_jax.models.load import load_model
+from retro_jax.models.model import Model
+from retro_jax.models.tokenizer import Tokenizer
+from retro_jax.models.transformer import (
     LayerParams,
     Params,
     attention_output,

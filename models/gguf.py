@@ -11,10 +11,10 @@ import gguf
 import gguf.quants
 import numpy as np
 
-from models.gguf_config import ROPE_FACTORS, config_from_metadata
-from models.gguf_tokenizer import tokenizer_from_metadata
-from models.model import Model
-from models.weights import Progress, load_params
+from retro_jax.models.gguf_config import ROPE_FACTORS, config_from_metadata
+from retro_jax.models.gguf_tokenizer import tokenizer_from_metadata
+from retro_jax.models.model import Model
+from retro_jax.models.weights import Progress, load_params
 
 TABLE = {
     "embed": "token_embd.weight",

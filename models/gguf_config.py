@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from models.config import ModelConfig, RopeScaling
+from retro_jax.models.config import ModelConfig, RopeScaling
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"

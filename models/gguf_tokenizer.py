@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from models.tokenizer import END_TOKENS, Tokenizer
+from retro_jax.models.tokenizer import END_TOKENS, Tokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Values of tokenizer.ggml.token_type that are matched in the text before the pre-tokenizer."""

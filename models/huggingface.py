@@ -16,11 +16,11 @@ import huggingface_hub.errors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.config import ModelConfig
-from models.huggingface_config import config_from_json
-from models.huggingface_tokenizer import FILES, OTHER_FORMATS, as_list, load_tokenizer, read_json
-from models.model import Model
-from models.weights import Progress, load_params
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.huggingface_config import config_from_json
+from retro_jax.models.huggingface_tokenizer import FILES, OTHER_FORMATS, as_list, load_tokenizer, read_json
+from retro_jax.models.model import Model
+from retro_jax.models.weights import Progress, load_params
 
 TABLE = {
     "embed": "model.embed_tokens.weight",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import ModelConfig, RopeScaling
+from retro_jax.models.config import ModelConfig, RopeScaling
 
 FAMILIES = {
     "llama": {},

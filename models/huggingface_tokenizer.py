@@ -18,7 +18,7 @@ from typing import Any
 
 import tokenizers
 
-from models.tokenizer import Tokenizer
+from retro_jax.models.tokenizer import Tokenizer
 
 FILES = (
     "tokenizer.json",

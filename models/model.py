@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import jax
 
-from models.config import ModelConfig
-from models.tokenizer import Tokenizer
-from models.transformer import Params
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.tokenizer import Tokenizer
+from retro_jax.models.transformer import Params
 
 
 @dataclass(frozen=True)

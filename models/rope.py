@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.config import ModelConfig, RopeScaling
+from retro_jax.models.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import tokenizers
 
-from models import chat_template
-from models.chat_template import Message
+from retro_jax.models import chat_template
+from retro_jax.models.chat_template import Message
 
 END_TOKENS = (
     "<|endoftext|>",

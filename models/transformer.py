@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from models.config import ModelConfig
-from models.rope import apply_rope
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.rope import apply_rope
 
 
 @flax.struct.dataclass

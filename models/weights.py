@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from models.config import ModelConfig
-from models.transformer import LayerParams, Params, random_params
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import LayerParams, Params, random_params
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); stage is "download" (bytes) or "load" (tensors)."""

@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from models import Model, load_model
     from retro_jax.config import DecodeConfig
     from retro_jax.decode import Decoded, decode, teacher_force
     from retro_jax.generate import Generation, NonFiniteLogits, generate
     from retro_jax.metrics import Metrics
+    from retro_jax.models import Model, load_model
     from retro_jax.prefill import extend, prefill
     from retro_jax.presets import PRESETS, preset
     from retro_jax.sampling import Sampling
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _NAMES = {
-    "models": ("Model", "load_model"),
+    "retro_jax.models": ("Model", "load_model"),
     "retro_jax.config": ("DecodeConfig",),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
     "retro_jax.generate": ("Generation", "NonFiniteLogits", "generate"),

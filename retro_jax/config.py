@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from models.config import ModelConfig
-from models.names import nearest
 from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
 from retro_jax.fields import DecodeFields
 from retro_jax.methods import METHODS, Eviction, Method
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.names import nearest
 from retro_jax.selectors import SELECTORS
 
 MEAN_KEYS = SCORES["mean_key"].statistics

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models import transformer
-from models.config import ModelConfig
-from models.transformer import Params
 from retro_jax.config import DecodeConfig
 from retro_jax.layers import dense_layer
+from retro_jax.models import transformer
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import Params
 from retro_jax.state import DecodeState
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from models import Model
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import decode
 from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, check_keys, prompt_ids
 from retro_jax.metrics import Metrics
+from retro_jax.models import Model
 from retro_jax.prefill import extend
 from retro_jax.sampling import Sampling, sample, sequence_keys
 from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from models import Model
-from models.config import ModelConfig
+from retro_jax.models import Model
+from retro_jax.models.config import ModelConfig
 from retro_jax.sizes import cache_capacity
 
 

@@ -12,9 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from models import transformer
-from models.config import ModelConfig
-from models.transformer import LayerParams
 from pallas_kernels import (
     attend_estimates,
     attend_pages,
@@ -27,6 +24,9 @@ from pallas_kernels import (
 from retro_jax.budget import budget_pages
 from retro_jax.config import DecodeConfig
 from retro_jax.methods import Query
+from retro_jax.models import transformer
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import LayerParams
 from retro_jax.state import DecodeState, LayerState, OutputCache
 
 

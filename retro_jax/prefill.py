@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from models.config import ModelConfig
-from models.transformer import Params
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
 from retro_jax.dense import dense_pass
 from retro_jax.inputs import check_ints, check_lengths
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import Params
 from retro_jax.rectify import rewrite
 from retro_jax.state import DecodeState, init_state
 

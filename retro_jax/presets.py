@@ -45,8 +45,8 @@ def preset(name: str = "retro", **changes: object) -> "DecodeConfig":
       ValueError: the name is unknown, or the configuration is not possible.
       TypeError: a change is no field of `DecodeConfig`.
     """
-    from models.names import nearest
     from retro_jax.config import DecodeConfig
+    from retro_jax.models.names import nearest
 
     if name not in PRESETS:
         raise ValueError(

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from models.config import ModelConfig
-from models.transformer import Params
 from retro_jax.config import DecodeConfig
 from retro_jax.dense import dense_pass
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import Params
 from retro_jax.state import DecodeState
 
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import Model
 from retro_jax.budget import Budget, largest
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.generate import Progress, run_prefill
 from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids
 from retro_jax.metrics import Metrics
+from retro_jax.models import Model
 from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
 from retro_jax.sizes import MIN_STEPS, batch_rows, program_length
 

@@ -23,11 +23,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.config import ModelConfig
-from models.transformer import Params, random_params
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import Params, random_params
 from retro_jax.state import DecodeState, init_state
 
 _COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}

@@ -4,12 +4,12 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.config import ModelConfig
 from pallas_kernels import STATISTICS, Statistics
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import Budget
 from retro_jax.config import DecodeConfig
 from retro_jax.methods import Kept
+from retro_jax.models.config import ModelConfig
 
 
 @flax.struct.dataclass

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from models import transformer
-from models.config import ModelConfig
-from models.transformer import Params
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import vectors_per_page
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints
 from retro_jax.layers import dense_layer, retro_layer, window_slots
+from retro_jax.models import transformer
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.transformer import Params
 from retro_jax.rectify import rectify
 from retro_jax.state import DecodeState, StepMetrics
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from models import Tokenizer
+from retro_jax.models import Tokenizer
 
 _UNFINISHED = "\ufffd"
 """What the bytes of a character that is not whole yet decode to."""

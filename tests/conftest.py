@@ -1,11 +1,12 @@
 """Set before any import of JAX: devices, compilers, and run-time checks of shape annotations."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 
-from experiments import programs, tpu_compiler
+from retro_jax.experiments import programs, tpu_compiler
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     tpu_compiler.without_a_tpu()
@@ -14,11 +15,14 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+import retro_jax
 import tests.typecheck  # noqa: F401
 
-install_import_hook(["models", "pallas_kernels", "retro_jax"], "tests.typecheck.functions")
+ROOMS = sorted(path.stem for path in Path(retro_jax.__path__[0]).iterdir())
+CHECKED = ["pallas_kernels", *(f"retro_jax.{room}" for room in ROOMS if room != "experiments")]
+install_import_hook(CHECKED, "tests.typecheck.functions")
 
-import models
+from retro_jax import models
 
 OPTIMIZED = (
     "test_bench_decode",

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from experiments.flags import Flag, NoPrefix, TextCommand, common_flags
-from experiments.progress import Progress
-from experiments.sweep import VARIED, Sweep
+from retro_jax.experiments.flags import Flag, NoPrefix, TextCommand, common_flags
+from retro_jax.experiments.progress import Progress
+from retro_jax.experiments.sweep import VARIED, Sweep
 
 CommonFlags = common_flags(*VARIED)
 
@@ -30,10 +30,10 @@ class Compare(TextCommand):
 
     def run(self) -> None:
         """Runs what the folder does not have yet, then writes and prints the comparison."""
-        from experiments.compare import compare, identity, summary
-        from experiments.compare_plots import comparison_pictures
-        from experiments.results import ResultsFolder, print_json, write_bytes, write_json
-        from experiments.tables import comparison_report
+        from retro_jax.experiments.compare import compare, identity, summary
+        from retro_jax.experiments.compare_plots import comparison_pictures
+        from retro_jax.experiments.results import ResultsFolder, print_json, write_bytes, write_json
+        from retro_jax.experiments.tables import comparison_report
 
         configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1

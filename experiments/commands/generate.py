@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from experiments.flags import Command, Configured, Flag, SamplingArguments, SamplingFlags
-from experiments.progress import Progress, Rates
+from retro_jax.experiments.flags import Command, Configured, Flag, SamplingArguments, SamplingFlags
+from retro_jax.experiments.progress import Progress, Rates
 
 if TYPE_CHECKING:
     from retro_jax import Generation, Model
@@ -39,10 +39,10 @@ class Generate(Configured, Command):
 
     def run(self) -> None:
         """Generates, once or turn by turn."""
-        from experiments import chat
-        from experiments.provenance import provenance
-        from experiments.results import print_json
-        from experiments.text import file_tokens, read_text
+        from retro_jax.experiments import chat
+        from retro_jax.experiments.provenance import provenance
+        from retro_jax.experiments.results import print_json
+        from retro_jax.experiments.text import file_tokens, read_text
         from retro_jax.sizes import batch_rows, cache_capacity
 
         config, sampling = self.config.config(), self.sampling.sampling()
@@ -95,8 +95,8 @@ class Generate(Configured, Command):
         streamed: bool,
         previous: "Generation | None" = None,
     ) -> "tuple[Generation, Rates]":
-        from experiments.memory import check_memory
         from retro_jax import generate
+        from retro_jax.experiments.memory import check_memory
         from retro_jax.inputs import prompt_ids
         from retro_jax.sizes import batch_rows, cache_capacity
 
@@ -133,7 +133,7 @@ class Generate(Configured, Command):
 
     def _talk(self, model: "Model") -> None:
         """Reads messages from stdin until it ends, on one cache while the template keeps earlier turns."""
-        from experiments import chat
+        from retro_jax.experiments import chat
 
         if self.json:
             raise ValueError("--json cannot be used to talk; pass --prompt with --chat")

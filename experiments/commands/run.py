@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments.flags import Flag, NoPrefix, Output
-from experiments.run_config import RunConfig
+from retro_jax.experiments.flags import Flag, NoPrefix, Output
+from retro_jax.experiments.run_config import RunConfig
 
 
 @dataclass(kw_only=True)

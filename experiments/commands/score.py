@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
-from experiments.flags import Configured, TextCommand
-from experiments.progress import Progress, Rates
+from retro_jax.experiments.flags import Configured, TextCommand
+from retro_jax.experiments.progress import Progress, Rates
 
 
 @dataclass(kw_only=True)
@@ -17,11 +17,11 @@ class Score(Configured, TextCommand):
         """Scores the texts as one batch."""
         import numpy as np
 
-        from experiments.estimates import estimate
-        from experiments.provenance import provenance
-        from experiments.results import print_json
-        from experiments.tables import score_table
         from retro_jax import score
+        from retro_jax.experiments.estimates import estimate
+        from retro_jax.experiments.provenance import provenance
+        from retro_jax.experiments.results import print_json
+        from retro_jax.experiments.tables import score_table
 
         config = self.config.config()
         model, texts = self.read([config])

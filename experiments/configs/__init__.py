@@ -6,7 +6,7 @@ A file has `CONFIGS`, names to `RunConfig`s; add it to the list below. Every fie
 
 from collections.abc import Mapping
 
-from experiments.configs import (
+from retro_jax.experiments.configs import (
     longbench_llama3_1_8b,
     longgenbench_llama3_1_8b,
     longgenbench_qwen2_5_14b,
@@ -15,7 +15,7 @@ from experiments.configs import (
     reasoning_deepseek_r1_llama_8b,
     smollm2,
 )
-from experiments.run_config import RunConfig
+from retro_jax.experiments.run_config import RunConfig
 
 _FILES = (
     smollm2,

@@ -1,8 +1,8 @@
 """LongBench, three subsets, with Llama-3.1-8B-Instruct on one device of 80 GB."""
 
-from experiments.run_config import RunConfig
-from experiments.sweep import NAMES
-from experiments.tasks.longbench import LongBench
+from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.sweep import NAMES
+from retro_jax.experiments.tasks.longbench import LongBench
 
 CONFIGS = {
     f"llama3.1-8b-longbench-{subset}": RunConfig(

@@ -3,9 +3,9 @@
 The paper has n = 15, 30 and 45: pass `--task.n`.
 """
 
-from experiments.run_config import RunConfig
-from experiments.sweep import NAMES
-from experiments.tasks.longgenbench import READ, LongGenBench
+from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.sweep import NAMES
+from retro_jax.experiments.tasks.longgenbench import READ, LongGenBench
 
 CONFIGS = {
     f"llama3.1-8b-longgenbench-{source}": RunConfig(

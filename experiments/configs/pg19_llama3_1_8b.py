@@ -1,7 +1,7 @@
 """Perplexity along PG-19's books with Llama-3.1-8B-Instruct on one device of 80 GB; see `--task.data`."""
 
-from experiments.run_config import RunConfig
-from experiments.tasks.pg19 import PG19
+from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.tasks.pg19 import PG19
 
 CONFIGS = {
     "llama3.1-8b-pg19": RunConfig(

@@ -4,12 +4,12 @@ Temperature and top-p are those that the model's authors recommend. LiveCodeBenc
 writes only with `--task.execute`.
 """
 
-from experiments.flags import SamplingFlags
-from experiments.run_config import RunConfig
-from experiments.sweep import NAMES
-from experiments.tasks.aime24 import AIME24
-from experiments.tasks.gpqa import GPQA
-from experiments.tasks.livecodebench import LiveCodeBench
+from retro_jax.experiments.flags import SamplingFlags
+from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.sweep import NAMES
+from retro_jax.experiments.tasks.aime24 import AIME24
+from retro_jax.experiments.tasks.gpqa import GPQA
+from retro_jax.experiments.tasks.livecodebench import LiveCodeBench
 
 CONFIGS = {
     f"deepseek-r1-llama-8b-{name}": RunConfig(

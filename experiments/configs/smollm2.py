@@ -1,10 +1,10 @@
 """Runs of SmolLM2-135M that a CPU can do: books, recall, needles, and LongGenBench's form end to end."""
 
-from experiments.run_config import CommonFlags, RunConfig
-from experiments.tasks.longgenbench import LongGenBench
-from experiments.tasks.needles import Needles
-from experiments.tasks.pg19 import PG19
-from experiments.tasks.recall import Recall
+from retro_jax.experiments.run_config import CommonFlags, RunConfig
+from retro_jax.experiments.tasks.longgenbench import LongGenBench
+from retro_jax.experiments.tasks.needles import Needles
+from retro_jax.experiments.tasks.pg19 import PG19
+from retro_jax.experiments.tasks.recall import Recall
 
 MODEL = "smollm2-135m"
 BUDGETS = (128, 256, 512, 0.15)

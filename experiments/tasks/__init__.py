@@ -8,15 +8,15 @@ local file or folder, else fetched from the Hugging Face hub; each file says whi
 from collections.abc import Mapping
 from typing import Union
 
-from experiments.tasks.aime24 import AIME24
-from experiments.tasks.base import Asked, Example, Nominal, Passage, Task, describe
-from experiments.tasks.gpqa import GPQA
-from experiments.tasks.livecodebench import LiveCodeBench
-from experiments.tasks.longbench import LongBench
-from experiments.tasks.longgenbench import LongGenBench
-from experiments.tasks.needles import Needles
-from experiments.tasks.pg19 import PG19
-from experiments.tasks.recall import Recall
+from retro_jax.experiments.tasks.aime24 import AIME24
+from retro_jax.experiments.tasks.base import Asked, Example, Nominal, Passage, Task, describe
+from retro_jax.experiments.tasks.gpqa import GPQA
+from retro_jax.experiments.tasks.livecodebench import LiveCodeBench
+from retro_jax.experiments.tasks.longbench import LongBench
+from retro_jax.experiments.tasks.longgenbench import LongGenBench
+from retro_jax.experiments.tasks.needles import Needles
+from retro_jax.experiments.tasks.pg19 import PG19
+from retro_jax.experiments.tasks.recall import Recall
 
 TASKS: Mapping[str, type] = {
     "aime24": AIME24,

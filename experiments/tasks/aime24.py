@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, Task, check_at_least
-from experiments.tasks.extraction import number
-from experiments.tasks.sources import fetch, find, records
+from retro_jax.experiments.tasks.base import Example, Nominal, Task, check_at_least
+from retro_jax.experiments.tasks.extraction import number
+from retro_jax.experiments.tasks.sources import fetch, find, records
 
 ASK = "Reason step by step and put the final answer into \\boxed{}."
 

@@ -71,7 +71,7 @@ class Nominal:
 
 @runtime_checkable
 class Task(Protocol):
-    """A frozen dataclass whose fields say which examples are made; see `experiments.tasks.TASKS`.
+    """A frozen dataclass whose fields say which examples are made; see `retro_jax.experiments.tasks.TASKS`.
 
     Tasks inherit from it, for `grade`.
 
@@ -136,7 +136,7 @@ def check_at_least(task: Task, low: int, *names: str) -> None:
 def check_one_of(task: Task, name: str, known: Sequence[str]) -> None:
     """Raises ValueError if this field of a task is not one of the known values."""
     if getattr(task, name) not in known:
-        from models.names import nearest
+        from retro_jax.models.names import nearest
 
         value = getattr(task, name)
         raise ValueError(

@@ -4,7 +4,7 @@ import itertools
 import random
 import re
 
-from experiments.tasks.base import Asked, Example
+from retro_jax.experiments.tasks.base import Asked, Example
 
 COLOURS = (
     "amber black blue bronze brown copper coral cream crimson cyan ebony gold green grey indigo ivory jade "

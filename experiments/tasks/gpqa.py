@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
-from experiments.tasks.extraction import choice
-from experiments.tasks.sources import fetch, find, records
+from retro_jax.experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
+from retro_jax.experiments.tasks.extraction import choice
+from retro_jax.experiments.tasks.sources import fetch, find, records
 
 CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 LETTERS = "ABCD"

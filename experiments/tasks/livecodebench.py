@@ -24,9 +24,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, Task, check_at_least
-from experiments.tasks.sandbox import run_python
-from experiments.tasks.sources import fetch, find, records
+from retro_jax.experiments.tasks.base import Example, Nominal, Task, check_at_least
+from retro_jax.experiments.tasks.sandbox import run_python
+from retro_jax.experiments.tasks.sources import fetch, find, records
 
 FIELDS = ("question_id", "question_content", "public_test_cases", "private_test_cases")
 MODULES = (

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, Task, check_at_least, check_one_of
-from experiments.tasks.sources import fetch, find, parse, records, zip_member
+from retro_jax.experiments.tasks.base import Example, Nominal, Task, check_at_least, check_one_of
+from retro_jax.experiments.tasks.sources import fetch, find, parse, records, zip_member
 
 
 def words(text: str) -> list[str]:

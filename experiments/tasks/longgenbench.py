@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks.base import Example, Nominal, Task, check_at_least, check_one_of, seeded
-from experiments.tasks.extraction import choice, number, sections
-from experiments.tasks.questions import LETTERS, Question, commonsenseqa, gsm8k, mmlu
+from retro_jax.experiments.tasks.base import Example, Nominal, Task, check_at_least, check_one_of, seeded
+from retro_jax.experiments.tasks.extraction import choice, number, sections
+from retro_jax.experiments.tasks.questions import LETTERS, Question, commonsenseqa, gsm8k, mmlu
 
 READ = {"gsm8k": gsm8k, "mmlu": mmlu, "commonsenseqa": commonsenseqa}
 SPLITS = {"gsm8k": ("train", "test"), "mmlu": ("dev", "test"), "commonsenseqa": ("train", "dev")}

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.tasks.sources import fetch, find, records
+from retro_jax.experiments.tasks.sources import fetch, find, records
 
 LETTERS = "ABCDEFGHIJ"
 MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")

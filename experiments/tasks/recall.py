@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.tasks import codes
-from experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
+from retro_jax.experiments.tasks import codes
+from retro_jax.experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
 
 CHARS_PER_PAIR = 42
 

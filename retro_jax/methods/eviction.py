@@ -14,9 +14,9 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from models.config import ModelConfig
 from pallas_kernels import choose_pages, selected_mass
 from retro_jax.budget import most_kept_pages
+from retro_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from retro_jax.config import DecodeConfig

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import experiments.progress
-from experiments.cli import main
+import retro_jax.experiments.progress
+from retro_jax.experiments.cli import main
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def command(capsys, monkeypatch):
 
     However slow the machine is, stderr has no lines on compiling.
     """
-    monkeypatch.setattr(experiments.progress, "LEAST_COMPILING", 1e9)
+    monkeypatch.setattr(retro_jax.experiments.progress, "LEAST_COMPILING", 1e9)
 
     def run(*arguments):
         status = 0

@@ -4,9 +4,9 @@ import time
 import zlib
 from types import SimpleNamespace
 
-import experiments.run
-from experiments.cli import main
-from models.presets import SIZES
+from retro_jax.experiments import run as runner
+from retro_jax.experiments.cli import main
+from retro_jax.models.presets import SIZES
 
 
 class Letters:
@@ -33,8 +33,8 @@ def decode_batch(model, config, task, batch, size, sampling, progress):
 
 def run(out, count=24):
     """The process to be killed."""
-    experiments.run._load = lambda config: SimpleNamespace(config=SIZES["tiny"], tokenizer=Letters())
-    experiments.run.decode_batch = decode_batch
+    runner._load = lambda config: SimpleNamespace(config=SIZES["tiny"], tokenizer=Letters())
+    runner.decode_batch = decode_batch
     task = ("--task.pairs", "6", "--task.questions", "2", "--task.count", str(count))
     rest = ("--batch", "2", "--budgets", "128", "--methods", "full", "quest", "retro", "--out", str(out))
     main(["run", "smollm2-recall", "--model", "random:tiny", *task, *rest])

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-import experiments.bench_decode
-from experiments.bench_decode import BenchDecode, agreement, results, speed_table, take_turns
-from experiments.transformers_export import export
-from models import Model, ModelConfig, RopeScaling, random_params
+import retro_jax.experiments.bench_decode
+from retro_jax.experiments.bench_decode import BenchDecode, agreement, results, speed_table, take_turns
+from retro_jax.experiments.transformers_export import export
 from retro_jax.methods import METHODS
+from retro_jax.models import Model, ModelConfig, RopeScaling, random_params
 
 SHORT = ("--contexts", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32)
 
@@ -59,7 +59,7 @@ def test_speed_table():
 def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     out = tmp_path / "more" / "bench.json"
     released = []
-    monkeypatch.setattr(experiments.bench_decode, "release", lambda: released.append(True))
+    monkeypatch.setattr(retro_jax.experiments.bench_decode, "release", lambda: released.append(True))
     flags = ("--methods", "full", "retro", "--windows", 2, "--page-size", 8, "--out", out)
     values = json_command("bench", "decode", "random:tiny", *SHORT, *flags, "--contexts", 40, 80)
     assert [measured["context"] for measured in values["contexts"]] == [40, 80]
@@ -119,7 +119,7 @@ def test_export_refuses_what_it_does_not_cover(tmp_path):
     "features", [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True, "tie_embeddings": True}]
 )
 def test_an_exported_model_is_read_back(tmp_path, features):
-    from models import load_model
+    from retro_jax.models import load_model
 
     model = small(**features)
     export(model, tmp_path)

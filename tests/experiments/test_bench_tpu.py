@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from experiments import tpu_compiler, tpu_model, tpu_selection
-from experiments.cli import main
-from experiments.tpu_schedule import Schedule, parse
-from experiments.tpu_selection import SelectionSchedule, measure
-from models.presets import SIZES
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig
+from retro_jax.experiments import tpu_compiler, tpu_model, tpu_selection
+from retro_jax.experiments.cli import main
+from retro_jax.experiments.tpu_schedule import Schedule, parse
+from retro_jax.experiments.tpu_selection import SelectionSchedule, measure
+from retro_jax.models.presets import SIZES
 
 MODEL = SIZES["llama3.1-8b"]
 SLOW = Schedule(block=3000, item=200, pages=32, spills=0)

@@ -8,8 +8,8 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 import retro_jax
-from experiments import chat
-from models import Model, ModelConfig, Tokenizer, random_params
+from retro_jax.experiments import chat
+from retro_jax.models import Model, ModelConfig, Tokenizer, random_params
 
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import retro_jax
-from experiments.cli import main
 from retro_jax import DecodeConfig, preset
+from retro_jax.experiments.cli import main
 
 FAST = ("--budget-tokens", 32, "--page-size", 8, "--window", 2)
 SCORED = ("--tokens", 96, "--prompt-tokens", 24, "--budget-tokens", 32, "--page-size", 8)

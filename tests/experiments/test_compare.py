@@ -3,13 +3,11 @@ import json
 import numpy as np
 import pytest
 
-import experiments.compare
-import experiments.compare_plots
-import experiments.ladder
-import experiments.tables
-from experiments.ladder import LADDER
-from experiments.sweep import run_name
+import retro_jax.experiments.compare
 from retro_jax import preset
+from retro_jax.experiments import compare_plots, ladder, tables
+from retro_jax.experiments.ladder import LADDER
+from retro_jax.experiments.sweep import run_name
 
 SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budgets", 32, "--page-sizes", 8, "--windows", 1, 2)
 
@@ -18,7 +16,7 @@ SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budgets", 32, "--page-size
 def scored(monkeypatch):
     """The configurations that were really run."""
     configs = []
-    real = experiments.compare.score
+    real = retro_jax.experiments.compare.score
 
     def score(model, ids, own, **rest):
         assert len(own) == len(ids)
@@ -26,7 +24,7 @@ def scored(monkeypatch):
         configs.append((config.method, config.window, config.sink_pages))
         return real(model, ids, own, **rest)
 
-    monkeypatch.setattr(experiments.compare, "score", score)
+    monkeypatch.setattr(retro_jax.experiments.compare, "score", score)
     return configs
 
 
@@ -58,7 +56,7 @@ def test_compare(json_command, ids_file, tmp_path):
 
 def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scored, monkeypatch):
     released = []
-    monkeypatch.setattr(experiments.compare, "release", lambda: released.append(len(scored)))
+    monkeypatch.setattr(retro_jax.experiments.compare, "release", lambda: released.append(len(scored)))
     out = tmp_path / "out"
     first = run(json_command, ids_file, out)
     assert scored == [("full", None, 0), ("quest", None, 1), ("retro", 2, 1)]
@@ -118,7 +116,7 @@ def test_an_interrupted_run_leaves_the_finished_ones(
     json_command, command, ids_file, tmp_path, monkeypatch, scored
 ):
     out = tmp_path / "out"
-    real = experiments.compare.score
+    real = retro_jax.experiments.compare.score
 
     def stops_at_retro(model, ids, config, **rest):
         if config[0].method == "retro":
@@ -126,7 +124,7 @@ def test_an_interrupted_run_leaves_the_finished_ones(
         return real(model, ids, config, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiments.compare, "score", stops_at_retro)
+        patch.setattr(retro_jax.experiments.compare, "score", stops_at_retro)
         arguments = ("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", out)
         assert command(*arguments)[0] == 130
     assert sorted(file.name for file in (out / "runs").iterdir()) == ["full.npz", "quest-b32-p8.npz"]
@@ -196,7 +194,7 @@ def test_the_ladder_with_all_budgets_as_one_batch(json_command, ids_file, tmp_pa
     # Its ends, and all that lies between them as one step: fewer programs to compile.
     between = {name: value for _, part in LADDER[2:-1] for name, value in part.items()}
     short = (*LADDER[:2], ("all that is between", between), LADDER[-1])
-    for module in (experiments.ladder, experiments.tables, experiments.compare_plots):
+    for module in (ladder, tables, compare_plots):
         monkeypatch.setattr(module, "LADDER", short)
     out = tmp_path / "out"
     sweep = ("--budgets", 32, 48, "--page-sizes", 16, "--windows", 1, "--sink-pages", 0)

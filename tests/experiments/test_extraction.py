@@ -1,7 +1,7 @@
 import pytest
 
-from experiments.tasks.base import final_reply
-from experiments.tasks.extraction import boxed, choice, number, plain_number, sections
+from retro_jax.experiments.tasks.base import final_reply
+from retro_jax.experiments.tasks.extraction import boxed, choice, number, plain_number, sections
 
 
 @pytest.mark.parametrize(

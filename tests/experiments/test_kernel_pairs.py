@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import models
-from experiments.kernel_pairs import CHIPS, Case, on_chip, refusals, scored_by, tables
 from pallas_kernels import dispatch
-from retro_jax import DecodeConfig, decode_step, init_state, preset
+from retro_jax import DecodeConfig, decode_step, init_state, models, preset
+from retro_jax.experiments.kernel_pairs import CHIPS, Case, on_chip, refusals, scored_by, tables
 
 PAGE = Path("docs/kernels.md").read_text()
 

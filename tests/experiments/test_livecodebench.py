@@ -5,8 +5,8 @@ import zlib
 
 import pytest
 
-from experiments.tasks.livecodebench import LiveCodeBench, program, same_output
-from experiments.tasks.sandbox import run_python
+from retro_jax.experiments.tasks.livecodebench import LiveCodeBench, program, same_output
+from retro_jax.experiments.tasks.sandbox import run_python
 
 
 def write_problem(path, **changes):

@@ -5,12 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-import experiments.memory
-from experiments.devices import host_memory_left
-from experiments.memory import check_memory, memory
-from models.presets import SIZES
-from models.transformer import random_params
 from retro_jax import DecodeConfig, init_state
+from retro_jax.experiments import memory as memories
+from retro_jax.experiments.devices import host_memory_left
+from retro_jax.experiments.memory import check_memory, memory
+from retro_jax.models.presets import SIZES
+from retro_jax.models.transformer import random_params
 
 TINY = SIZES["tiny"]
 RETRO = DecodeConfig(budget_tokens=64)
@@ -38,7 +38,7 @@ def test_the_prefill_takes_no_less_than_is_told():
 
 def test_what_does_not_fit_is_refused_with_its_parts(monkeypatch):
     parts = memory(TINY, RETRO, 2, 256)
-    monkeypatch.setattr(experiments.memory, "memory_left", lambda: parts.total)
+    monkeypatch.setattr(memories, "memory_left", lambda: parts.total)
     check_memory(TINY, [RETRO], 2, 256)
     check_memory(TINY, [RETRO], 2, 256, loaded=True)
     with pytest.raises(ValueError, match=r"tiny with 2 x 256 tokens does not fit: .*GB \(weights .*cache"):
@@ -47,7 +47,7 @@ def test_what_does_not_fit_is_refused_with_its_parts(monkeypatch):
         check_memory(TINY, [RETRO], 3, 256)
     with pytest.raises(ValueError, match="does not fit"):  # simulated devices share one memory
         check_memory(TINY, [RETRO], 2, 256, data_devices=2)
-    monkeypatch.setattr(experiments.memory, "memory_left", lambda: None)
+    monkeypatch.setattr(memories, "memory_left", lambda: None)
     check_memory(SIZES["llama3.1-70b"], [RETRO], 64, 4096)
 
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused_with_its_parts(monkeypatch):
     ],
 )
 def test_every_command_refuses_before_weights_are_made(failure, monkeypatch, ids_file, arguments):
-    monkeypatch.setattr(experiments.memory, "memory_left", lambda: 10 << 30)
+    monkeypatch.setattr(memories, "memory_left", lambda: 10 << 30)
     words, flags = [word for word in arguments if str(word).isalpha()], arguments[-2:]
     ids = () if "bench" in words else ("--token-ids", ids_file)
     line = failure(*words, "random:llama3.1-8b", *ids, *flags)
@@ -76,7 +76,7 @@ def test_every_command_refuses_before_weights_are_made(failure, monkeypatch, ids
         (("generate", "random:tiny", "--max-new-tokens", 5, "--capacity", 77), "retro_jax.generate", (4, 77)),
         (("score", "random:tiny", "--tokens", 300, "--prompt-tokens", 9), "retro_jax.score", (4, 512)),
         (("overlap", "random:tiny", "--tokens", 300, "--prompt-tokens", 9, "--dense-layers", 0),
-         "experiments.overlap", (3, 300)),
+         "retro_jax.experiments.overlap", (3, 300)),
         (("run", "smollm2-recall", "--batch", 3, "--task.pairs", 8, "--task.questions", 3),
          "retro_jax.score", (4, 256)),
     ],
@@ -85,8 +85,8 @@ def test_what_is_checked_is_what_is_made(
     failure, monkeypatch, tmp_path, tiny_folder, arguments, maker, sizes
 ):
     checked = []
-    tell = experiments.memory.memory
-    monkeypatch.setattr(experiments.memory, "memory", lambda *args: checked.append(args[2:4]) or tell(*args))
+    tell = memories.memory
+    monkeypatch.setattr(memories, "memory", lambda *args: checked.append(args[2:4]) or tell(*args))
 
     def make(model, config, rows, capacity):
         assert (rows, capacity) == sizes
@@ -103,15 +103,15 @@ def test_what_is_checked_is_what_is_made(
 
 
 def test_kernels_without_room_are_skipped_in_words(command, monkeypatch):
-    monkeypatch.setattr(experiments.memory, "memory_left", lambda: 1000)
+    monkeypatch.setattr(memories, "memory_left", lambda: 1000)
     flags = ("--operations", "update", "--cases", "1x64@0.5", "--implementations", "xla", "--calls", 2)
     status, _, err = command("bench", "kernels", *flags, "--baselines", "--ceiling-bytes", 2**16)
     assert status == 2 and "does not fit: it takes at least" in err and "2 sets of inputs" in err
 
 
 def test_models_of_unknown_size_are_checked_when_they_are_read(failure, monkeypatch, ids_file):
-    monkeypatch.setattr(experiments.memory, "known_model", lambda *_: None)
-    monkeypatch.setattr(experiments.memory, "memory_left", lambda: 10**6)
+    monkeypatch.setattr(memories, "known_model", lambda *_: None)
+    monkeypatch.setattr(memories, "memory_left", lambda: 10**6)
     line = failure("generate", "random:tiny", "--token-ids", ids_file, "--max-new-tokens", 4000)
     assert "does not fit" in line and "weights" not in line
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
-from experiments.transformers_export import export
-from experiments.window import by_query
-from models import random_params
-from models.presets import SIZES
+from retro_jax.experiments.transformers_export import export
+from retro_jax.experiments.window import by_query
+from retro_jax.models import random_params
+from retro_jax.models.presets import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "docs" / "notebooks"

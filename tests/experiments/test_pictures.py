@@ -8,15 +8,16 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.bench_decode import latency_pictures
-from experiments.bench_tpu import PARTS, static_pictures
-from experiments.compare_plots import comparison_pictures, ladder_pictures, position_pictures
-from experiments.overlap import overlap_pictures
-from experiments.plot_files import pictures
-from experiments.plot_text import listed, plain, shortened, wrapped
-from experiments.plots import COLOURS, Curves, Line, Look, Scale, looks
-from experiments.report_data import Measured
-from experiments.report_plots import (
+from retro_jax import DecodeConfig
+from retro_jax.experiments.bench_decode import latency_pictures
+from retro_jax.experiments.bench_tpu import PARTS, static_pictures
+from retro_jax.experiments.compare_plots import comparison_pictures, ladder_pictures, position_pictures
+from retro_jax.experiments.overlap import overlap_pictures
+from retro_jax.experiments.plot_files import pictures
+from retro_jax.experiments.plot_text import listed, plain, shortened, wrapped
+from retro_jax.experiments.plots import COLOURS, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.report_data import Measured
+from retro_jax.experiments.report_plots import (
     budget_plot,
     excess_plot,
     exposure_plot,
@@ -24,10 +25,9 @@ from experiments.report_plots import (
     position_plot,
     questions_plot,
 )
-from experiments.results import Run
-from experiments.roofline import roofline_pictures
-from experiments.sweep import Sweep, run_name
-from retro_jax import DecodeConfig
+from retro_jax.experiments.results import Run
+from retro_jax.experiments.roofline import roofline_pictures
+from retro_jax.experiments.sweep import Sweep, run_name
 
 PATH = (
     "/home/someone/.cache/huggingface/hub/models--org--Model_$with$_signs/snapshots/0e9e39f249a16976918f6564"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import programs, tpu_compiler
+from retro_jax.experiments import programs, tpu_compiler
 
 
 @pytest.fixture

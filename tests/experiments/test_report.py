@@ -3,13 +3,13 @@ import re
 import numpy as np
 import pytest
 
-from experiments.paper import paper_rows
-from experiments.report import make_page
-from experiments.report_data import bootstrap, difference, read_run, read_runs
-from experiments.run_config import RunConfig
-from experiments.run_folder import RunFolder
-from experiments.tasks.longgenbench import LongGenBench
-from experiments.tasks.pg19 import PG19
+from retro_jax.experiments.paper import paper_rows
+from retro_jax.experiments.report import make_page
+from retro_jax.experiments.report_data import bootstrap, difference, read_run, read_runs
+from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.run_folder import RunFolder
+from retro_jax.experiments.tasks.longgenbench import LongGenBench
+from retro_jax.experiments.tasks.pg19 import PG19
 
 METHODS = ("full", "quest-128", "quest-256", "retro-w4-128", "retro-w4-256")
 RIGHT = {"full": 0.9, "quest-128": 0.3, "quest-256": 0.5, "retro-w4-128": 0.4, "retro-w4-256": 0.6}

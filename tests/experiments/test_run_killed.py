@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from experiments.run import TERMINATED
+from retro_jax.experiments.run import TERMINATED
 from tests.experiments import stand_in
 
 CONTEXT = multiprocessing.get_context("forkserver")

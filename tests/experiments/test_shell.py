@@ -12,15 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-import models.wheel
 import retro_jax
-from experiments import cli
-from experiments.commands import generate
-from models.presets import SIZES
 from retro_jax import DecodeConfig
+from retro_jax.experiments import cli
+from retro_jax.experiments.commands import generate
+from retro_jax.models import wheel
+from retro_jax.models.presets import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMAND = [sys.executable, "-m", "experiments.cli"]
+COMMAND = [sys.executable, "-m", "retro_jax.experiments.cli"]
 FULL_DISK = Path("/dev/full")
 
 
@@ -34,7 +34,7 @@ def test_help_and_version_come_without_jax():
     shown += ", ['run', 'smollm2-recall'], ['bench', 'decode']"
     code = f"""
 import sys
-from experiments.cli import main
+from retro_jax.experiments.cli import main
 for words in ({shown}):
     try:
         main([*words, "--help"])
@@ -189,9 +189,9 @@ def test_models_need_a_folder_that_can_be_written(failure, monkeypatch, tmp_path
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("RETRO_JAX_CACHE")
-    monkeypatch.setattr(models.wheel.Path, "expanduser", homeless)
+    monkeypatch.setattr(wheel.Path, "expanduser", homeless)
     with pytest.raises(OSError, match="no home folder to keep models in; set RETRO_JAX_CACHE"):
-        models.wheel.cache_folder()
+        wheel.cache_folder()
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.compare import rows
-from experiments.compare_plots import sweep_pictures
-from experiments.estimates import Estimate
-from experiments.results import Run
-from experiments.sweep import Sweep, order, quest_of, run_name
-from experiments.tables import comparison_report, comparison_table, markdown, number, score_table
 from retro_jax import DecodeConfig
+from retro_jax.experiments.compare import rows
+from retro_jax.experiments.compare_plots import sweep_pictures
+from retro_jax.experiments.estimates import Estimate
+from retro_jax.experiments.results import Run
+from retro_jax.experiments.sweep import Sweep, order, quest_of, run_name
+from retro_jax.experiments.tables import comparison_report, comparison_table, markdown, number, score_table
 
 IDENTITY = {
     "model": "m",

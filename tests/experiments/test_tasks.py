@@ -6,16 +6,16 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from experiments.tasks import TASKS, Asked, Example, Passage, Task
-from experiments.tasks.aime24 import AIME24
-from experiments.tasks.gpqa import CHOICES, GPQA
-from experiments.tasks.livecodebench import LiveCodeBench
-from experiments.tasks.longbench import LongBench, f1, paragraph, rouge_l
-from experiments.tasks.longgenbench import READ, LongGenBench
-from experiments.tasks.needles import Needles
-from experiments.tasks.pg19 import PG19
-from experiments.tasks.questions import Question
-from experiments.tasks.recall import Recall
+from retro_jax.experiments.tasks import TASKS, Asked, Example, Passage, Task
+from retro_jax.experiments.tasks.aime24 import AIME24
+from retro_jax.experiments.tasks.gpqa import CHOICES, GPQA
+from retro_jax.experiments.tasks.livecodebench import LiveCodeBench
+from retro_jax.experiments.tasks.longbench import LongBench, f1, paragraph, rouge_l
+from retro_jax.experiments.tasks.longgenbench import READ, LongGenBench
+from retro_jax.experiments.tasks.needles import Needles
+from retro_jax.experiments.tasks.pg19 import PG19
+from retro_jax.experiments.tasks.questions import Question
+from retro_jax.experiments.tasks.recall import Recall
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not here")
@@ -237,7 +237,9 @@ def test_longbench_from_the_hubs_archive(tmp_path, monkeypatch):
     record = {"input": "", "context": "Text.", "answers": ["x"]}
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr("data/gov_report.jsonl", json.dumps(record) + "\n")
-    monkeypatch.setattr("experiments.tasks.longbench.fetch", lambda name, files: [tmp_path / files[0]])
+    monkeypatch.setattr(
+        "retro_jax.experiments.tasks.longbench.fetch", lambda name, files: [tmp_path / files[0]]
+    )
     (example,) = LongBench("gov_report").examples(0, None)
     assert example.max_new_tokens == 512
     with pytest.raises(ValueError, match=r"not a zip archive with data/qasper\.jsonl"):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
-from experiments.window import by_query, full_attention, newly_attended, relative_distance, window_keys
+from retro_jax.experiments.window import (
+    by_query,
+    full_attention,
+    newly_attended,
+    relative_distance,
+    window_keys,
+)
 from tests.retro_jax.tiny import begin, force, tiny, token_ids
 
 WINDOW, DENSE, STEPS = 3, 1, 20

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from models.chat_template import render
+from retro_jax.models.chat_template import render
 
 HI = [{"role": "user", "content": "Hi <b>"}]
 TALK = [*HI, {"role": "assistant", "content": "Ho"}]

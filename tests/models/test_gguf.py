@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-import models
-from models.rope import rope_frequencies
+from retro_jax import models
+from retro_jax.models.rope import rope_frequencies
 from tests.models import golden
 
 GGUF = golden.FOLDER / "gguf-qwen2.gguf"

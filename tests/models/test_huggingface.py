@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import models
-from models.huggingface import config_from_json, download
-from models.presets import SIZES
+from retro_jax import models
+from retro_jax.models.huggingface import config_from_json, download
+from retro_jax.models.presets import SIZES
 from tests.models import golden
 
 SHARDED, SINGLE = golden.FOLDER / "llama3.1-sharded", golden.FOLDER / "qwen2"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import models
+from retro_jax import models
 from tests.models import golden
 
 TIED = golden.FOLDER / "qwen2"

@@ -4,9 +4,9 @@ from pathlib import Path
 import jax
 import pytest
 
-import models
-from models.load import local_path
-from models.names import nearest
+from retro_jax import models
+from retro_jax.models.load import local_path
+from retro_jax.models.names import nearest
 
 
 def test_a_model_says_what_it_is_in_five_lines():

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
-from models.presets import SIZES
-from models.rope import rope_frequencies
+from retro_jax import models
+from retro_jax.models.presets import SIZES
+from retro_jax.models.rope import rope_frequencies
 from tests.models import golden
 
 SOURCES = [*golden.FAMILIES, *golden.GGUF_FILES]

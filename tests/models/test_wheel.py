@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from models import wheel
+from retro_jax.models import wheel
 
 
 @pytest.fixture

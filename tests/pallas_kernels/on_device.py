@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.provenance import provenance
 from pallas_kernels import hopper, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
@@ -26,6 +25,7 @@ from pallas_kernels.selection import reference as selection_reference
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
+from retro_jax.experiments.provenance import provenance
 from tests.pallas_kernels.inputs import random_cache, random_retro_inputs
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import retro_jax as rj
-from models import ModelConfig, random_params
+from retro_jax.models import ModelConfig, random_params
 
 STEPS, TOKENS, CAPACITY = 8, 600, 1024
 MODEL = ModelConfig(

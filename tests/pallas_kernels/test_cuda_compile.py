@@ -15,13 +15,12 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-import models
-from experiments.programs import not_cached
 from pallas_kernels.attention import mosaic_gpu as attention
 from pallas_kernels.hopper import DTYPES, HEAD_DIMS, PAGE_SIZES
 from pallas_kernels.selection import mosaic_gpu as selection
 from pallas_kernels.update import mosaic_gpu as update
-from retro_jax import DecodeConfig, decode_step, init_state
+from retro_jax import DecodeConfig, decode_step, init_state, models
+from retro_jax.experiments.programs import not_cached
 from tests.retro_jax.tiny import tiny
 
 pytestmark = [

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import tpu_compiler
-from experiments.tpu_compiler import compile_for
 from pallas_kernels.attention import mosaic_tpu as attention
 from pallas_kernels.attention.tpu_blocks import Blocks
 from pallas_kernels.tpu import CHIPS, HEAD_DIMS, PAGE_SIZES
+from retro_jax.experiments import tpu_compiler
+from retro_jax.experiments.tpu_compiler import compile_for
 
 pytestmark = [
     pytest.mark.skipif(

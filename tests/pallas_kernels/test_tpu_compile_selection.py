@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import tpu_compiler
-from experiments.tpu_compiler import compile_for
 from pallas_kernels.selection import mosaic_tpu as selection
 from pallas_kernels.tpu import CHIPS
 from pallas_kernels.update import mosaic_tpu as update
+from retro_jax.experiments import tpu_compiler
+from retro_jax.experiments.tpu_compiler import compile_for
 
 pytestmark = [
     pytest.mark.skipif(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
 import retro_jax as rj
 from pallas_kernels.attention import api as attention
 from pallas_kernels.selection import api as selection
 from pallas_kernels.update import api as update
+from retro_jax import models
 from tests.retro_jax.tiny import (
     ATOL,
     CENTROIDS,

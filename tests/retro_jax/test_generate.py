@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
 import retro_jax as rj
+from retro_jax import models
 from retro_jax.sampling import sample, sequence_keys
 from tests.retro_jax.tiny import assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
 import retro_jax as rj
+from retro_jax import models
 from retro_jax.budget import Budget, budget_pages, most_pages
 from retro_jax.methods import METHODS
 from tests.retro_jax.tiny import ATOL, assert_decided, begin, force, forced_logits, step, tiny, token_ids

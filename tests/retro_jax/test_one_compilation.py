@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import models
 import retro_jax as rj
+from retro_jax import models
 from tests.retro_jax.tiny import tiny, token_ids
 
 CONFIGS = {

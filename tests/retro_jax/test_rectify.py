@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
 import retro_jax as rj
+from retro_jax import models
 from tests.retro_jax.tiny import ATOL, CENTROIDS, begin, force, forced_logits, prefill, step, tiny, token_ids
 
 LENGTHS = (2, 13, 37)

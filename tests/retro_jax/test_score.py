@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-import models
 import retro_jax as rj
+from retro_jax import models
 from tests.retro_jax.tiny import ATOL, assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from optax import softmax_cross_entropy_with_integer_labels
 
-import models
 import retro_jax as rj
+from retro_jax import models
 from tests.models import golden
 from tests.retro_jax.tiny import prefill, step
 

@@ -6,11 +6,11 @@ import re
 import jax
 import pytest
 
-from experiments import tpu_compiler
-from experiments.tpu_compiler import compile_step
-from models.presets import SIZES
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig, init_state
+from retro_jax.experiments import tpu_compiler
+from retro_jax.experiments.tpu_compiler import compile_step
+from retro_jax.models.presets import SIZES
 
 pytestmark = [
     pytest.mark.skipif(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import models
 import retro_jax as rj
-from models import ModelConfig, transformer
+from retro_jax import models
+from retro_jax.models import ModelConfig, transformer
 
 VOCAB = 96
 ATOL = 1e-5  # float32, logits of order one
