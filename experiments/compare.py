@@ -11,7 +11,7 @@ from jaxtyping import Int
 from retro_jax import DecodeConfig, Model, score
 from retro_jax.experiments.budgets import budget_fields
 from retro_jax.experiments.estimates import Estimate, estimate, position_bins, ratio
-from retro_jax.experiments.programs import release
+from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.provenance import provenance
 from retro_jax.experiments.results import ResultsFolder, Run
 from retro_jax.experiments.sweep import VARIED, quest_of, run_name

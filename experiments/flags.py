@@ -108,9 +108,9 @@ class Command(Output):
             where its name or its config.json tells its size.
         """
         from retro_jax import load_model
-        from retro_jax.experiments.compile_cache import keep_programs
-        from retro_jax.experiments.devices import local_devices
-        from retro_jax.experiments.memory import check_memory, known_model
+        from retro_jax.experiments.machine.compile_cache import keep_programs
+        from retro_jax.experiments.machine.devices import local_devices
+        from retro_jax.experiments.machine.memory import check_memory, known_model
 
         local_devices()
         if known := known_model(self.model, self.dtype):
@@ -175,7 +175,7 @@ class TextCommand(Command):
           ValueError: the texts are not as the flags say, or do not fit the memory.
         """
         from retro_jax.experiments.compare import Texts
-        from retro_jax.experiments.memory import check_memory
+        from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.experiments.text import check_sources, read_tokens
         from retro_jax.sizes import batch_rows, cache_capacity
 

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from retro_jax.experiments.compile_time import CompileTime
+from retro_jax.experiments.machine.compile_time import CompileTime
 
 SECONDS_BETWEEN_LINES = 15.0
 LEAST_COMPILING = 1.0

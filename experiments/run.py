@@ -11,10 +11,10 @@ import jax
 
 from retro_jax import Model, load_model, make_mesh, shard_params
 from retro_jax.experiments.commands.run import RunFlags
-from retro_jax.experiments.compile_cache import keep_programs
-from retro_jax.experiments.devices import local_devices
-from retro_jax.experiments.memory import known_model
-from retro_jax.experiments.programs import release
+from retro_jax.experiments.machine.compile_cache import keep_programs
+from retro_jax.experiments.machine.devices import local_devices
+from retro_jax.experiments.machine.memory import known_model
+from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.progress import Progress, Rates
 from retro_jax.experiments.provenance import provenance
 from retro_jax.experiments.results import print_json

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from retro_jax import decode_step, extend, make_mesh
-from retro_jax.experiments.memory import gigabytes, known_model
-from retro_jax.experiments.programs import release
+from retro_jax.experiments.machine.memory import gigabytes, known_model
+from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.progress import Progress
 from retro_jax.experiments.run_config import RunConfig
 from retro_jax.experiments.run_plan import Plan, check_fits

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.memory import check_memory, gigabytes, known_model, memory
+from retro_jax.experiments.machine.memory import check_memory, gigabytes, known_model, memory
 from retro_jax.experiments.run_config import RunConfig
 from retro_jax.experiments.tables import markdown
 from retro_jax.experiments.tasks import Asked, Passage, describe

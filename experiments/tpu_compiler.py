@@ -44,7 +44,7 @@ def compile_for(chip, function, *shapes, donate=(), row_major=False):
     from jax.experimental.layout import Format, Layout
     from jax.sharding import Mesh, SingleDeviceSharding, use_abstract_mesh
 
-    from retro_jax.experiments.programs import not_cached
+    from retro_jax.experiments.machine.programs import not_cached
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     device = topology.devices[0]
@@ -76,7 +76,7 @@ def compile_step(chip, devices, model, config, batch=1, capacity=32768):
 
     from pallas_kernels.dispatch import HEADS, SEQUENCES
     from retro_jax import decode_step
-    from retro_jax.experiments.programs import not_cached
+    from retro_jax.experiments.machine.programs import not_cached
     from retro_jax.sharding import abstract_arguments
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])

@@ -96,7 +96,7 @@ class Generate(Configured, Command):
         previous: "Generation | None" = None,
     ) -> "tuple[Generation, Rates]":
         from retro_jax import generate
-        from retro_jax.experiments.memory import check_memory
+        from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.inputs import prompt_ids
         from retro_jax.sizes import batch_rows, cache_capacity
 

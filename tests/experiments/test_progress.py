@@ -11,7 +11,7 @@ from jax import monitoring
 
 import retro_jax.experiments.progress
 from retro_jax.experiments.commands.generate import _summary
-from retro_jax.experiments.compile_time import COMPILE_EVENTS, CompileTime
+from retro_jax.experiments.machine.compile_time import COMPILE_EVENTS, CompileTime
 from retro_jax.experiments.progress import Progress, Rates
 
 

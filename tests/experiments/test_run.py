@@ -153,7 +153,7 @@ def test_dry_run(json_command, command, name, tmp_path, monkeypatch):
 def two_layers(monkeypatch):
     """Two of the layers of a size that configs name."""
     sizes = {"qwen2.5-32b": replace(SIZES["qwen2.5-32b"], num_layers=2)}
-    monkeypatch.setattr(retro_jax.experiments.memory, "SIZES", sizes)
+    monkeypatch.setattr(retro_jax.experiments.machine.memory, "SIZES", sizes)
 
 
 QWEN = ("run", "qwen2.5-32b-longgenbench-gsm8k", "--methods", "retro", "--dense-layers", 1, "--compile")

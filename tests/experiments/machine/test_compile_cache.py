@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from retro_jax.experiments.compile_cache import MAX_BYTES, keep_programs
+from retro_jax.experiments.machine.compile_cache import MAX_BYTES, keep_programs
 
 
 @pytest.fixture(autouse=True)

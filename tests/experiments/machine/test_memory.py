@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from retro_jax import DecodeConfig, init_state
-from retro_jax.experiments import memory as memories
-from retro_jax.experiments.devices import host_memory_left
-from retro_jax.experiments.memory import check_memory, memory
+from retro_jax.experiments.machine import memory as memories
+from retro_jax.experiments.machine.devices import host_memory_left
+from retro_jax.experiments.machine.memory import check_memory, memory
 from retro_jax.models.presets import SIZES
 from retro_jax.models.transformer import random_params
 

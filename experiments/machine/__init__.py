@@ -1,0 +1,1 @@
+"""What this process computes on: its devices, their memory, compiled programs."""
