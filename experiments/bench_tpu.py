@@ -9,9 +9,9 @@ from retro_jax import DecodeConfig
 from retro_jax.experiments import tpu_compiler
 from retro_jax.experiments.flags import Output
 from retro_jax.experiments.kernel_report import rounded
-from retro_jax.experiments.plot_files import Layout, pictures
-from retro_jax.experiments.plot_text import counted
-from retro_jax.experiments.plots import Bars, Scale
+from retro_jax.experiments.pictures.files import Layout, pictures
+from retro_jax.experiments.pictures.panels import Bars, Scale
+from retro_jax.experiments.pictures.words import counted
 from retro_jax.experiments.progress import Progress
 from retro_jax.experiments.provenance import provenance
 from retro_jax.experiments.results import finite, write_bytes, write_json

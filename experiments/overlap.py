@@ -23,9 +23,9 @@ from retro_jax.experiments.budgets import budget_value
 from retro_jax.experiments.commands.overlap import OverlapFlags
 from retro_jax.experiments.compare import Texts
 from retro_jax.experiments.estimates import Estimate, estimate
-from retro_jax.experiments.plot_files import pictures
-from retro_jax.experiments.plot_text import counted, listed, shortened
-from retro_jax.experiments.plots import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
+from retro_jax.experiments.pictures.files import pictures
+from retro_jax.experiments.pictures.panels import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
+from retro_jax.experiments.pictures.words import counted, listed, shortened
 from retro_jax.experiments.progress import Progress
 from retro_jax.experiments.provenance import provenance
 from retro_jax.experiments.results import print_json, write_bytes, write_json

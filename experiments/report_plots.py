@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retro_jax.experiments.plot_files import Layout, pictures
-from retro_jax.experiments.plot_text import counted, shortened
-from retro_jax.experiments.plots import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.pictures.files import Layout, pictures
+from retro_jax.experiments.pictures.panels import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.pictures.words import counted, shortened
 from retro_jax.experiments.report_data import (
     LEAST_EXAMPLES,
     Interval,

@@ -5,9 +5,9 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from retro_jax.experiments.plot_files import Layout, pictures
-from retro_jax.experiments.plot_text import counted, shortened
-from retro_jax.experiments.plots import COLOURS, MARKERS, QUEST_COLOUR, Curves, Line, Look, Scale
+from retro_jax.experiments.pictures.files import Layout, pictures
+from retro_jax.experiments.pictures.panels import COLOURS, MARKERS, QUEST_COLOUR, Curves, Line, Look, Scale
+from retro_jax.experiments.pictures.words import counted, shortened
 
 TITLES = {
     "attention": "Attention over selected pages",

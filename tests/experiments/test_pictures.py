@@ -13,9 +13,9 @@ from retro_jax.experiments.bench_decode import latency_pictures
 from retro_jax.experiments.bench_tpu import PARTS, static_pictures
 from retro_jax.experiments.compare_plots import comparison_pictures, ladder_pictures, position_pictures
 from retro_jax.experiments.overlap import overlap_pictures
-from retro_jax.experiments.plot_files import pictures
-from retro_jax.experiments.plot_text import listed, plain, shortened, wrapped
-from retro_jax.experiments.plots import COLOURS, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.pictures.files import pictures
+from retro_jax.experiments.pictures.panels import COLOURS, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.pictures.words import listed, plain, shortened, wrapped
 from retro_jax.experiments.report_data import Measured
 from retro_jax.experiments.report_plots import (
     budget_plot,

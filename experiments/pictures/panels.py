@@ -1,6 +1,6 @@
 """What all pictures share: style, colours and marks, and panels of lines or of stacked bars.
 
-`retro_jax.experiments.plot_files` makes files of panels.
+`retro_jax.experiments.pictures.files` makes files of panels.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from retro_jax.experiments.plot_text import plain
+from retro_jax.experiments.pictures.words import plain
 
 FULL_COLOUR = "#888888"
 QUEST_COLOUR = "#222222"

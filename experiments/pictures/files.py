@@ -15,8 +15,8 @@ from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from retro_jax.experiments.plot_text import DPI, line_count, shortened, wrapped
-from retro_jax.experiments.plots import MOST_INTERVALS, STYLE, Panel
+from retro_jax.experiments.pictures.panels import MOST_INTERVALS, STYLE, Panel
+from retro_jax.experiments.pictures.words import DPI, line_count, shortened, wrapped
 
 NARROWEST = 6.0
 """Width of a picture in inches, at least, so that its title can be read."""

@@ -1,0 +1,1 @@
+"""Pictures: panels, the words on them, and the files that they become."""
