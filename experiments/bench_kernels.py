@@ -22,7 +22,10 @@ import jax.numpy as jnp
 from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
 from retro_jax import make_mesh
 from retro_jax.experiments.device_time import Timing, device_time
-from retro_jax.experiments.flags import Output
+from retro_jax.experiments.io.files import finite, write_bytes, write_json
+from retro_jax.experiments.io.flags import Output
+from retro_jax.experiments.io.progress import Progress
+from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.kernel_baselines import BASELINES, FLASHINFER, Baseline, versions
 from retro_jax.experiments.kernel_cases import (
     Case,
@@ -37,9 +40,6 @@ from retro_jax.experiments.kernel_cases import (
 from retro_jax.experiments.kernel_report import kernel_report
 from retro_jax.experiments.machine.devices import local_devices
 from retro_jax.experiments.machine.memory import check_room
-from retro_jax.experiments.progress import Progress
-from retro_jax.experiments.provenance import provenance
-from retro_jax.experiments.results import finite, write_bytes, write_json
 from retro_jax.experiments.roofline import roofline_pictures
 from retro_jax.models.names import nearest
 

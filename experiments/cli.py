@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from retro_jax.experiments.flags import Output
+    from retro_jax.experiments.io.flags import Output
 
 DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.
 

@@ -32,7 +32,7 @@ from pallas_kernels import (
 )
 from retro_jax import DecodeConfig, init_state
 from retro_jax.budget import most_pages
-from retro_jax.experiments.tables import markdown
+from retro_jax.experiments.io.tables import markdown
 from retro_jax.models import ModelConfig
 from retro_jax.selectors import SELECTORS
 

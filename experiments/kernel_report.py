@@ -1,7 +1,7 @@
 """The table of a benchmark of kernels."""
 
 from retro_jax.experiments.device_time import EVENTS, MEAN, WALL
-from retro_jax.experiments.tables import markdown
+from retro_jax.experiments.io.tables import markdown
 
 COLUMNS = {
     "operation": lambda row: row["operation"],

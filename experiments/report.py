@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from retro_jax.experiments.commands.report import ReportFlags
+from retro_jax.experiments.io.files import print_json, write_bytes
+from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.paper import PAPER_NOTE, paper_rows
 from retro_jax.experiments.report_data import (
     LEAST_EXAMPLES,
@@ -23,8 +25,6 @@ from retro_jax.experiments.report_plots import (
     questions_groups,
     questions_plot,
 )
-from retro_jax.experiments.results import print_json, write_bytes
-from retro_jax.experiments.tables import markdown
 from retro_jax.experiments.tasks import TASKS
 
 PLOTS = {

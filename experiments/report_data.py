@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from retro_jax.experiments.estimates import block_means
+from retro_jax.experiments.io.estimates import block_means
 from retro_jax.experiments.run_config import method_fields
 from retro_jax.experiments.run_folder import KEYS, read_identity, read_lines, read_results
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from retro_jax.experiments.results import (
+from retro_jax.experiments.io.files import (
     check_writable,
     differences,
     finite,

@@ -19,9 +19,9 @@ from pallas_kernels import kernels_of_device
 from pallas_kernels.attention import blocks
 from pallas_kernels.hopper import TILE_ROWS, chip
 from retro_jax.experiments.device_time import device_time
+from retro_jax.experiments.io.files import write_json
+from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.kernel_cases import Case, Dimensions, device_memory, parse_case, prepare, sets_for
-from retro_jax.experiments.provenance import provenance
-from retro_jax.experiments.results import write_json
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from retro_jax.experiments.flags import Flag, NoPrefix, TextCommand, common_flags
-from retro_jax.experiments.progress import Progress
+from retro_jax.experiments.io.flags import Flag, NoPrefix, TextCommand, common_flags
+from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.sweep import VARIED, Sweep
 
 CommonFlags = common_flags(*VARIED)
@@ -32,8 +32,8 @@ class Compare(TextCommand):
         """Runs what the folder does not have yet, then writes and prints the comparison."""
         from retro_jax.experiments.compare import compare, identity, summary
         from retro_jax.experiments.compare_plots import comparison_pictures
-        from retro_jax.experiments.results import ResultsFolder, print_json, write_bytes, write_json
-        from retro_jax.experiments.tables import comparison_report
+        from retro_jax.experiments.io.files import ResultsFolder, print_json, write_bytes, write_json
+        from retro_jax.experiments.io.tables import comparison_report
 
         configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1

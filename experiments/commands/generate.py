@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from retro_jax.experiments.flags import Command, Configured, Flag, SamplingArguments, SamplingFlags
-from retro_jax.experiments.progress import Progress, Rates
+from retro_jax.experiments.io.flags import Command, Configured, Flag, SamplingArguments, SamplingFlags
+from retro_jax.experiments.io.progress import Progress, Rates
 
 if TYPE_CHECKING:
     from retro_jax import Generation, Model
@@ -40,9 +40,9 @@ class Generate(Configured, Command):
     def run(self) -> None:
         """Generates, once or turn by turn."""
         from retro_jax.experiments import chat
-        from retro_jax.experiments.provenance import provenance
-        from retro_jax.experiments.results import print_json
-        from retro_jax.experiments.text import file_tokens, read_text
+        from retro_jax.experiments.io.files import print_json
+        from retro_jax.experiments.io.provenance import provenance
+        from retro_jax.experiments.io.text import file_tokens, read_text
         from retro_jax.sizes import batch_rows, cache_capacity
 
         config, sampling = self.config.config(), self.sampling.sampling()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from retro_jax.experiments.flags import NoPrefix, TextCommand, common_flags
+from retro_jax.experiments.io.flags import NoPrefix, TextCommand, common_flags
 
 CommonFlags = common_flags("method", "window", "overwrite", "evict", "cache_tokens", "observation")
 

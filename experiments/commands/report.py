@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from retro_jax.experiments.flags import Flag, Output
+from retro_jax.experiments.io.flags import Flag, Output
 
 
 @dataclass(kw_only=True)

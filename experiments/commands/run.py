@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from retro_jax.experiments.flags import Flag, NoPrefix, Output
+from retro_jax.experiments.io.flags import Flag, NoPrefix, Output
 from retro_jax.experiments.run_config import RunConfig
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
-from retro_jax.experiments.flags import Configured, TextCommand
-from retro_jax.experiments.progress import Progress, Rates
+from retro_jax.experiments.io.flags import Configured, TextCommand
+from retro_jax.experiments.io.progress import Progress, Rates
 
 
 @dataclass(kw_only=True)
@@ -18,10 +18,10 @@ class Score(Configured, TextCommand):
         import numpy as np
 
         from retro_jax import score
-        from retro_jax.experiments.estimates import estimate
-        from retro_jax.experiments.provenance import provenance
-        from retro_jax.experiments.results import print_json
-        from retro_jax.experiments.tables import score_table
+        from retro_jax.experiments.io.estimates import estimate
+        from retro_jax.experiments.io.files import print_json
+        from retro_jax.experiments.io.provenance import provenance
+        from retro_jax.experiments.io.tables import score_table
 
         config = self.config.config()
         model, texts = self.read([config])

@@ -4,7 +4,7 @@ Temperature and top-p are those that the model's authors recommend. LiveCodeBenc
 writes only with `--task.execute`.
 """
 
-from retro_jax.experiments.flags import SamplingFlags
+from retro_jax.experiments.io.flags import SamplingFlags
 from retro_jax.experiments.run_config import RunConfig
 from retro_jax.experiments.sweep import NAMES
 from retro_jax.experiments.tasks.aime24 import AIME24

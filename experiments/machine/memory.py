@@ -10,8 +10,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from retro_jax import DecodeConfig, init_state
+from retro_jax.experiments.io.files import read_json
 from retro_jax.experiments.machine.devices import local_devices, memory_left
-from retro_jax.experiments.results import read_json
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.huggingface import config_from_json
 from retro_jax.models.load import local_path

@@ -5,7 +5,8 @@ import pytest
 
 import retro_jax.experiments.compare
 from retro_jax import preset
-from retro_jax.experiments import compare_plots, ladder, tables
+from retro_jax.experiments import compare_plots, ladder
+from retro_jax.experiments.io import tables
 from retro_jax.experiments.ladder import LADDER
 from retro_jax.experiments.sweep import run_name
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retro_jax import DecodeConfig, Metrics
-from retro_jax.experiments.results import ResultsFolder, finite, run_name, write_json
+from retro_jax.experiments.io.files import ResultsFolder, finite, run_name, write_json
 
 IDENTITY = {"model": "m", "tokens": 8, "config": {"budget": 0.15, "page_size": 16}}
 CONFIG = DecodeConfig(method="retro", window=2)

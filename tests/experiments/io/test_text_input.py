@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from retro_jax.experiments.text import digest, file_tokens, read_text, read_tokens, text_tokens
+from retro_jax.experiments.io.text import digest, file_tokens, read_text, read_tokens, text_tokens
 
 WORDS = SimpleNamespace(encode=lambda text: [len(word) for word in text.split()])
 MODEL = SimpleNamespace(tokenizer=WORDS, config=SimpleNamespace(name="words"))

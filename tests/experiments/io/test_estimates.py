@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from retro_jax.experiments.estimates import block_means, estimate, position_bins, ratio, running_mean
+from retro_jax.experiments.io.estimates import block_means, estimate, position_bins, ratio, running_mean
 
 
 def test_block_means_drop_the_rest():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax import monitoring
 
-import retro_jax.experiments.progress
+import retro_jax.experiments.io.progress
 from retro_jax.experiments.commands.generate import _summary
+from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.machine.compile_time import COMPILE_EVENTS, CompileTime
-from retro_jax.experiments.progress import Progress, Rates
 
 
 class Terminal(io.StringIO):
@@ -24,8 +24,8 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """Seconds that the test sets."""
     now = [0.0]
-    monkeypatch.setattr(retro_jax.experiments.progress.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(retro_jax.experiments.progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(retro_jax.experiments.io.progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(retro_jax.experiments.io.progress.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -140,7 +140,7 @@ def test_a_real_compilation_is_timed(capsys):
 
 def test_compiling_is_said_while_it_goes_on_without_a_terminal(monkeypatch, capsys):
     said = threading.Event()
-    monkeypatch.setattr(retro_jax.experiments.progress, "LEAST_COMPILING", 0.05)
+    monkeypatch.setattr(retro_jax.experiments.io.progress, "LEAST_COMPILING", 0.05)
     monkeypatch.setattr(Progress, "_print", lambda _, line: (print(line, file=sys.stderr), said.set()))
     with Progress("2/3 full: ") as show:
         begin()

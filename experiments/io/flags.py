@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
 
-from retro_jax.experiments.progress import Progress
+from retro_jax.experiments.io.progress import Progress
 from retro_jax.fields import DecodeFields, SamplingFields
 from retro_jax.presets import PRESETS
 
@@ -175,8 +175,8 @@ class TextCommand(Command):
           ValueError: the texts are not as the flags say, or do not fit the memory.
         """
         from retro_jax.experiments.compare import Texts
+        from retro_jax.experiments.io.text import check_sources, read_tokens
         from retro_jax.experiments.machine.memory import check_memory
-        from retro_jax.experiments.text import check_sources, read_tokens
         from retro_jax.sizes import batch_rows, cache_capacity
 
         def sizes(texts: int, tokens: int) -> tuple[int, int]:

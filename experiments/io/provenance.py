@@ -39,7 +39,7 @@ def commit() -> str | None:
 
     Where git does not answer, what the environment variable RETRO_JAX_COMMIT says, or None.
     """
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     told = os.environ.get("RETRO_JAX_COMMIT")
     if not (checkout / ".git").exists():
         return told
