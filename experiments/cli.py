@@ -92,7 +92,7 @@ def _benchmarks() -> Mapping[str, Entry]:
             "Measure the device time of operations on pages, beside the read bandwidth of the device.",
         ),
         "tpu-static": Entry(
-            "retro_jax.experiments.bench_tpu:BenchTpuStatic",
+            "retro_jax.experiments.tpu.command:BenchTpuStatic",
             "Predict decode steps on TPUs from bytes and from the compiler's schedules.",
         ),
     }

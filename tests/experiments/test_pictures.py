@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 
 from retro_jax import DecodeConfig
 from retro_jax.experiments.bench_decode import latency_pictures
-from retro_jax.experiments.bench_tpu import PARTS, static_pictures
 from retro_jax.experiments.compare_plots import comparison_pictures, ladder_pictures, position_pictures
 from retro_jax.experiments.io.files import Run
 from retro_jax.experiments.overlap import overlap_pictures
@@ -28,6 +27,7 @@ from retro_jax.experiments.report_plots import (
 )
 from retro_jax.experiments.roofline import roofline_pictures
 from retro_jax.experiments.sweep import Sweep, run_name
+from retro_jax.experiments.tpu.command import PARTS, static_pictures
 
 PATH = (
     "/home/someone/.cache/huggingface/hub/models--org--Model_$with$_signs/snapshots/0e9e39f249a16976918f6564"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from retro_jax.experiments import tpu_compiler
 from retro_jax.experiments.machine import programs
+from retro_jax.experiments.tpu import compiler as tpu_compiler
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.tpu import CHIPS, Chip
 from retro_jax import DecodeConfig, models
 from retro_jax.budget import Budget, budget_pages
-from retro_jax.experiments import tpu_compiler, tpu_schedule, tpu_selection
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu import schedule as tpu_schedule
+from retro_jax.experiments.tpu import selection as tpu_selection
 from retro_jax.models.config import ModelConfig
 
 _SCHEDULED_CONTEXT = 32768  # of the compiled kernels: what a block issues does not depend on it

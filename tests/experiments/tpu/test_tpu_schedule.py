@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.tpu import CHIPS
-from retro_jax.experiments import tpu_compiler, tpu_schedule
-from retro_jax.experiments.tpu_schedule import Schedule, measure, parse, predict
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu import schedule as tpu_schedule
+from retro_jax.experiments.tpu.schedule import Schedule, measure, parse, predict
 
 SCHEDULE = """
 = control target key start
@@ -70,7 +71,7 @@ def test_attention_is_bound_by_memory(chip, page_size):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_costs_are_those_that_were_committed(chip):
-    """A change that moves them writes them anew: python -m retro_jax.experiments.tpu_schedule costs."""
+    """A change that moves them writes them anew: python -m retro_jax.experiments.tpu.schedule costs."""
     committed = json.loads(Path(__file__).with_name("tpu_costs.json").read_text())
     assert tpu_schedule.costs(chip) == committed[chip]
 
@@ -78,7 +79,7 @@ def test_costs_are_those_that_were_committed(chip):
 def test_a_compiler_that_fails_is_reported():
     with pytest.raises(RuntimeError, match=r"no schedule of retro_attention by .*page_size.*"):
         tpu_schedule.dump(
-            "retro_jax.experiments.tpu_schedule:compile_attention",
+            "retro_jax.experiments.tpu.schedule:compile_attention",
             "retro_attention",
             chip="v5e",
             page_size=8,

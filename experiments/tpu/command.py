@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig
-from retro_jax.experiments import tpu_compiler
 from retro_jax.experiments.io.files import finite, write_bytes, write_json
 from retro_jax.experiments.io.flags import Output
 from retro_jax.experiments.io.progress import Progress
@@ -16,7 +15,8 @@ from retro_jax.experiments.kernel_report import rounded
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import Bars, Scale
 from retro_jax.experiments.pictures.words import counted
-from retro_jax.experiments.tpu_model import decode_step
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu.model import decode_step
 from retro_jax.models.names import nearest
 from retro_jax.models.presets import SIZES
 

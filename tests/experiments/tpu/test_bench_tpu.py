@@ -6,10 +6,12 @@ import pytest
 
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig
-from retro_jax.experiments import tpu_compiler, tpu_model, tpu_selection
 from retro_jax.experiments.cli import main
-from retro_jax.experiments.tpu_schedule import Schedule, parse
-from retro_jax.experiments.tpu_selection import SelectionSchedule, measure
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu import model as tpu_model
+from retro_jax.experiments.tpu import selection as tpu_selection
+from retro_jax.experiments.tpu.schedule import Schedule, parse
+from retro_jax.experiments.tpu.selection import SelectionSchedule, measure
 from retro_jax.models.presets import SIZES
 
 MODEL = SIZES["llama3.1-8b"]

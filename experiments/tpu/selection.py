@@ -9,8 +9,8 @@ import functools
 from dataclasses import dataclass
 
 from pallas_kernels.tpu import CHIPS, LANES
-from retro_jax.experiments import tpu_compiler
-from retro_jax.experiments.tpu_schedule import Bundle, dump
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu.schedule import Bundle, dump
 
 _PAGES, _SELECTED = 8192, 1280  # of the compiled kernel: at fewer, loops that turn once are no loops
 PASSES = 11
@@ -121,7 +121,7 @@ def compile_selection(chip: str, block: int, heads: int, group: int, dim: int) -
 def selection(chip: str, **arguments: int) -> SelectionSchedule:
     """The schedule of page selection; arguments as those of `compile_selection`."""
     return measure(
-        dump("retro_jax.experiments.tpu_selection:compile_selection", "select_pages", chip=chip, **arguments)
+        dump("retro_jax.experiments.tpu.selection:compile_selection", "select_pages", chip=chip, **arguments)
     )
 
 

@@ -9,7 +9,7 @@ loop depth. The loop over blocks is the deepest one with matrix products. Its bu
 behind a forward branch, up to where it lands: what is there happens about once an item, not once a block.
 The loop around it is counted alike, and what blocks do once an item is added.
 
-`python -m retro_jax.experiments.tpu_schedule` prints the table for the attention kernel, `... costs` what
+`python -m retro_jax.experiments.tpu.schedule` prints the table for the attention kernel, `... costs` what
 tests hold it to.
 """
 
@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pallas_kernels.tpu import CHIPS, PAGE_SIZES
-from retro_jax.experiments import tpu_compiler
+from retro_jax.experiments.tpu import compiler as tpu_compiler
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*(LB|PF|[A-Z]{2})?\s*:\s*(>*)\s*\{(.*)")
 _DELAY = 4
@@ -82,7 +82,7 @@ def dump(target: str, kernel: str, **arguments) -> list[Bundle]:
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        command = [sys.executable, "-m", "retro_jax.experiments.tpu_schedule", target, json.dumps(arguments)]
+        command = [sys.executable, "-m", "retro_jax.experiments.tpu.schedule", target, json.dumps(arguments)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         found = sorted(Path(folder).glob(f"*-{kernel}.*[0-9]-final_bundles.txt"))
@@ -184,7 +184,7 @@ def attention(chip: str, page_size: int, window: int, context: int = 32768, **ar
     from pallas_kernels.attention.tpu_blocks import choose_blocks
 
     arguments = {"chip": chip, "page_size": page_size, "window": window, "context": context, **arguments}
-    bundles = dump("retro_jax.experiments.tpu_schedule:compile_attention", "retro_attention", **arguments)
+    bundles = dump("retro_jax.experiments.tpu.schedule:compile_attention", "retro_attention", **arguments)
     capacity = context // page_size // 4
     blocks = choose_blocks(CHIPS[chip], page_size, arguments.get("head_dim", 128), 2, capacity)
     return measure(bundles, arguments.get("pages") or blocks.pages)
