@@ -83,12 +83,12 @@ class Group:
 def _benchmarks() -> Mapping[str, Entry]:
     return {
         "decode": Entry(
-            "retro_jax.experiments.bench_decode:BenchDecode",
+            "retro_jax.experiments.bench.decode:BenchDecode",
             "Measure the speed of decoding: methods take turns in one run, for each length of the context.",
-            "retro_jax.experiments.commands.bench_decode:BenchDecodeFlags",
+            "retro_jax.experiments.bench.decode_command:BenchDecodeFlags",
         ),
         "kernels": Entry(
-            "retro_jax.experiments.bench_kernels:BenchKernels",
+            "retro_jax.experiments.bench.kernels:BenchKernels",
             "Measure the device time of operations on pages, beside the read bandwidth of the device.",
         ),
         "tpu-static": Entry(

@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Int
 
 from retro_jax import PRESETS, DecodeConfig, Model, decode_step, init_state, preset
-from retro_jax.experiments.commands.bench_decode import BenchDecodeFlags
+from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
+from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.experiments.io.files import print_json, write_bytes, write_json
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
@@ -31,7 +32,6 @@ from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.pictures.files import pictures
 from retro_jax.experiments.pictures.panels import FULL, QUEST, Curves, Line, Scale, looks
 from retro_jax.experiments.pictures.words import counted, shortened
-from retro_jax.experiments.transformers_export import export
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
 from retro_jax.sharding import mesh_of

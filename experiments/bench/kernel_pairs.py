@@ -1,6 +1,6 @@
 """Which operations of a decode step run through kernels: pairs of configuration and chip, without a chip.
 
-    python -m retro_jax.experiments.kernel_pairs --out docs/kernels.md
+    python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md
 
 Each operation that a configuration asks for is traced for each chip, as a decode step would trace it there: a
 kernel takes it, or refuses it with the reason that the log shows.
@@ -249,7 +249,7 @@ def page() -> str:
 
 _HEAD = f"""# Which kernels a decode step runs through
 
-Written by `python -m retro_jax.experiments.kernel_pairs --out docs/kernels.md`, which traces every operation
+Written by `python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md`, which traces every operation
 of every row for every chip, without one. A cell names what runs through XLA there, and why is told once in
 the log; "-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA always.
 Of 8-bit statistics, "update" is the statistics alone: the kernel writes the pages. Where a table does not say

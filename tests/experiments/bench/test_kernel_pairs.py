@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from retro_jax import DecodeConfig, decode_step, init_state, models, preset
-from retro_jax.experiments.kernel_pairs import CHIPS, Case, on_chip, refusals, scored_by, tables
+from retro_jax.experiments.bench.kernel_pairs import CHIPS, Case, on_chip, refusals, scored_by, tables
 
 PAGE = Path("docs/kernels.md").read_text()
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from retro_jax.experiments import bench_kernels, kernel_cases
-from retro_jax.experiments.bench_kernels import Timer, over_flashinfer, read_bandwidth
-from retro_jax.experiments.device_time import (
+from retro_jax.experiments.bench import kernel_cases
+from retro_jax.experiments.bench import kernels as bench_kernels
+from retro_jax.experiments.bench.device_time import (
     Event,
     busy_ns,
     device_events,
@@ -17,8 +17,8 @@ from retro_jax.experiments.device_time import (
     split_calls,
     summarize,
 )
-from retro_jax.experiments.kernel_baselines import BASELINES, Baseline
-from retro_jax.experiments.kernel_cases import (
+from retro_jax.experiments.bench.kernel_baselines import BASELINES, Baseline
+from retro_jax.experiments.bench.kernel_cases import (
     Case,
     Dimensions,
     parse_case,
@@ -26,7 +26,8 @@ from retro_jax.experiments.kernel_cases import (
     random_page_ids,
     sets_for,
 )
-from retro_jax.experiments.kernel_report import kernel_report, rounded
+from retro_jax.experiments.bench.kernel_report import kernel_report, rounded
+from retro_jax.experiments.bench.kernels import Timer, over_flashinfer, read_bandwidth
 
 DIMS = Dimensions(kv_heads=2, group=2, head_dim=8, page_size=8, dtype="float32")
 H100 = Dimensions(kv_heads=8, group=4, head_dim=128, page_size=16, dtype="bfloat16")
@@ -253,7 +254,7 @@ def test_bench_kernels(json_command, command, tmp_path):
 
 
 def test_table_is_printed_and_what_is_missing_is_said(command, monkeypatch):
-    monkeypatch.setattr("retro_jax.experiments.kernel_baselines.find_spec", lambda name: None)
+    monkeypatch.setattr("retro_jax.experiments.bench.kernel_baselines.find_spec", lambda name: None)
     flags = ("--operations", "dense", "--contexts", "1x64", "--implementations", "xla", "mosaic_tpu", *TINY)
     status, out, err = command("bench", "kernels", *flags)
     assert status == 0
@@ -341,7 +342,7 @@ def test_read_bandwidth_counts_the_whole_array(monkeypatch):
 def test_missing_baselines_say_why(monkeypatch):
     assert BASELINES["jax"].missing() is None
     monkeypatch.setattr(
-        "retro_jax.experiments.kernel_baselines.find_spec", lambda name: name == "torch" or None
+        "retro_jax.experiments.bench.kernel_baselines.find_spec", lambda name: name == "torch" or None
     )
     assert BASELINES["flashinfer"].missing() == "flashinfer is not installed"
     assert BASELINES["torch"].missing() == "it needs an NVIDIA GPU, JAX runs on 'cpu'"

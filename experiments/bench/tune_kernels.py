@@ -1,6 +1,6 @@
 """Measures how attention is best cut on this chip, for `pallas_kernels/attention/tuned.json`.
 
-    python -m retro_jax.experiments.tune_kernels --out tuned.json
+    python -m retro_jax.experiments.bench.tune_kernels --out tuned.json
 
 Every candidate that fits is timed on every case; the fastest of each head_dim, page size and case is kept.
 """
@@ -18,10 +18,17 @@ import tyro
 from pallas_kernels import kernels_of_device
 from pallas_kernels.attention import blocks
 from pallas_kernels.hopper import TILE_ROWS, chip
-from retro_jax.experiments.device_time import device_time
+from retro_jax.experiments.bench.device_time import device_time
+from retro_jax.experiments.bench.kernel_cases import (
+    Case,
+    Dimensions,
+    device_memory,
+    parse_case,
+    prepare,
+    sets_for,
+)
 from retro_jax.experiments.io.files import write_json
 from retro_jax.experiments.io.provenance import provenance
-from retro_jax.experiments.kernel_cases import Case, Dimensions, device_memory, parse_case, prepare, sets_for
 
 
 @dataclass(kw_only=True)

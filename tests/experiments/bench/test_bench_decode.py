@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-import retro_jax.experiments.bench_decode
-from retro_jax.experiments.bench_decode import BenchDecode, agreement, results, speed_table, take_turns
-from retro_jax.experiments.transformers_export import export
+import retro_jax.experiments.bench.decode
+from retro_jax.experiments.bench.decode import BenchDecode, agreement, results, speed_table, take_turns
+from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.methods import METHODS
 from retro_jax.models import Model, ModelConfig, RopeScaling, random_params
 
@@ -59,7 +59,7 @@ def test_speed_table():
 def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     out = tmp_path / "more" / "bench.json"
     released = []
-    monkeypatch.setattr(retro_jax.experiments.bench_decode, "release", lambda: released.append(True))
+    monkeypatch.setattr(retro_jax.experiments.bench.decode, "release", lambda: released.append(True))
     flags = ("--methods", "full", "retro", "--windows", 2, "--page-size", 8, "--out", out)
     values = json_command("bench", "decode", "random:tiny", *SHORT, *flags, "--contexts", 40, 80)
     assert [measured["context"] for measured in values["contexts"]] == [40, 80]

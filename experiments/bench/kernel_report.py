@@ -1,6 +1,6 @@
 """The table of a benchmark of kernels."""
 
-from retro_jax.experiments.device_time import EVENTS, MEAN, WALL
+from retro_jax.experiments.bench.device_time import EVENTS, MEAN, WALL
 from retro_jax.experiments.io.tables import markdown
 
 COLUMNS = {

@@ -21,13 +21,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
 from retro_jax import make_mesh
-from retro_jax.experiments.device_time import Timing, device_time
-from retro_jax.experiments.io.files import finite, write_bytes, write_json
-from retro_jax.experiments.io.flags import Output
-from retro_jax.experiments.io.progress import Progress
-from retro_jax.experiments.io.provenance import provenance
-from retro_jax.experiments.kernel_baselines import BASELINES, FLASHINFER, Baseline, versions
-from retro_jax.experiments.kernel_cases import (
+from retro_jax.experiments.bench.device_time import Timing, device_time
+from retro_jax.experiments.bench.kernel_baselines import BASELINES, FLASHINFER, Baseline, versions
+from retro_jax.experiments.bench.kernel_cases import (
     Case,
     Dimensions,
     device_memory,
@@ -37,10 +33,14 @@ from retro_jax.experiments.kernel_cases import (
     random_keys,
     sets_for,
 )
-from retro_jax.experiments.kernel_report import kernel_report
+from retro_jax.experiments.bench.kernel_report import kernel_report
+from retro_jax.experiments.bench.roofline import roofline_pictures
+from retro_jax.experiments.io.files import finite, write_bytes, write_json
+from retro_jax.experiments.io.flags import Output
+from retro_jax.experiments.io.progress import Progress
+from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.devices import local_devices
 from retro_jax.experiments.machine.memory import check_room
-from retro_jax.experiments.roofline import roofline_pictures
 from retro_jax.models.names import nearest
 
 """The kernels that are tried first on each backend, as by `pallas_kernels.dispatch`."""

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from retro_jax.experiments.device_time import EVENTS, WALL, Timing, device_time
-from retro_jax.experiments.kernel_cases import Case, Dimensions, normal, random_keys, random_page_ids
+from retro_jax.experiments.bench.device_time import EVENTS, WALL, Timing, device_time
+from retro_jax.experiments.bench.kernel_cases import Case, Dimensions, normal, random_keys, random_page_ids
 
 SLEEP_CYCLES = 40_000_000
 """Clock cycles, 20 ms on an H100, that a device idles so that the host can launch all calls meanwhile."""
