@@ -115,11 +115,11 @@ def _runs() -> Mapping[str, Entry]:
 
 COMMANDS: Mapping[str, Entry | Group] = {
     "generate": Entry(
-        "retro_jax.experiments.commands.generate:Generate",
+        "retro_jax.experiments.generate.command:Generate",
         "Continue prompts, or chat, with full attention, Quest or RetroAttention.",
     ),
     "score": Entry(
-        "retro_jax.experiments.commands.score:Score",
+        "retro_jax.experiments.generate.score:Score",
         "Measure how likely a model finds a text when one method decodes along it.",
     ),
     "compare": Entry(

@@ -10,7 +10,7 @@ import pytest
 from jax import monitoring
 
 import retro_jax.experiments.io.progress
-from retro_jax.experiments.commands.generate import _summary
+from retro_jax.experiments.generate.command import _summary
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.machine.compile_time import COMPILE_EVENTS, CompileTime
 

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 import retro_jax
-from retro_jax.experiments import chat
+from retro_jax.experiments.generate import chat
 from retro_jax.models import Model, ModelConfig, Tokenizer, random_params
 
 TEMPLATE = (

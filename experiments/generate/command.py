@@ -39,7 +39,7 @@ class Generate(Configured, Command):
 
     def run(self) -> None:
         """Generates, once or turn by turn."""
-        from retro_jax.experiments import chat
+        from retro_jax.experiments.generate import chat
         from retro_jax.experiments.io.files import print_json
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.experiments.io.text import file_tokens, read_text
@@ -133,7 +133,7 @@ class Generate(Configured, Command):
 
     def _talk(self, model: "Model") -> None:
         """Reads messages from stdin until it ends, on one cache while the template keeps earlier turns."""
-        from retro_jax.experiments import chat
+        from retro_jax.experiments.generate import chat
 
         if self.json:
             raise ValueError("--json cannot be used to talk; pass --prompt with --chat")

@@ -1,0 +1,1 @@
+"""Texts that a model writes or reads: the commands `generate` and `score`."""
