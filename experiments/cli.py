@@ -123,7 +123,7 @@ COMMANDS: Mapping[str, Entry | Group] = {
         "Measure how likely a model finds a text when one method decodes along it.",
     ),
     "compare": Entry(
-        "retro_jax.experiments.commands.compare:Compare",
+        "retro_jax.experiments.compare.command:Compare",
         "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",
     ),
     "overlap": Entry(

@@ -20,7 +20,7 @@ from pallas_kernels import choose_pages
 from retro_jax import DecodeConfig, DecodeState
 from retro_jax.budget import most_pages
 from retro_jax.experiments.commands.overlap import OverlapFlags
-from retro_jax.experiments.compare import Texts
+from retro_jax.experiments.compare.comparison import Texts
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Estimate, estimate
 from retro_jax.experiments.io.files import print_json, write_bytes, write_json

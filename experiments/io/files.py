@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from retro_jax import DecodeConfig, Score
-from retro_jax.experiments.sweep import order, run_name
+from retro_jax.experiments.compare.sweep import order, run_name
 
 IDENTITY = "comparison.json"
 

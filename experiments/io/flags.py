@@ -14,7 +14,7 @@ from retro_jax.presets import PRESETS
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig, Model, Sampling
-    from retro_jax.experiments.compare import Texts
+    from retro_jax.experiments.compare.comparison import Texts
 
 Flag = tyro.conf.FlagCreatePairsOff
 Hidden = tyro.conf.Suppress
@@ -174,7 +174,7 @@ class TextCommand(Command):
           FileNotFoundError: a text is not there.
           ValueError: the texts are not as the flags say, or do not fit the memory.
         """
-        from retro_jax.experiments.compare import Texts
+        from retro_jax.experiments.compare.comparison import Texts
         from retro_jax.experiments.io.text import check_sources, read_tokens
         from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.sizes import batch_rows, cache_capacity

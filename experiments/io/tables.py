@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from retro_jax.experiments.compare import Row, rows
+from retro_jax.experiments.compare.comparison import Row, rows
+from retro_jax.experiments.compare.ladder import LADDER, beside_ladder, ladder
+from retro_jax.experiments.compare.sweep import columns, constants, label, run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import BLOCK, Estimate, estimate, position_bins, ratio
 from retro_jax.experiments.io.files import Run
-from retro_jax.experiments.ladder import LADDER, beside_ladder, ladder
-from retro_jax.experiments.sweep import columns, constants, label, run_name
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

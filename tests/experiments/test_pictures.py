@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from retro_jax import DecodeConfig
 from retro_jax.experiments.bench.decode import latency_pictures
 from retro_jax.experiments.bench.roofline import roofline_pictures
-from retro_jax.experiments.compare_plots import comparison_pictures, ladder_pictures, position_pictures
+from retro_jax.experiments.compare.pictures import comparison_pictures, ladder_pictures, position_pictures
+from retro_jax.experiments.compare.sweep import Sweep, run_name
 from retro_jax.experiments.io.files import Run
 from retro_jax.experiments.overlap import overlap_pictures
 from retro_jax.experiments.pictures.files import pictures
@@ -26,7 +27,6 @@ from retro_jax.experiments.report_plots import (
     position_plot,
     questions_plot,
 )
-from retro_jax.experiments.sweep import Sweep, run_name
 from retro_jax.experiments.tpu.command import PARTS, static_pictures
 
 PATH = (

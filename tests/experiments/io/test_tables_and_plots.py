@@ -3,12 +3,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.compare import rows
-from retro_jax.experiments.compare_plots import sweep_pictures
+from retro_jax.experiments.compare.comparison import rows
+from retro_jax.experiments.compare.pictures import sweep_pictures
+from retro_jax.experiments.compare.sweep import Sweep, order, quest_of, run_name
 from retro_jax.experiments.io.estimates import Estimate
 from retro_jax.experiments.io.files import Run
 from retro_jax.experiments.io.tables import comparison_report, comparison_table, markdown, number, score_table
-from retro_jax.experiments.sweep import Sweep, order, quest_of, run_name
 
 IDENTITY = {
     "model": "m",

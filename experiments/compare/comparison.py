@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Int
 
 from retro_jax import DecodeConfig, Model, score
+from retro_jax.experiments.compare.sweep import VARIED, quest_of, run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.estimates import Estimate, estimate, position_bins, ratio
 from retro_jax.experiments.io.files import ResultsFolder, Run
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.text import digest
 from retro_jax.experiments.machine.programs import release
-from retro_jax.experiments.sweep import VARIED, quest_of, run_name
 
 
 @dataclass(frozen=True)

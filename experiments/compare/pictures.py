@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from retro_jax.experiments.compare.ladder import LADDER, beside_ladder, ladder
+from retro_jax.experiments.compare.sweep import NAMES, Axis, columns, constants, label, order, run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import BLOCK, estimate, running_mean
 from retro_jax.experiments.io.files import Run
-from retro_jax.experiments.ladder import LADDER, beside_ladder, ladder
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import QUEST, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import counted, listed, shortened
-from retro_jax.experiments.sweep import NAMES, Axis, columns, constants, label, order, run_name
 
 SPAN = 8
 """Blocks in the running mean; texts of fewer blocks have so many points, and no errors."""
@@ -33,7 +33,7 @@ def comparison_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]
     """Draws a comparison.
 
     Args:
-      identity: what the runs share, as `retro_jax.experiments.compare.identity` gives it.
+      identity: what the runs share, as `retro_jax.experiments.compare.comparison.identity` gives it.
       runs: full attention and at least one other.
 
     Returns:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from retro_jax.experiments.compare.ladder import ladder
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.flags import Flag
-from retro_jax.experiments.ladder import ladder
 from retro_jax.fields import DecodeFields
 from retro_jax.presets import PRESETS
 

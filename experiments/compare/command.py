@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from retro_jax.experiments.compare.sweep import VARIED, Sweep
 from retro_jax.experiments.io.flags import Flag, NoPrefix, TextCommand, common_flags
 from retro_jax.experiments.io.progress import Progress
-from retro_jax.experiments.sweep import VARIED, Sweep
 
 CommonFlags = common_flags(*VARIED)
 
@@ -30,8 +30,8 @@ class Compare(TextCommand):
 
     def run(self) -> None:
         """Runs what the folder does not have yet, then writes and prints the comparison."""
-        from retro_jax.experiments.compare import compare, identity, summary
-        from retro_jax.experiments.compare_plots import comparison_pictures
+        from retro_jax.experiments.compare.comparison import compare, identity, summary
+        from retro_jax.experiments.compare.pictures import comparison_pictures
         from retro_jax.experiments.io.files import ResultsFolder, print_json, write_bytes, write_json
         from retro_jax.experiments.io.tables import comparison_report
 
