@@ -127,9 +127,9 @@ COMMANDS: Mapping[str, Entry | Group] = {
         "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",
     ),
     "overlap": Entry(
-        "retro_jax.experiments.overlap:Overlap",
+        "retro_jax.experiments.analyses.overlap:Overlap",
         "Measure how many of a query's pages earlier queries had loaded, or had only just missed.",
-        "retro_jax.experiments.commands.overlap:OverlapFlags",
+        "retro_jax.experiments.analyses.command:OverlapFlags",
     ),
     "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),

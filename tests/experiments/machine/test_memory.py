@@ -76,7 +76,7 @@ def test_every_command_refuses_before_weights_are_made(failure, monkeypatch, ids
         (("generate", "random:tiny", "--max-new-tokens", 5, "--capacity", 77), "retro_jax.generate", (4, 77)),
         (("score", "random:tiny", "--tokens", 300, "--prompt-tokens", 9), "retro_jax.score", (4, 512)),
         (("overlap", "random:tiny", "--tokens", 300, "--prompt-tokens", 9, "--dense-layers", 0),
-         "retro_jax.experiments.overlap", (3, 300)),
+         "retro_jax.experiments.analyses.overlap", (3, 300)),
         (("run", "smollm2-recall", "--batch", 3, "--task.pairs", 8, "--task.questions", 3),
          "retro_jax.score", (4, 256)),
     ],

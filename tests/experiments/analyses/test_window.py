@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
-from retro_jax.experiments.window import (
+from retro_jax.experiments.analyses.window import (
     by_query,
     full_attention,
     newly_attended,

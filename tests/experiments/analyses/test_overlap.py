@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from retro_jax import DecodeConfig
+from retro_jax.experiments.analyses.overlap import RANKS, measure
 from retro_jax.experiments.compare.comparison import Texts
-from retro_jax.experiments.overlap import RANKS, measure
 from tests.retro_jax.tiny import begin, first_sparse_qkv, force, tiny, token_ids
 
 PROMPT, TOKENS, DISTANCES, PAGE = 30, 70, 3, 4

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from pallas_kernels import choose_pages
 from retro_jax import DecodeConfig, DecodeState
 from retro_jax.budget import most_pages
-from retro_jax.experiments.commands.overlap import OverlapFlags
+from retro_jax.experiments.analyses.command import OverlapFlags
 from retro_jax.experiments.compare.comparison import Texts
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Estimate, estimate
