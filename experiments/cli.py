@@ -99,14 +99,14 @@ def _benchmarks() -> Mapping[str, Entry]:
 
 
 def _runs() -> Mapping[str, Entry]:
-    from retro_jax.experiments.configs import CONFIGS
+    from retro_jax.experiments.runs.configs import CONFIGS
     from retro_jax.experiments.tasks import describe
 
     return {
         name: Entry(
-            "retro_jax.experiments.run:Run",
+            "retro_jax.experiments.runs.run:Run",
             f"{describe(config.task)}, {config.model}",
-            "retro_jax.experiments.commands.run:RunFlags",
+            "retro_jax.experiments.runs.command:RunFlags",
             {"config": config, "name": name},
         )
         for name, config in CONFIGS.items()

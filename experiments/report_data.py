@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from retro_jax.experiments.io.estimates import block_means
-from retro_jax.experiments.run_config import method_fields
-from retro_jax.experiments.run_folder import KEYS, read_identity, read_lines, read_results
+from retro_jax.experiments.runs.config import method_fields
+from retro_jax.experiments.runs.folder import KEYS, read_identity, read_lines, read_results
 
 RESAMPLES = 2000
 LEAST_EXAMPLES = 6

@@ -6,8 +6,8 @@ import pytest
 from retro_jax.experiments.paper import paper_rows
 from retro_jax.experiments.report import make_page
 from retro_jax.experiments.report_data import bootstrap, difference, read_run, read_runs
-from retro_jax.experiments.run_config import RunConfig
-from retro_jax.experiments.run_folder import RunFolder
+from retro_jax.experiments.runs.config import RunConfig
+from retro_jax.experiments.runs.folder import RunFolder
 from retro_jax.experiments.tasks.longgenbench import LongGenBench
 from retro_jax.experiments.tasks.pg19 import PG19
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from retro_jax.experiments.io.flags import Flag, NoPrefix, Output
-from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.runs.config import RunConfig
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """LongBench, three subsets, with Llama-3.1-8B-Instruct on one device of 80 GB."""
 
 from retro_jax.experiments.compare.sweep import NAMES
-from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.tasks.longbench import LongBench
 
 CONFIGS = {

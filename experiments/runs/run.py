@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 import jax
 
 from retro_jax import Model, load_model, make_mesh, shard_params
-from retro_jax.experiments.commands.run import RunFlags
 from retro_jax.experiments.io.files import print_json
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.io.provenance import provenance
@@ -18,11 +17,12 @@ from retro_jax.experiments.machine.compile_cache import keep_programs
 from retro_jax.experiments.machine.devices import local_devices
 from retro_jax.experiments.machine.memory import known_model
 from retro_jax.experiments.machine.programs import release
-from retro_jax.experiments.run_compile import check_programs, compile_run, programs_text
-from retro_jax.experiments.run_config import RunConfig, default_folder, digest
-from retro_jax.experiments.run_folder import RunFolder, check_folder
-from retro_jax.experiments.run_plan import check_memory_of, make_plan, plan_text, plan_values
-from retro_jax.experiments.run_work import Row, check_positions, decode_batch, encode, make_batches
+from retro_jax.experiments.runs.command import RunFlags
+from retro_jax.experiments.runs.compile import check_programs, compile_run, programs_text
+from retro_jax.experiments.runs.config import RunConfig, default_folder, digest
+from retro_jax.experiments.runs.folder import RunFolder, check_folder
+from retro_jax.experiments.runs.plan import check_memory_of, make_plan, plan_text, plan_values
+from retro_jax.experiments.runs.work import Row, check_positions, decode_batch, encode, make_batches
 
 TERMINATED = 128 + signal.SIGTERM
 

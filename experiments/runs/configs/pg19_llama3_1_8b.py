@@ -1,6 +1,6 @@
 """Perplexity along PG-19's books with Llama-3.1-8B-Instruct on one device of 80 GB; see `--task.data`."""
 
-from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.tasks.pg19 import PG19
 
 CONFIGS = {

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from retro_jax.experiments.run import TERMINATED
-from tests.experiments import stand_in
+from retro_jax.experiments.runs.run import TERMINATED
+from tests.experiments.runs import stand_in
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.experiments.stand_in"])
+CONTEXT.set_forkserver_preload(["tests.experiments.runs.stand_in"])
 LINES = 24 * 5  # examples, and full, Quest and three windows
 
 

@@ -4,7 +4,7 @@ The paper has n = 15, 30 and 45: pass `--task.n`.
 """
 
 from retro_jax.experiments.compare.sweep import NAMES
-from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.tasks.longgenbench import READ, LongGenBench
 
 CONFIGS = {

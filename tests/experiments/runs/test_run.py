@@ -6,18 +6,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import retro_jax.experiments.run
+import retro_jax.experiments.runs.run
 from retro_jax import Sampling, preset
-from retro_jax.experiments.configs import CONFIGS
-from retro_jax.experiments.run_compile import compile_run
-from retro_jax.experiments.run_config import RunConfig
-from retro_jax.experiments.run_plan import known_model, make_plan
-from retro_jax.experiments.run_work import Row, decode_batch, encode, make_batches
+from retro_jax.experiments.runs.compile import compile_run
+from retro_jax.experiments.runs.config import RunConfig
+from retro_jax.experiments.runs.configs import CONFIGS
+from retro_jax.experiments.runs.plan import known_model, make_plan
+from retro_jax.experiments.runs.work import Row, decode_batch, encode, make_batches
 from retro_jax.experiments.tasks import Example
 from retro_jax.experiments.tasks.aime24 import AIME24
 from retro_jax.experiments.tasks.recall import Recall
 from retro_jax.models.presets import SIZES
-from tests.experiments import stand_in
+from tests.experiments.runs import stand_in
 
 SMALL = ("--task.pairs", 8, "--task.questions", 3, "--task.count", 3, "--batch", 2, "--windows", 2)
 METHODS = ("--methods", "full", "quest", "retro")
@@ -49,7 +49,7 @@ def test_run_continues_where_it_stopped_with_the_same_bytes(json_command, argume
     )  # a torn line in the second batch
     assert json_command(*arguments)["results"] == 9
     assert file.read_bytes() == whole
-    monkeypatch.setattr(retro_jax.experiments.run, "decode_batch", None)  # nothing is left to decode
+    monkeypatch.setattr(retro_jax.experiments.runs.run, "decode_batch", None)  # nothing is left to decode
     assert json_command(*arguments)["results"] == 9
 
 
@@ -75,9 +75,9 @@ def test_a_mesh_gives_the_same_results(json_command, arguments, tmp_path):
 
 
 def test_hosts_share_the_work(json_command, arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(retro_jax.experiments.run, "decode_batch", stand_in.decode_batch)
+    monkeypatch.setattr(retro_jax.experiments.runs.run, "decode_batch", stand_in.decode_batch)
     released = []
-    monkeypatch.setattr(retro_jax.experiments.run, "release", lambda: released.append(True))
+    monkeypatch.setattr(retro_jax.experiments.runs.run, "release", lambda: released.append(True))
     json_command(*arguments)
     assert len(released) == 2 * 3  # after each batch and method: their programs do not pile up
     whole = {(line["example"], line["method"], line["text"]) for line in lines(tmp_path / "out")}
@@ -202,7 +202,7 @@ def test_what_is_planned_and_compiled_has_the_rows_and_the_room_of_what_runs(mon
         shapes.append((state.length.shape, state.capacity, tokens.shape))
         raise InterruptedError
 
-    monkeypatch.setattr("retro_jax.experiments.run_compile._extend", SimpleNamespace(lower=lower))
+    monkeypatch.setattr("retro_jax.experiments.runs.compile._extend", SimpleNamespace(lower=lower))
     with pytest.raises(InterruptedError):
         compile_run(config, replace(plan, prompt_tokens=100))
     assert shapes == [((4,), plan.capacity, (4, 128))]
@@ -271,7 +271,7 @@ def test_drafts_are_not_graded(monkeypatch, template, written, score):
     )
     model = SimpleNamespace(tokenizer=tokenizer, config=SIZES["tiny"])
     made = SimpleNamespace(tokens=[list(map(ord, written))], finished=[False], metrics=None)
-    monkeypatch.setattr("retro_jax.experiments.run_work.generate", lambda *_, **__: made)
+    monkeypatch.setattr("retro_jax.experiments.runs.work.generate", lambda *_, **__: made)
     row = encode(tokenizer, Example(id="a", prompt="Q", answers=("73",), max_new_tokens=50, chat=True))
     (result,) = decode_batch(model, None, AIME24(), [row], 1, Sampling(), None)
     assert result["scores"] == [score] and result["text"] == written

@@ -19,8 +19,8 @@ from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.machine.memory import gigabytes, known_model
 from retro_jax.experiments.machine.programs import release
-from retro_jax.experiments.run_config import RunConfig
-from retro_jax.experiments.run_plan import Plan, check_fits
+from retro_jax.experiments.runs.config import RunConfig
+from retro_jax.experiments.runs.plan import Plan, check_fits
 from retro_jax.sharding import abstract_arguments
 from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
 

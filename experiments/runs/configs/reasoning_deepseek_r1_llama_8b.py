@@ -6,7 +6,7 @@ writes only with `--task.execute`.
 
 from retro_jax.experiments.compare.sweep import NAMES
 from retro_jax.experiments.io.flags import SamplingFlags
-from retro_jax.experiments.run_config import RunConfig
+from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.tasks.aime24 import AIME24
 from retro_jax.experiments.tasks.gpqa import GPQA
 from retro_jax.experiments.tasks.livecodebench import LiveCodeBench

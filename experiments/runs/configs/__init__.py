@@ -6,7 +6,8 @@ A file has `CONFIGS`, names to `RunConfig`s; add it to the list below. Every fie
 
 from collections.abc import Mapping
 
-from retro_jax.experiments.configs import (
+from retro_jax.experiments.runs.config import RunConfig
+from retro_jax.experiments.runs.configs import (
     longbench_llama3_1_8b,
     longgenbench_llama3_1_8b,
     longgenbench_qwen2_5_14b,
@@ -15,7 +16,6 @@ from retro_jax.experiments.configs import (
     reasoning_deepseek_r1_llama_8b,
     smollm2,
 )
-from retro_jax.experiments.run_config import RunConfig
 
 _FILES = (
     smollm2,

@@ -4,8 +4,8 @@ import time
 import zlib
 from types import SimpleNamespace
 
-from retro_jax.experiments import run as runner
 from retro_jax.experiments.cli import main
+from retro_jax.experiments.runs import run as runner
 from retro_jax.models.presets import SIZES
 
 

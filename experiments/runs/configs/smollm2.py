@@ -1,6 +1,6 @@
 """Runs of SmolLM2-135M that a CPU can do: books, recall, needles, and LongGenBench's form end to end."""
 
-from retro_jax.experiments.run_config import CommonFlags, RunConfig
+from retro_jax.experiments.runs.config import CommonFlags, RunConfig
 from retro_jax.experiments.tasks.longgenbench import LongGenBench
 from retro_jax.experiments.tasks.needles import Needles
 from retro_jax.experiments.tasks.pg19 import PG19

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from retro_jax.experiments.run_folder import RunFolder, check_folder, read_results
+from retro_jax.experiments.runs.folder import RunFolder, check_folder, read_results
 
 IDENTITY = {"name": "x", "config": {"task": {"n": 3}}}
 
