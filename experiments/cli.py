@@ -134,9 +134,9 @@ COMMANDS: Mapping[str, Entry | Group] = {
     "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(
-        "retro_jax.experiments.report:Report",
+        "retro_jax.experiments.report.page:Report",
         "Make one Markdown page with tables and plots from the folders of one or more runs.",
-        "retro_jax.experiments.commands.report:ReportFlags",
+        "retro_jax.experiments.report.command:ReportFlags",
     ),
 }
 

@@ -18,8 +18,8 @@ from retro_jax.experiments.io.files import Run
 from retro_jax.experiments.pictures.files import pictures
 from retro_jax.experiments.pictures.panels import COLOURS, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import listed, plain, shortened, wrapped
-from retro_jax.experiments.report_data import Measured
-from retro_jax.experiments.report_plots import (
+from retro_jax.experiments.report.data import Measured
+from retro_jax.experiments.report.pictures import (
     budget_plot,
     excess_plot,
     exposure_plot,

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from retro_jax.experiments.commands.report import ReportFlags
 from retro_jax.experiments.io.files import print_json, write_bytes
 from retro_jax.experiments.io.tables import markdown
-from retro_jax.experiments.paper import PAPER_NOTE, paper_rows
-from retro_jax.experiments.report_data import (
+from retro_jax.experiments.report.command import ReportFlags
+from retro_jax.experiments.report.data import (
     LEAST_EXAMPLES,
     Interval,
     Measured,
@@ -16,7 +15,8 @@ from retro_jax.experiments.report_data import (
     read_runs,
     run_values,
 )
-from retro_jax.experiments.report_plots import (
+from retro_jax.experiments.report.paper import PAPER_NOTE, paper_rows
+from retro_jax.experiments.report.pictures import (
     budget_plot,
     excess_plot,
     exposure_plot,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retro_jax.experiments.report_data import Interval, Measured, bootstrap, paired, quest_of
-from retro_jax.experiments.report_plots import questions_groups
+from retro_jax.experiments.report.data import Interval, Measured, bootstrap, paired, quest_of
+from retro_jax.experiments.report.pictures import questions_groups
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 PAPER_NOTE = (

@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from retro_jax.experiments.paper import paper_rows
-from retro_jax.experiments.report import make_page
-from retro_jax.experiments.report_data import bootstrap, difference, read_run, read_runs
+from retro_jax.experiments.report.data import bootstrap, difference, read_run, read_runs
+from retro_jax.experiments.report.page import make_page
+from retro_jax.experiments.report.paper import paper_rows
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.folder import RunFolder
 from retro_jax.experiments.tasks.longgenbench import LongGenBench

@@ -8,7 +8,7 @@ import numpy as np
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import counted, shortened
-from retro_jax.experiments.report_data import (
+from retro_jax.experiments.report.data import (
     LEAST_EXAMPLES,
     Interval,
     Measured,
