@@ -1,1 +1,1 @@
-"""The ground floor: flags and texts in; progress, tables and files out; estimates, and where they come from."""
+"""The ground floor: flags and texts in; tables, files and progress out; estimates; where results are from."""

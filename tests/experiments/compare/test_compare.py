@@ -3,10 +3,9 @@ import json
 import numpy as np
 import pytest
 
-import retro_jax.experiments.compare.comparison
 from retro_jax import preset
-from retro_jax.experiments.compare.comparison import ladder
-from retro_jax.experiments.compare.comparison import pictures as compare_plots
+from retro_jax.experiments.compare import comparison, ladder
+from retro_jax.experiments.compare import pictures as compare_plots
 from retro_jax.experiments.compare.ladder import LADDER
 from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io import tables
@@ -18,7 +17,7 @@ SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budgets", 32, "--page-size
 def scored(monkeypatch):
     """The configurations that were really run."""
     configs = []
-    real = retro_jax.experiments.compare.comparison.score
+    real = comparison.score
 
     def score(model, ids, own, **rest):
         assert len(own) == len(ids)
@@ -26,7 +25,7 @@ def scored(monkeypatch):
         configs.append((config.method, config.window, config.sink_pages))
         return real(model, ids, own, **rest)
 
-    monkeypatch.setattr(retro_jax.experiments.compare.comparison, "score", score)
+    monkeypatch.setattr(comparison, "score", score)
     return configs
 
 
@@ -59,7 +58,7 @@ def test_compare(json_command, ids_file, tmp_path):
 def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scored, monkeypatch):
     released = []
     monkeypatch.setattr(
-        retro_jax.experiments.compare.comparison, "release", lambda: released.append(len(scored))
+        comparison, "release", lambda: released.append(len(scored))
     )
     out = tmp_path / "out"
     first = run(json_command, ids_file, out)
@@ -120,7 +119,7 @@ def test_an_interrupted_run_leaves_the_finished_ones(
     json_command, command, ids_file, tmp_path, monkeypatch, scored
 ):
     out = tmp_path / "out"
-    real = retro_jax.experiments.compare.comparison.score
+    real = comparison.score
 
     def stops_at_retro(model, ids, config, **rest):
         if config[0].method == "retro":
@@ -128,7 +127,7 @@ def test_an_interrupted_run_leaves_the_finished_ones(
         return real(model, ids, config, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(retro_jax.experiments.compare.comparison, "score", stops_at_retro)
+        patch.setattr(comparison, "score", stops_at_retro)
         arguments = ("compare", "random:tiny", "--token-ids", ids_file, *SETTINGS, "--out", out)
         assert command(*arguments)[0] == 130
     assert sorted(file.name for file in (out / "runs").iterdir()) == ["full.npz", "quest-b32-p8.npz"]

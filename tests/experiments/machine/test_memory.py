@@ -30,7 +30,7 @@ def test_the_prefill_takes_no_less_than_is_told():
     each = jax.ShapeDtypeStruct((2,), "int32")
     params = jax.eval_shape(lambda: random_params(TINY, jax.random.key(0)))
     state = jax.eval_shape(lambda: init_state(TINY, RETRO, 2, 1024))
-    from experiments.run_compile import _extend
+    from retro_jax.experiments.runs.compile import _extend
 
     compiled = _extend.lower(params, TINY, RETRO, state, tokens, each).compile()
     assert compiled.memory_analysis().temp_size_in_bytes > memory(TINY, RETRO, 2, 1024).prefill * 0.9

@@ -17,7 +17,7 @@ from retro_jax.experiments.tasks.pg19 import PG19
 from retro_jax.experiments.tasks.questions import Question
 from retro_jax.experiments.tasks.recall import Recall
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data sets are not here")
 
 
