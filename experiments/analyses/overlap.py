@@ -20,13 +20,13 @@ from pallas_kernels import choose_pages
 from retro_jax import DecodeConfig, DecodeState
 from retro_jax.budget import most_pages
 from retro_jax.experiments.analyses.command import OverlapFlags
-from retro_jax.experiments.compare.comparison import Texts
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Estimate, estimate
 from retro_jax.experiments.io.files import print_json, write_bytes, write_json
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.tables import markdown, number
+from retro_jax.experiments.io.text import Texts
 from retro_jax.experiments.pictures.files import pictures
 from retro_jax.experiments.pictures.panels import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
 from retro_jax.experiments.pictures.words import counted, listed, shortened

@@ -1,7 +1,7 @@
 """The table of a benchmark of kernels."""
 
 from retro_jax.experiments.bench.device_time import EVENTS, MEAN, WALL
-from retro_jax.experiments.io.tables import markdown
+from retro_jax.experiments.io.tables import markdown, rounded
 
 COLUMNS = {
     "operation": lambda row: row["operation"],
@@ -61,10 +61,3 @@ def kernel_report(values: dict) -> str:
         skipped = "\n".join(f"- {item['what']}: {item['why']}" for item in values["skipped"])
         parts.append(f"Skipped:\n\n{skipped}")
     return "\n\n".join(parts) + "\n"
-
-
-def rounded(value: float | None) -> str:
-    """Returns a number with three digits or all before the point; nothing for None."""
-    if value is None:
-        return ""
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

@@ -31,9 +31,10 @@ class Compare(TextCommand):
     def run(self) -> None:
         """Runs what the folder does not have yet, then writes and prints the comparison."""
         from retro_jax.experiments.compare.comparison import compare, identity, summary
+        from retro_jax.experiments.compare.folder import ResultsFolder
         from retro_jax.experiments.compare.pictures import comparison_pictures
-        from retro_jax.experiments.io.files import ResultsFolder, print_json, write_bytes, write_json
-        from retro_jax.experiments.io.tables import comparison_report
+        from retro_jax.experiments.compare.tables import comparison_report
+        from retro_jax.experiments.io.files import print_json, write_bytes, write_json
 
         configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1

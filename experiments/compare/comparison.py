@@ -6,32 +6,15 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
-from jaxtyping import Int
 
 from retro_jax import DecodeConfig, Model, score
+from retro_jax.experiments.compare.folder import ResultsFolder, Run
 from retro_jax.experiments.compare.sweep import VARIED, quest_of, run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.estimates import Estimate, estimate, position_bins, ratio
-from retro_jax.experiments.io.files import ResultsFolder, Run
 from retro_jax.experiments.io.provenance import provenance
-from retro_jax.experiments.io.text import digest
+from retro_jax.experiments.io.text import Texts, digest
 from retro_jax.experiments.machine.programs import release
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts of a comparison: their names and token ids, all of one length."""
-
-    names: list[str]
-    ids: Int[np.ndarray, "B T"]
-    prompt_tokens: int
-
-    def __post_init__(self):
-        tokens = self.ids.shape[1]
-        if not 1 <= self.prompt_tokens < tokens:
-            raise ValueError(
-                f"--prompt-tokens is {self.prompt_tokens}; it must be in 1..{tokens - 1} for {tokens} tokens"
-            )
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ class Score(Configured, TextCommand):
         import numpy as np
 
         from retro_jax import score
+        from retro_jax.experiments.generate.tables import score_table
         from retro_jax.experiments.io.estimates import estimate
         from retro_jax.experiments.io.files import print_json
         from retro_jax.experiments.io.provenance import provenance
-        from retro_jax.experiments.io.tables import score_table
 
         config = self.config.config()
         model, texts = self.read([config])

@@ -14,7 +14,7 @@ from retro_jax.presets import PRESETS
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig, Model, Sampling
-    from retro_jax.experiments.compare.comparison import Texts
+    from retro_jax.experiments.io.text import Texts
 
 Flag = tyro.conf.FlagCreatePairsOff
 Hidden = tyro.conf.Suppress
@@ -108,9 +108,10 @@ class Command(Output):
             where its name or its config.json tells its size.
         """
         from retro_jax import load_model
+        from retro_jax.experiments.io.models import known_model
         from retro_jax.experiments.machine.compile_cache import keep_programs
         from retro_jax.experiments.machine.devices import local_devices
-        from retro_jax.experiments.machine.memory import check_memory, known_model
+        from retro_jax.experiments.machine.memory import check_memory
 
         local_devices()
         if known := known_model(self.model, self.dtype):
@@ -174,8 +175,7 @@ class TextCommand(Command):
           FileNotFoundError: a text is not there.
           ValueError: the texts are not as the flags say, or do not fit the memory.
         """
-        from retro_jax.experiments.compare.comparison import Texts
-        from retro_jax.experiments.io.text import check_sources, read_tokens
+        from retro_jax.experiments.io.text import Texts, check_sources, read_tokens
         from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.sizes import batch_rows, cache_capacity
 

@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,22 @@ PACKED = {
     b"%PDF-": "PDF",
 }
 """How files begin that have text in them, but are none."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts to decode along: their names and token ids, all of one length."""
+
+    names: list[str]
+    ids: Int[np.ndarray, "B T"]
+    prompt_tokens: int
+
+    def __post_init__(self):
+        tokens = self.ids.shape[1]
+        if not 1 <= self.prompt_tokens < tokens:
+            raise ValueError(
+                f"--prompt-tokens is {self.prompt_tokens}; it must be in 1..{tokens - 1} for {tokens} tokens"
+            )
 
 
 def decode(contents: bytes, name: str) -> str:

@@ -10,12 +10,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from retro_jax import DecodeConfig, init_state
-from retro_jax.experiments.io.files import read_json
 from retro_jax.experiments.machine.devices import local_devices, memory_left
 from retro_jax.models.config import ModelConfig
-from retro_jax.models.huggingface import config_from_json
-from retro_jax.models.load import local_path
-from retro_jax.models.presets import SIZES
 from retro_jax.models.transformer import random_params
 from retro_jax.sharding import check_mesh, params_shardings, state_shardings
 
@@ -132,16 +128,6 @@ def check_room(what: str, needed: int, parts: str) -> None:
             f"are left on this machine's {local_devices()[0].device_kind}; use fewer tokens or sequences, a "
             "smaller model or --dtype, or another device"
         )
-
-
-def known_model(name: str, dtype: str | None) -> ModelConfig | None:
-    """A model's sizes without fetching it: of a preset, a local folder, or a hub model of a known size."""
-    file = local_path(name) / "config.json"
-    if file.is_file():
-        return config_from_json(read_json(file, "fetch the model again"), name, dtype)
-    size = name.removeprefix("random:").rpartition("/")[2].lower().removesuffix("-instruct")
-    found = SIZES.get(size) or SIZES.get(size.replace("llama-", "llama", 1).removeprefix("meta-"))
-    return found and replace(found, name=name, dtype=dtype or found.dtype)
 
 
 def gigabytes(size: float) -> str:

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from retro_jax import decode_step, extend, make_mesh
+from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.tables import markdown
-from retro_jax.experiments.machine.memory import gigabytes, known_model
+from retro_jax.experiments.machine.memory import gigabytes
 from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.plan import Plan, check_fits

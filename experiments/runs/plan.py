@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from retro_jax import DecodeConfig
+from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.tables import markdown
-from retro_jax.experiments.machine.memory import check_memory, gigabytes, known_model, memory
+from retro_jax.experiments.machine.memory import check_memory, gigabytes, memory
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.tasks import Asked, Passage, describe
 from retro_jax.models.config import ModelConfig

@@ -11,11 +11,11 @@ import jax
 
 from retro_jax import Model, load_model, make_mesh, shard_params
 from retro_jax.experiments.io.files import print_json
+from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
 from retro_jax.experiments.machine.devices import local_devices
-from retro_jax.experiments.machine.memory import known_model
 from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.runs.command import RunFlags
 from retro_jax.experiments.runs.compile import check_programs, compile_run, programs_text

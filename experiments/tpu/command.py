@@ -6,12 +6,11 @@ from pathlib import Path
 
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig
-from retro_jax.experiments.bench.kernel_report import rounded
 from retro_jax.experiments.io.files import finite, write_bytes, write_json
 from retro_jax.experiments.io.flags import Output
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
-from retro_jax.experiments.io.tables import markdown
+from retro_jax.experiments.io.tables import markdown, rounded
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import Bars, Scale
 from retro_jax.experiments.pictures.words import counted

@@ -12,9 +12,9 @@ from retro_jax import DecodeConfig
 from retro_jax.experiments.analyses.overlap import overlap_pictures
 from retro_jax.experiments.bench.decode import latency_pictures
 from retro_jax.experiments.bench.roofline import roofline_pictures
+from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.pictures import comparison_pictures, ladder_pictures, position_pictures
 from retro_jax.experiments.compare.sweep import Sweep, run_name
-from retro_jax.experiments.io.files import Run
 from retro_jax.experiments.pictures.files import pictures
 from retro_jax.experiments.pictures.panels import COLOURS, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import listed, plain, shortened, wrapped

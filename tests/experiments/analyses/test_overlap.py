@@ -3,7 +3,7 @@ import pytest
 
 from retro_jax import DecodeConfig
 from retro_jax.experiments.analyses.overlap import RANKS, measure
-from retro_jax.experiments.compare.comparison import Texts
+from retro_jax.experiments.io.text import Texts
 from tests.retro_jax.tiny import begin, first_sparse_qkv, force, tiny, token_ids
 
 PROMPT, TOKENS, DISTANCES, PAGE = 30, 70, 3, 4

@@ -26,8 +26,9 @@ from retro_jax.experiments.bench.kernel_cases import (
     random_page_ids,
     sets_for,
 )
-from retro_jax.experiments.bench.kernel_report import kernel_report, rounded
+from retro_jax.experiments.bench.kernel_report import kernel_report
 from retro_jax.experiments.bench.kernels import Timer, over_flashinfer, read_bandwidth
+from retro_jax.experiments.io.tables import rounded
 
 DIMS = Dimensions(kv_heads=2, group=2, head_dim=8, page_size=8, dtype="float32")
 H100 = Dimensions(kv_heads=8, group=4, head_dim=128, page_size=16, dtype="bfloat16")

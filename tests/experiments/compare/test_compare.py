@@ -57,9 +57,7 @@ def test_compare(json_command, ids_file, tmp_path):
 
 def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scored, monkeypatch):
     released = []
-    monkeypatch.setattr(
-        comparison, "release", lambda: released.append(len(scored))
-    )
+    monkeypatch.setattr(comparison, "release", lambda: released.append(len(scored)))
     out = tmp_path / "out"
     first = run(json_command, ids_file, out)
     assert scored == [("full", None, 0), ("quest", None, 1), ("retro", 2, 1)]

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from retro_jax import DecodeConfig, Metrics
-from retro_jax.experiments.io.files import ResultsFolder, finite, run_name, write_json
+from retro_jax.experiments.compare.folder import ResultsFolder
+from retro_jax.experiments.compare.sweep import run_name
+from retro_jax.experiments.io.files import finite, write_json
 
 IDENTITY = {"model": "m", "tokens": 8, "config": {"budget": 0.15, "page_size": 16}}
 CONFIG = DecodeConfig(method="retro", window=2)

@@ -8,10 +8,11 @@ import pytest
 
 import retro_jax.experiments.runs.run
 from retro_jax import Sampling, preset
+from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.runs.compile import compile_run
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.configs import CONFIGS
-from retro_jax.experiments.runs.plan import known_model, make_plan
+from retro_jax.experiments.runs.plan import make_plan
 from retro_jax.experiments.runs.work import Row, decode_batch, encode, make_batches
 from retro_jax.experiments.tasks import Example
 from retro_jax.experiments.tasks.aime24 import AIME24
@@ -153,7 +154,7 @@ def test_dry_run(json_command, command, name, tmp_path, monkeypatch):
 def two_layers(monkeypatch):
     """Two of the layers of a size that configs name."""
     sizes = {"qwen2.5-32b": replace(SIZES["qwen2.5-32b"], num_layers=2)}
-    monkeypatch.setattr(retro_jax.experiments.machine.memory, "SIZES", sizes)
+    monkeypatch.setattr(retro_jax.experiments.io.models, "SIZES", sizes)
 
 
 QWEN = ("run", "qwen2.5-32b-longgenbench-gsm8k", "--methods", "retro", "--dense-layers", 1, "--compile")

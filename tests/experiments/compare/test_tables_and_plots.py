@@ -4,11 +4,11 @@ from matplotlib.figure import Figure
 
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.comparison import rows
+from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.pictures import sweep_pictures
 from retro_jax.experiments.compare.sweep import Sweep, order, quest_of, run_name
+from retro_jax.experiments.compare.tables import comparison_report, comparison_table
 from retro_jax.experiments.io.estimates import Estimate
-from retro_jax.experiments.io.files import Run
-from retro_jax.experiments.io.tables import comparison_report, comparison_table, markdown, number, score_table
 
 IDENTITY = {
     "model": "m",
@@ -33,18 +33,6 @@ def runs():
         nll = full + (added if config.overwrite else 0.2)
         found.append(Run(run_name(config), config, nll, exposure, 4.0, 2.5e6, 1.0, {}))
     return found
-
-
-def test_markdown():
-    assert markdown(["a", "number"], [["x", "1"], ["longer", "22"]]) == (
-        "| a      | number |\n| ------ | -----: |\n| x      |      1 |\n| longer |     22 |"
-    )
-
-
-def test_number():
-    assert number(Estimate(0.12345, 0.0012)) == "0.1235 ± 0.0012"
-    assert number(Estimate(1.0, 0.0), 3) == "1.000"
-    assert number(Estimate(1.0, float("nan")), 1) == "1.0"
 
 
 def names(common=None, **values):
@@ -158,15 +146,6 @@ def test_report_has_every_text(runs):
     assert "128-383" in report
     assert "Settings: budget 64, page size 16, group reduce mean, budget_floor 256." in report
     assert "In retro-w4-b64-no_overwrite no token's value differs from Quest's by more than" in report
-
-
-def test_score_table():
-    nll = np.array([[1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
-    lines = score_table(nll, 10, ["a", "b"], 2).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[0] == ["text", "NLL", "perplexity", "10-11", "12-13"]
-    assert cells[2] == ["a", "2.0000", "7.389", "1.0000", "3.0000"]
-    assert cells[4] == ["all", "2.0000", "7.389", "1.5000", "2.5000"]
 
 
 def curves(runs, setting, monkeypatch):
