@@ -31,7 +31,7 @@ class Compare(TextCommand):
     def run(self) -> None:
         """Runs what the folder does not have yet, then writes and prints the comparison."""
         from retro_jax.experiments.compare.comparison import compare, identity, summary
-        from retro_jax.experiments.compare.folder import ResultsFolder
+        from retro_jax.experiments.compare.folder import ComparisonFolder
         from retro_jax.experiments.compare.pictures import comparison_pictures
         from retro_jax.experiments.compare.tables import comparison_report
         from retro_jax.experiments.io.files import print_json, write_bytes, write_json
@@ -40,7 +40,7 @@ class Compare(TextCommand):
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1
         model, texts = self.read(configs, copies=together)
         what = identity(self.model, model, texts, configs[0])
-        folder = ResultsFolder(self.out or _default_folder(what), what)
+        folder = ComparisonFolder(self.out or _default_folder(what), what)
         runs = compare(model, texts, configs, folder, Progress, budgets_together=self.budgets_together)
         report = comparison_report(what, runs, self.bin_tokens)
         values = summary(what, runs, self.bin_tokens)

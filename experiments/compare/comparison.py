@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 
 from retro_jax import DecodeConfig, Model, score
-from retro_jax.experiments.compare.folder import ResultsFolder, Run
+from retro_jax.experiments.compare.folder import ComparisonFolder, Run
 from retro_jax.experiments.compare.sweep import VARIED, quest_of, run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.estimates import Estimate, estimate, position_bins, ratio
@@ -56,7 +56,7 @@ def compare(
     model: Model,
     texts: Texts,
     configs: Sequence[DecodeConfig],
-    folder: ResultsFolder,
+    folder: ComparisonFolder,
     progress: Callable[[str], AbstractContextManager[Callable]],
     *,
     budgets_together: bool = False,

@@ -11,9 +11,8 @@ from jaxtyping import Float
 
 from retro_jax import DecodeConfig, Score
 from retro_jax.experiments.compare.sweep import order, run_name
-from retro_jax.experiments.io.files import check_writable, differences, read_json, write_file, write_json
-
-IDENTITY = "comparison.json"
+from retro_jax.experiments.io.files import write_file
+from retro_jax.experiments.io.folders import ResultFolder
 
 
 @dataclass(frozen=True)
@@ -41,32 +40,10 @@ class Run:
     provenance: dict
 
 
-class ResultsFolder:
-    """A folder of runs of one comparison: the same model, texts and common settings.
+class ComparisonFolder(ResultFolder):
+    """A folder of runs of one comparison: the same model, texts and common settings."""
 
-    Args:
-        path: made when the first run is saved.
-        identity: what all runs of the folder share, as JSON values.
-
-    Raises:
-        OSError: nothing can be written there.
-        ValueError: the folder belongs to another comparison, or holds something else, or is damaged.
-    """
-
-    def __init__(self, path: Path, identity: dict):
-        self.path = path
-        identity = json.loads(json.dumps(identity))
-        file = path / IDENTITY
-        if file.exists():
-            different = differences(read_json(file), identity)
-            if different:
-                raise ValueError(f"{path} holds another comparison ({different}); choose another --out")
-        elif path.exists() and (
-            not path.is_dir() or any(".partial" not in found.name for found in path.iterdir())
-        ):
-            raise ValueError(f"{path} exists and is not a comparison's folder; choose another --out")
-        check_writable(path)
-        self.identity = identity
+    kind, file = "comparison", "comparison.json"
 
     def has(self, name: str) -> bool:
         """Tells whether the run is finished."""
@@ -85,8 +62,7 @@ class ResultsFolder:
         file = self._file(name)
         if file.exists():
             raise FileExistsError(f"{file} is finished already; nothing is overwritten")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / IDENTITY, self.identity)
+        self.begin()
         file.parent.mkdir(exist_ok=True)
         arrays = {
             "nll": result.nll,

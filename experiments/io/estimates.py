@@ -1,17 +1,24 @@
-"""Means and standard errors of paired differences of log-likelihoods along a text.
+"""How sure a mean is: standard errors along texts, and intervals over examples.
 
 Excess is the negative log-likelihood of each token under a method less that under full attention.
 Neighbouring tokens' values are correlated, so standard errors come from the means of blocks of `BLOCK`
 tokens. They speak of these texts (each text is a stratum), not of a population of texts. B is the number of
 texts, T of tokens.
+
+The examples of a task are drawn from a population, and each has one value: intervals of their means are
+bootstrap intervals.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 BLOCK = 64
+RESAMPLES = 2000
+LEAST_EXAMPLES = 6
+"""Values of which an interval is told: the range of fewer holds their median with a probability below 95%."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +89,33 @@ def running_mean(
         return centres, windows.mean(axis=(0, 2)), np.full(len(centres), np.nan)
     error = np.sqrt(windows.var(axis=2, ddof=1).sum(axis=0) / span) / texts
     return centres, windows.mean(axis=(0, 2)), error
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% interval; NaN for the ends where there are fewer than `LEAST_EXAMPLES` values."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 3) -> str:
+        """The mean and the interval in brackets."""
+        if np.isnan(self.low):
+            return f"{self.mean:.{digits}f}"
+        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def bootstrap(*groups: Sequence[float]) -> Interval:
+    """The mean and its 95% bootstrap interval (percentiles) over values, one for each example.
+
+    Several groups, each resampled by itself, count the same: the mean is that of their means.
+    """
+    arrays = [np.asarray(values, float) for values in groups]
+    mean = float(np.mean([values.mean() for values in arrays]))
+    if min(map(len, arrays)) < LEAST_EXAMPLES:
+        return Interval(mean, float("nan"), float("nan"))
+    rng = np.random.default_rng(0)
+    picks = [values[rng.integers(len(values), size=(RESAMPLES, len(values)))] for values in arrays]
+    low, high = np.percentile(np.mean([picked.mean(axis=1) for picked in picks], axis=0), (2.5, 97.5))
+    return Interval(mean, float(low), float(high))

@@ -4,36 +4,20 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from retro_jax.experiments.io.estimates import block_means
-from retro_jax.experiments.runs.config import method_fields
-from retro_jax.experiments.runs.folder import KEYS, read_identity, read_lines, read_results
+from retro_jax import DecodeConfig
+from retro_jax.experiments.compare.sweep import run_name
+from retro_jax.experiments.io.budgets import budget_value
+from retro_jax.experiments.io.estimates import Interval, block_means, bootstrap
+from retro_jax.experiments.runs.folder import KEYS, read_identity, read_lines, read_methods, read_results
 
-RESAMPLES = 2000
-LEAST_EXAMPLES = 6
-"""Values of which an interval is told: the range of fewer holds their median with a probability below 95%."""
 FREE = ("methods", "presets", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
 """Fields of a run's configuration that change which results there are, and none of them."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95% interval; NaN for the ends where there are fewer than `LEAST_EXAMPLES` values."""
-
-    mean: float
-    low: float
-    high: float
-
-    def text(self, digits: int = 3) -> str:
-        """The mean and the interval in brackets."""
-        if np.isnan(self.low):
-            return f"{self.mean:.{digits}f}"
-        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass(frozen=True)
@@ -43,14 +27,16 @@ class Measured:
     Attributes:
       paths: of the folders.
       identity: the config.json of the first.
+      configs: how each method decodes, by name.
       lines: results, each (example, method, sample) once.
       timings: of batches, each with the device of its folder's last start.
       starts: provenance of the last start of each folder; none for a folder that lost it.
-      planned: replies that each method is to have, by label.
+      planned: replies that each method is to have, by name.
     """
 
     paths: Sequence[Path]
     identity: Mapping
+    configs: Mapping[str, DecodeConfig]
     lines: Sequence[dict]
     timings: Sequence[dict]
     starts: Sequence[Mapping]
@@ -68,7 +54,7 @@ class Measured:
 
     @property
     def methods(self) -> list[str]:
-        """Labels of the methods that have results, in the order of the work."""
+        """Names of the methods that have results, in the order of the work."""
         return list(dict.fromkeys(line["method"] for line in self.lines))
 
     @property
@@ -83,6 +69,20 @@ class Measured:
     def is_likelihood(self) -> bool:
         """Whether passages were decoded along, so that there are likelihoods and no scores."""
         return "scores" not in self.lines[0]
+
+    def plain(self, method: str) -> bool:
+        """Whether a method has the settings that all methods of the run share but those of presets."""
+        config, shared = self.configs[method], self.config["decode"].items()
+        return config.attention.dense or all(getattr(config, key) == value for key, value in shared)
+
+    def find(self, method: str, window: int | None = None, budget: float | None = None) -> str | None:
+        """The name of a plain method that has results, by its window and budget; None if there is none."""
+        for name in filter(self.plain, self.methods):
+            config = self.configs[name]
+            given = None if config.attention.dense else budget_value(config)
+            if (config.method, config.window, given) == (method, window, budget):
+                return name
+        return None
 
     def by_example(self, method: str) -> dict[str, float]:
         """Each example's value: its score, or its mean NLL; the mean over positions and samples."""
@@ -139,6 +139,13 @@ def read_run(path: Path) -> Measured:
     identity, lines = read_identity(path), read_results(path)
     if not lines:
         raise ValueError(f"{path} has no results yet")
+    methods = read_methods(path, identity)
+    names = {label: run_name(config) for label, config in methods.items()}
+    if unknown := [line["method"] for line in lines if line["method"] not in names]:
+        raise ValueError(
+            f"{path} has results of {unknown[0]!r}, which is no method of its run; were two folders mixed?"
+        )
+    lines = [line | {"method": names[line["method"]]} for line in lines]
     kind = "scores" if "scores" in lines[0] else "nll"
     if without := [line for line in lines if kind not in line]:
         which = ", ".join(str(without[0][key]) for key in KEYS)
@@ -147,16 +154,12 @@ def read_run(path: Path) -> Measured:
     device = starts[0]["device"] if starts else "unknown device"
     timed = ("method", "batch", "context", "steps_per_second")
     timings = read_lines(sorted(path.glob("timings-*.jsonl")), timed)
-    timings = [timing | {"device": device} for timing in timings]
-    return Measured([path], identity, lines, timings, starts, _planned(identity["config"], lines, starts))
-
-
-def _planned(config: Mapping, lines: Sequence[dict], starts: Sequence[Mapping]) -> dict[str, int]:
-    """The replies that each method of a run is to have, as many as the fullest has if no start tells it."""
-    asked = (config["methods"], config.get("presets", ()), config["windows"], config["budgets"])
+    timings = [timing | {"method": names.get(timing["method"]), "device": device} for timing in timings]
+    # as many replies as the fullest method has, if no start tells how many there are to be
     most = max(Counter(line["method"] for line in lines).values())
     replies = max((start["replies"] for start in starts if "replies" in start), default=most)
-    return dict.fromkeys(method_fields(*asked), replies)
+    configs = dict(zip(names.values(), methods.values(), strict=True))
+    return Measured([path], identity, configs, lines, timings, starts, dict.fromkeys(configs, replies))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Measured]:
@@ -198,6 +201,7 @@ def merge(parts: Sequence[Measured]) -> Measured:
     return Measured(
         paths=[path for part in parts for path in part.paths],
         identity=parts[0].identity,
+        configs={name: config for part in parts for name, config in part.configs.items()},
         lines=[line for line, _ in found.values()],
         timings=[timing for part in parts for timing in part.timings],
         starts=[start for part in parts for start in part.starts],
@@ -207,21 +211,6 @@ def merge(parts: Sequence[Measured]) -> Measured:
             for label in part.planned
         },
     )
-
-
-def bootstrap(*groups: Sequence[float]) -> Interval:
-    """The mean and its 95% bootstrap interval (percentiles) over values, one for each example.
-
-    Several groups, each resampled by itself, count the same: the mean is that of their means.
-    """
-    arrays = [np.asarray(values, float) for values in groups]
-    mean = float(np.mean([values.mean() for values in arrays]))
-    if min(map(len, arrays)) < LEAST_EXAMPLES:
-        return Interval(mean, float("nan"), float("nan"))
-    rng = np.random.default_rng(0)
-    picks = [values[rng.integers(len(values), size=(RESAMPLES, len(values)))] for values in arrays]
-    low, high = np.percentile(np.mean([picked.mean(axis=1) for picked in picks], axis=0), (2.5, 97.5))
-    return Interval(mean, float(low), float(high))
 
 
 def paired(run: Measured, method: str, other: str) -> list[float]:
@@ -237,9 +226,9 @@ def difference(run: Measured, method: str, other: str) -> Interval | None:
 
 
 def quest_of(run: Measured, method: str) -> str | None:
-    """The label of Quest with the same budget, if the run has it and the method is another."""
-    label = f"quest-{method.rpartition('-')[2]}"
-    return label if method != "full" and label != method and label in run.methods else None
+    """The name of Quest with the same budget, if the run has it and the method is another."""
+    quest = run.find("quest", budget=budget_value(run.configs[method]))
+    return None if quest == method or run.configs[method].attention.dense else quest
 
 
 def by_bins(values: Float[np.ndarray, "lines positions"], bins: int) -> tuple[np.ndarray, list[Interval]]:
@@ -271,6 +260,7 @@ def run_values(run: Measured) -> dict:
         values = run.by_example(method)
         quest = quest_of(run, method)
         methods[method] = {
+            "config": asdict(run.configs[method]),
             "examples": len(values),
             "value": vars(bootstrap(list(values.values()))) if values else None,
             "minus_full": _values(difference(run, method, "full")) if method != "full" else None,

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from retro_jax.experiments.io.estimates import LEAST_EXAMPLES, Interval, bootstrap
 from retro_jax.experiments.io.files import print_json, write_bytes
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.report.command import ReportFlags
 from retro_jax.experiments.report.data import (
-    LEAST_EXAMPLES,
-    Interval,
     Measured,
-    bootstrap,
     difference,
     quest_of,
     read_runs,

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from retro_jax.experiments.report.data import Interval, Measured, bootstrap, paired, quest_of
+from retro_jax.experiments.io.estimates import Interval, bootstrap
+from retro_jax.experiments.report.data import Measured, paired, quest_of
 from retro_jax.experiments.report.pictures import questions_groups
+from retro_jax.presets import PRESETS
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 PAPER_NOTE = (
@@ -27,24 +29,29 @@ def paper_rows(runs: Sequence[Measured]) -> list[dict]:
     in the paper it is from.
     """
     rows = []
-    for figure in PAPER["figures"]:
-        for group in _same_setting(figure, runs):
-            for method, percent in figure["percent"].items():
-                values = [_values(run, method, figure["quantity"]) for run in group]
+    for table in PAPER["tables"]:
+        for group in _same_setting(table, runs):
+            for figure in table["figures"]:
+                told = figure["method"], figure.get("window"), figure.get("budget")
+                names = [run.find(*told) for run in group]
+                values = [
+                    _values(run, name, table["quantity"]) if name else []
+                    for run, name in zip(group, names, strict=True)
+                ]
                 if all(values):
                     scaled = [[100 * value for value in of_run] for of_run in values]
-                    what = QUANTITIES[figure["quantity"]]
-                    rows.append(_row(group, method, what, bootstrap(*scaled), percent, figure["where"]))
+                    ours, what = bootstrap(*scaled), QUANTITIES[table["quantity"]]
+                    rows.append(_row(group, names[0], what, ours, figure["percent"], table["where"]))
     return rows + [row for run in runs for row in _exposure_rows(run)]
 
 
-def _same_setting(figure: Mapping, runs: Sequence[Measured]) -> list[list[Measured]]:
-    """The runs that a figure can be compared with, by comparison; several if it is a mean over n."""
-    wanted = figure["task"].items()
+def _same_setting(table: Mapping, runs: Sequence[Measured]) -> list[list[Measured]]:
+    """The runs that figures can be compared with, by comparison; several if they are means over n."""
+    wanted = table["task"].items()
     alike = [
-        run for run in runs if run.config["model"] == figure["model"] and wanted <= run.config["task"].items()
+        run for run in runs if run.config["model"] == table["model"] and wanted <= run.config["task"].items()
     ]
-    questions = figure.get("n")
+    questions = table.get("n")
     if questions is None:
         return [[run] for run in alike]
     if len(questions) == 1:
@@ -63,7 +70,8 @@ def _values(run: Measured, method: str, quantity: str) -> list[float]:
 
 def _exposure_rows(run: Measured) -> list[dict]:
     """The exposure of the run's widest windows, after as many later steps as the paper tells."""
-    ours = [method for method in run.methods if not method.startswith("preset_retro")]  # another method
+    beyond = PRESETS["retro"].items()  # another method than the paper's
+    ours = [method for method in run.methods if not beyond <= asdict(run.configs[method]).items()]
     curves = {method: run.matrix(method, "exposure") for method in ours}
     widest = max((curve.shape[1] for curve in curves.values()), default=0)
     return [

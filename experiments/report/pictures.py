@@ -1,22 +1,24 @@
 """The pictures of a report; each function returns PNG files by name, none where the runs do not show it."""
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from retro_jax import DecodeConfig
+from retro_jax.experiments.compare.sweep import run_name
+from retro_jax.experiments.io.budgets import budget_fields, budget_value
+from retro_jax.experiments.io.estimates import LEAST_EXAMPLES, Interval, bootstrap
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import counted, shortened
 from retro_jax.experiments.report.data import (
-    LEAST_EXAMPLES,
-    Interval,
     Measured,
-    bootstrap,
     by_bins,
     excess_by_position,
     same_json,
 )
+from retro_jax.fields import DecodeFields
 
 BLOCK = 256
 """Tokens in a point of the curves of likelihood, at most."""
@@ -59,12 +61,11 @@ def excess_plot(run: Measured, stem: str) -> dict[str, bytes]:
 
 def exposure_plot(run: Measured, stem: str) -> dict[str, bytes]:
     """Draws exposure against later steps: of methods that differ in their window only, the widest's."""
-    widest: dict[tuple[str, str], tuple[str, list[float]]] = {}
+    widest: dict[DecodeConfig, tuple[str, list[float]]] = {}
     for method in run.methods:
-        family, budget = _split(method)
-        kind, curve = re.sub(r"-w\d+$", "", family), run.exposure(method)
-        if len(curve) > max(1, len(widest.get((kind, budget), ("", ()))[1])):
-            widest[kind, budget] = method, curve
+        kind, curve = replace(run.configs[method], window=None), run.exposure(method)
+        if len(curve) > max(1, len(widest.get(kind, ("", ()))[1])):
+            widest[kind] = method, curve
     lines = {
         method: (np.arange(len(curve)), [Interval(value, np.nan, np.nan) for value in curve])
         for method, curve in widest.values()
@@ -79,10 +80,10 @@ def budget_plot(run: Measured, stem: str) -> dict[str, bytes]:
     families: dict[str, list[str]] = {}
     for method in run.methods:
         if method != "full" and run.by_example(method):
-            families.setdefault(_split(method)[0], []).append(method)
+            families.setdefault(_family(run, method), []).append(method)
     if not any(len(labels) > 1 for labels in families.values()):
         return {}
-    family_looks = _looks(families)
+    family_looks = _looks([run])
     lines, read = [], []
     for family, labels in families.items():
         points = sorted((run.mean(label, "kv_bytes") / 1e6, label) for label in labels)
@@ -103,7 +104,7 @@ def latency_plot(run: Measured, stem: str) -> dict[str, bytes]:
     """Draws wall time of a decode step against context, a panel for each device and batch."""
     timed = [timing for timing in run.timings if timing["steps_per_second"]]
     kinds = dict.fromkeys((timing["device"], timing["batch"]) for timing in timed)
-    method_looks = _looks(run.methods)
+    method_looks = _looks([run], whole=True)
     panels = []
     for device, batch in kinds:
         lines = []
@@ -126,7 +127,7 @@ def questions_plot(runs: Sequence[Measured], stem: str) -> dict[str, bytes]:
     """Draws score against the number of questions in one prompt, over runs that differ in nothing else."""
     panels = []
     groups = questions_groups(runs)
-    method_looks = _looks([method for group in groups for run in group for method in run.methods])
+    method_looks = _looks([run for group in groups for run in group], whole=True)
     for group in groups:
         lines = []
         for method in dict.fromkeys(method for run in group for method in run.methods):
@@ -159,25 +160,39 @@ def _by_budget(
     run: Measured, curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]], x: Scale, y: Scale
 ) -> list[Curves]:
     """A panel of curves for each budget; full attention's, which has none, is in all of them."""
-    family_looks = _looks([_split(method)[0] for method in run.methods])
-    budgets = dict.fromkeys(budget for method in curves if (budget := _split(method)[1])) or {"": None}
+    family_looks = _looks([run])
+    budgets = dict.fromkeys(budget for method in curves if (budget := _budget(run, method))) or {None: None}
     panels = []
     for budget in budgets:
-        chosen = [method for method in curves if _split(method)[1] in ("", budget)]
-        lines = [_line(_split(name)[0], family_looks[_split(name)[0]], *curves[name]) for name in chosen]
-        panels.append(Curves(lines, x, y, f"budget {budget}" if budget else ""))
+        chosen = [method for method in curves if _budget(run, method) in (None, budget)]
+        names = {method: _family(run, method) for method in chosen}
+        lines = [_line(name, family_looks[name], *curves[method]) for method, name in names.items()]
+        panels.append(Curves(lines, x, y, f"budget {budget:g}" if budget else ""))
     return panels
 
 
-def _split(method: str) -> tuple[str, str]:
-    """The label of a method without its budget, and the budget; "" for full attention."""
-    family, _, budget = method.rpartition("-")
-    return (family, budget) if family else (method, "")
+def _budget(run: Measured, method: str) -> float | None:
+    """The budget of a method; None for full attention."""
+    config = run.configs[method]
+    return None if config.attention.dense else budget_value(config)
 
 
-def _looks(names: Sequence[str]) -> dict[str, Look]:
-    """Looks of methods, with or without their budgets."""
-    return looks(names, {"full": FULL, "quest": QUEST})
+def _family(run: Measured, method: str) -> str:
+    """The name of a method without its budget."""
+    return run_name(replace(run.configs[method], **budget_fields(DecodeFields.budget)))
+
+
+def _looks(runs: Sequence[Measured], whole: bool = False) -> dict[str, Look]:
+    """Looks of methods, by their families or by their whole names; full attention's and Quest's are known."""
+    known, names = {}, []
+    for run in runs:
+        for method in run.methods:
+            names.append(method if whole else _family(run, method))
+            if run.configs[method].attention.dense:
+                known[names[-1]] = FULL
+            elif not whole and run.configs[method].method == "quest" and run.plain(method):
+                known[names[-1]] = QUEST
+    return looks(names, known)
 
 
 def _line(name: str, look: Look, x: Sequence[float], intervals: Sequence[Interval]) -> Line:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.flags import NoPrefix, SamplingFlags, common_flags
 from retro_jax.experiments.tasks import TASKS, AnyTask
@@ -82,13 +83,14 @@ class RunConfig:
         self.task.check()
 
     def configurations(self) -> "dict[str, DecodeConfig]":
-        """How to decode, by label: full once, other methods at each budget, with each window if they revise.
+        """How to decode, by name: full once, other methods at each budget, with each window if they revise.
 
         Raises:
           ValueError: a method is unknown, or a configuration is not possible.
         """
         fields = method_fields(self.methods, self.presets, self.windows, self.budgets)
-        return {label: self.decode.config(**own) for label, own in fields.items()}
+        found = [self.decode.config(**own) for own in fields.values()]
+        return {run_name(config): config for config in found}
 
     @property
     def task_name(self) -> str:
@@ -113,7 +115,9 @@ class RunConfig:
 def method_fields(
     methods: Sequence[str], presets: Sequence[str], windows: Sequence[int], budgets: Sequence[float]
 ) -> dict[str, dict]:
-    """The fields of `DecodeConfig` that a run's methods set, by label; see `RunConfig` for the arguments.
+    """The fields of `DecodeConfig` that a run's methods set; see `RunConfig` for the arguments.
+
+    By the labels that folders of earlier versions have: names follow from a whole configuration (`run_name`).
 
     Raises:
       ValueError: a method or a preset is unknown.

@@ -1,6 +1,6 @@
 """The folder of a run: its configuration, and results as JSON lines that survive any kill.
 
-    config.json           what the run is; written first, never changed
+    config.json           what the run is, and how each of its methods decodes; written first, never changed
     results-P.jsonl       by host P: one line per (example, method, sample), in the order of the work
     timings-P.jsonl       by host P: one line per batch and method, wall time; for the latency plot
     provenance-P.jsonl    by host P: one line per start
@@ -12,42 +12,44 @@ cuts off and computes again; everything before it is whole.
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from retro_jax.experiments.io.files import (
-    check_writable,
-    differences,
-    finite,
-    read_json,
-    sync_folder,
-    write_json,
-)
+from retro_jax import DecodeConfig
+from retro_jax.experiments.io.files import finite, read_json, sync_folder
+from retro_jax.experiments.io.folders import ResultFolder
+from retro_jax.experiments.runs.config import method_fields
 
 CONFIG = "config.json"
 KEYS = ("example", "method", "sample")
 IDENTITY = ("name", "config", "examples")
+METHODS = "methods"
+"""The `DecodeConfig` of each method, by the name that its results have; earlier versions did not tell it."""
 
 
-class RunFolder:
+class RunFolder(ResultFolder):
     """A folder of results that only this process's host writes its own part of.
 
     Args:
       path: made if it is not there.
-      identity: what the run is, as JSON values.
+      identity: what the run is, as JSON values: `IDENTITY` and `METHODS`.
       process: this host's number.
-
-    Raises:
-      OSError: nothing can be written there.
-      ValueError: the folder belongs to another run, or holds something else, or is damaged.
     """
 
+    kind, file = "run", CONFIG
+
     def __init__(self, path: Path, identity: dict, process: int = 0):
-        self.path, self.process = path, process
-        check_folder(path, identity)
-        path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONFIG).exists():
-            write_json(path / CONFIG, identity)
+        super().__init__(path, identity)
+        self.process = process
+        self.begin()
+
+    @classmethod
+    def differences(cls, found: dict, wanted: dict) -> str:
+        """As in `ResultFolder`."""
+        if METHODS in wanted and METHODS not in found:
+            return "of an earlier version; retro-jax report still reads it"
+        return super().differences(found, wanted)
 
     def __enter__(self) -> "RunFolder":
         self._file = os.open(self._results, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -95,25 +97,6 @@ class RunFolder:
         return self.path / f"results-{self.process}.jsonl"
 
 
-def check_folder(path: Path, identity: dict) -> None:
-    """Checks that a run can be written into a folder.
-
-    Raises:
-      OSError: nothing can be written there.
-      ValueError: it belongs to another run, naming what differs, or holds something else, or is damaged.
-    """
-    file = path / CONFIG
-    if file.exists():
-        different = differences(read_json(file), identity)
-        if different:
-            raise ValueError(f"{path} holds another run ({different}); choose another --out")
-    elif path.exists() and (
-        not path.is_dir() or any(".partial" not in found.name for found in path.iterdir())
-    ):
-        raise ValueError(f"{path} exists and is not a run's folder; choose another --out")
-    check_writable(path)
-
-
 def read_identity(path: Path) -> dict:
     """What the run in a folder is.
 
@@ -129,6 +112,37 @@ def read_identity(path: Path) -> dict:
             f"{path / CONFIG} is not a run's: it has no {missing[0]!r}; name the folder of a run"
         )
     return identity
+
+
+def run_identity(name: str, config: Mapping, methods: Mapping[str, DecodeConfig], examples: str) -> dict:
+    """What a run's folder is known by.
+
+    Args:
+      name: of the run.
+      config: the values that make it another than others.
+      methods: how each decodes, by name.
+      examples: their digest.
+    """
+    told = {label: asdict(decode) for label, decode in methods.items()}
+    return {"name": name, "config": config, METHODS: told, "examples": examples}
+
+
+def read_methods(path: Path, identity: Mapping) -> dict[str, DecodeConfig]:
+    """How each method of the run in a folder decodes, by the name that its results have.
+
+    An earlier version's folder tells the flags of the run, of which follow its methods and their labels.
+
+    Raises:
+      ValueError: they are no configurations of this version.
+    """
+    try:
+        if METHODS in identity:
+            return {name: DecodeConfig(**values) for name, values in identity[METHODS].items()}
+        asked = identity["config"]
+        varied = (asked["methods"], asked.get("presets", ()), asked["windows"], asked["budgets"])
+        return {label: DecodeConfig(**asked["decode"] | own) for label, own in method_fields(*varied).items()}
+    except (TypeError, ValueError, LookupError) as error:
+        raise ValueError(f"{path / CONFIG} is damaged, or another version's ({error}); restore it") from error
 
 
 def read_results(path: Path) -> list[dict]:

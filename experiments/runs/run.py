@@ -20,7 +20,7 @@ from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.runs.command import RunFlags
 from retro_jax.experiments.runs.compile import check_programs, compile_run, programs_text
 from retro_jax.experiments.runs.config import RunConfig, default_folder, digest
-from retro_jax.experiments.runs.folder import RunFolder, check_folder
+from retro_jax.experiments.runs.folder import RunFolder, run_identity
 from retro_jax.experiments.runs.plan import check_memory_of, make_plan, plan_text, plan_values
 from retro_jax.experiments.runs.work import Row, check_positions, decode_batch, encode, make_batches
 
@@ -41,13 +41,10 @@ class Run(RunFlags):
         local_devices()
         plan = make_plan(self.config)
         examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
-        identity = {
-            "name": self.name,
-            "config": self.config.identity(),
-            "examples": digest([asdict(example) for example in examples]),
-        }
+        told = digest([asdict(example) for example in examples])
+        identity = run_identity(self.name, self.config.identity(), self.config.configurations(), told)
         out = self.out or default_folder(self.name, identity)
-        check_folder(out, identity)
+        RunFolder.check(out, identity)
         if known := known_model(self.config.model, self.config.dtype):
             check_memory_of(self.config, known, plan.prompt_tokens + plan.new_tokens)
         with stop_on_sigterm() as stopping, _mesh(self.config):

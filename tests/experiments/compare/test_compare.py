@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from retro_jax import preset
-from retro_jax.experiments.compare import comparison, ladder
+from retro_jax.experiments.compare import comparison, ladder, tables
 from retro_jax.experiments.compare import pictures as compare_plots
 from retro_jax.experiments.compare.ladder import LADDER
 from retro_jax.experiments.compare.sweep import run_name
-from retro_jax.experiments.io import tables
 
 SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budgets", 32, "--page-sizes", 8, "--windows", 1, 2)
 

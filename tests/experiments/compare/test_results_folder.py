@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retro_jax import DecodeConfig, Metrics
-from retro_jax.experiments.compare.folder import ResultsFolder
+from retro_jax.experiments.compare.folder import ComparisonFolder
 from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.files import finite, write_json
 
@@ -23,10 +23,10 @@ def a_score():
 
 
 def test_a_run_comes_back(tmp_path):
-    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+    folder = ComparisonFolder(tmp_path / "new", IDENTITY)
     assert not folder.has("retro-w2")
     folder.save(CONFIG, a_score(), 1.5, {"commit": "abc"})
-    run = ResultsFolder(tmp_path / "new", IDENTITY).load("retro-w2")
+    run = ComparisonFolder(tmp_path / "new", IDENTITY).load("retro-w2")
     assert run.config == CONFIG
     np.testing.assert_array_equal(run.nll, a_score().nll)
     assert run.exposure.tolist() == [1.0, 1.25]
@@ -36,34 +36,34 @@ def test_a_run_comes_back(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+    folder = ComparisonFolder(tmp_path / "new", IDENTITY)
     folder.save(CONFIG, a_score(), 1.5, {})
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         folder.save(CONFIG, a_score(), 1.5, {})
 
 
 def test_another_comparison_is_refused(tmp_path):
-    ResultsFolder(tmp_path, IDENTITY).save(CONFIG, a_score(), 1.5, {})
+    ComparisonFolder(tmp_path, IDENTITY).save(CONFIG, a_score(), 1.5, {})
     other = IDENTITY | {"config": {"budget": 0.15, "page_size": 8}}
     with pytest.raises(ValueError, match=r"holds another comparison \(config.page_size 16, not 8\); choose"):
-        ResultsFolder(tmp_path, other)
+        ComparisonFolder(tmp_path, other)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="is not a comparison's folder"):
-        ResultsFolder(tmp_path, IDENTITY)
+        ComparisonFolder(tmp_path, IDENTITY)
     with pytest.raises(ValueError, match="is not a comparison's folder"):
-        ResultsFolder(tmp_path / "thesis.tex", IDENTITY)
+        ComparisonFolder(tmp_path / "thesis.tex", IDENTITY)
 
 
 def test_nothing_is_written_before_a_run_is_finished(tmp_path):
-    ResultsFolder(tmp_path / "new", IDENTITY)
+    ComparisonFolder(tmp_path / "new", IDENTITY)
     assert not (tmp_path / "new").exists()
 
 
 def test_order_of_runs(tmp_path):
-    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+    folder = ComparisonFolder(tmp_path / "new", IDENTITY)
     configs = [
         DecodeConfig(method="retro", window=16, sink_pages=0),
         DecodeConfig(method="retro", window=2, sink_pages=1),
@@ -92,15 +92,15 @@ def test_numbers_that_are_not_finite_become_null():
 
 @pytest.mark.parametrize("damage", [b"", b'{"model"', b"[]"])
 def test_a_damaged_comparison_is_named(tmp_path, damage):
-    ResultsFolder(tmp_path, IDENTITY).save(CONFIG, a_score(), 1.5, {})
+    ComparisonFolder(tmp_path, IDENTITY).save(CONFIG, a_score(), 1.5, {})
     (tmp_path / "comparison.json").write_bytes(damage)
     with pytest.raises(ValueError, match=r"comparison\.json is damaged \(.*; restore it, or start anew"):
-        ResultsFolder(tmp_path, IDENTITY)
+        ComparisonFolder(tmp_path, IDENTITY)
 
 
 @pytest.mark.parametrize("kept", [0, 100, 700, -30, "no zip", "no arrays"])
 def test_a_damaged_run_is_named(tmp_path, kept):
-    folder = ResultsFolder(tmp_path, IDENTITY)
+    folder = ComparisonFolder(tmp_path, IDENTITY)
     folder.save(CONFIG, a_score(), 1.5, {})
     file = tmp_path / "runs" / "retro-w2.npz"
     if kept == "no arrays":
@@ -114,7 +114,7 @@ def test_a_damaged_run_is_named(tmp_path, kept):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, step):
     write_json(tmp_path / "results.json", {"a": 1})
-    folder = ResultsFolder(tmp_path / "new", IDENTITY)
+    folder = ComparisonFolder(tmp_path / "new", IDENTITY)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -130,10 +130,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, step):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["results.json"]
     monkeypatch.undo()
     (tmp_path / "new" / "comparison.json.partial1").write_text("{")  # of a kill
-    ResultsFolder(tmp_path / "new", IDENTITY).save(CONFIG, a_score(), 1.5, {})
+    ComparisonFolder(tmp_path / "new", IDENTITY).save(CONFIG, a_score(), 1.5, {})
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_door(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="cannot be written to; choose another --out"):
-        ResultsFolder(tmp_path / "new", IDENTITY)
+        ComparisonFolder(tmp_path / "new", IDENTITY)

@@ -1,22 +1,25 @@
+import json
 import re
 
 import numpy as np
 import pytest
 
-from retro_jax.experiments.report.data import bootstrap, difference, read_run, read_runs
+from retro_jax import DecodeConfig
+from retro_jax.experiments.io.estimates import bootstrap
+from retro_jax.experiments.report.data import difference, quest_of, read_run, read_runs
 from retro_jax.experiments.report.page import make_page
 from retro_jax.experiments.report.paper import paper_rows
 from retro_jax.experiments.runs.config import RunConfig
-from retro_jax.experiments.runs.folder import RunFolder
+from retro_jax.experiments.runs.folder import RunFolder, run_identity
 from retro_jax.experiments.tasks.longgenbench import LongGenBench
 from retro_jax.experiments.tasks.pg19 import PG19
 
-METHODS = ("full", "quest-128", "quest-256", "retro-w4-128", "retro-w4-256")
-RIGHT = {"full": 0.9, "quest-128": 0.3, "quest-256": 0.5, "retro-w4-128": 0.4, "retro-w4-256": 0.6}
+METHODS = ("full", "quest-b128", "quest-b256", "retro-w4-b128", "retro-w4-b256")
+RIGHT = {"full": 0.9, "quest-b128": 0.3, "quest-b256": 0.5, "retro-w4-b128": 0.4, "retro-w4-b256": 0.6}
 
 
 def result(example, method, **values):
-    pages = 0 if method == "full" else max(1, int(float(method.rpartition("-")[2])) // 16)
+    pages = 0 if method == "full" else 8
     exposure = [1.0, 1.1, 1.2, 1.3] if "retro" in method else [1.0] if pages else [None]
     loaded = {"pages_loaded": pages, "kv_bytes": 5e6, "exposure": exposure}
     return {"example": example, "method": method, "sample": 0} | loaded | values
@@ -24,12 +27,13 @@ def result(example, method, **values):
 
 def a_run(path, task, lines, name="named", note=True, examples="x", device="cpu: c", replies=None, **config):
     config = RunConfig(**{"model": "m", "task": task, "budgets": (128, 256)} | config)
-    with RunFolder(path, {"name": name, "config": config.identity(), "examples": examples}) as folder:
+    identity = run_identity(name, config.identity(), config.configurations(), examples)
+    with RunFolder(path, identity) as folder:
         folder.append(lines)
         if note:
             timing = {"batch": config.batch, "context": 900}
             folder.note("timings-0.jsonl", timing | {"method": "full", "steps_per_second": 20.0})
-            folder.note("timings-0.jsonl", timing | {"method": "quest-128", "steps_per_second": None})
+            folder.note("timings-0.jsonl", timing | {"method": "quest-b128", "steps_per_second": None})
             start = {"commit": "abc", "device": device, "versions": {"jax": "9"}}
             folder.note("provenance-0.jsonl", start | ({"replies": replies} if replies else {}))
     return path
@@ -66,11 +70,11 @@ def test_differences_are_paired(tmp_path):
     lines = [
         result(f"e{i}", method, scores=[float(i), float(i) + shift])
         for i in range(9)
-        for method, shift in (("full", 1.0), ("quest-128", 0.0))
+        for method, shift in (("full", 1.0), ("quest-b128", 0.0))
     ]
     lines.append(result("e9", "full", scores=[50.0, 0.0]))
     run = read_run(a_run(tmp_path / "a", LongGenBench(n=2), lines))
-    found = difference(run, "quest-128", "full")
+    found = difference(run, "quest-b128", "full")
     assert (found.mean, found.low, found.high) == (-0.5, -0.5, -0.5)  # e9 is not in both
     assert run.by_example("full")["e9"] == 25.0
 
@@ -88,12 +92,14 @@ def test_page(json_command, tmp_path):
     assert "commit abc, cpu: c, jax 9" in page
     methods = values["runs"][0]["methods"]
     assert list(methods) == list(METHODS)
-    assert methods["retro-w4-128"]["minus_quest"]["mean"] == pytest.approx(
-        methods["retro-w4-128"]["value"]["mean"] - methods["quest-128"]["value"]["mean"]
+    assert methods["retro-w4-b128"]["minus_quest"]["mean"] == pytest.approx(
+        methods["retro-w4-b128"]["value"]["mean"] - methods["quest-b128"]["value"]["mean"]
     )
-    assert methods["retro-w4-128"]["minus_quest"]["mean"] > 0 > methods["retro-w4-128"]["minus_full"]["mean"]
-    assert methods["quest-128"]["minus_quest"] is None and methods["full"]["minus_full"] is None
-    assert methods["retro-w4-256"]["exposure"][-1] == pytest.approx(1.3)
+    retro = methods["retro-w4-b128"]
+    assert retro["minus_quest"]["mean"] > 0 > retro["minus_full"]["mean"]
+    assert DecodeConfig(**retro["config"]) == DecodeConfig(window=4, budget_tokens=128)
+    assert methods["quest-b128"]["minus_quest"] is None and methods["full"]["minus_full"] is None
+    assert methods["retro-w4-b256"]["exposure"][-1] == pytest.approx(1.3)
 
 
 def some(lines, *methods):
@@ -103,9 +109,9 @@ def some(lines, *methods):
 def test_folders_of_one_run_are_joined(json_command, tmp_path):
     lines = scored(4, examples=6)
     first = a_run(
-        tmp_path / "a", LongGenBench(n=4), some(lines, "full", "quest-128"), methods=("full", "quest")
+        tmp_path / "a", LongGenBench(n=4), some(lines, "full", "quest-b128"), methods=("full", "quest")
     )
-    second = some(lines, "full", "retro-w4-128")
+    second = some(lines, "full", "retro-w4-b128")
     second = [line | {"config": "another digest"} for line in second]
     second = a_run(
         tmp_path / "b", LongGenBench(n=4), second, methods=("full", "retro"), batch=2, device="gpu: g"
@@ -113,10 +119,10 @@ def test_folders_of_one_run_are_joined(json_command, tmp_path):
     out = tmp_path / "page.md"
     (joined,) = json_command("report", first, second, "--out", out)["runs"]
     (whole,) = read_runs([a_run(tmp_path / "c", LongGenBench(n=4), lines)])
-    assert list(joined["methods"]) == ["full", "quest-128", "retro-w4-128"]
+    assert list(joined["methods"]) == ["full", "quest-b128", "retro-w4-b128"]
     assert all(found["examples"] == 6 for found in joined["methods"].values())
-    expected = difference(whole, "retro-w4-128", "quest-128")
-    assert joined["methods"]["retro-w4-128"]["minus_quest"]["mean"] == pytest.approx(expected.mean)
+    expected = difference(whole, "retro-w4-b128", "quest-b128")
+    assert joined["methods"]["retro-w4-b128"]["minus_quest"]["mean"] == pytest.approx(expected.mean)
     page = out.read_text()
     assert "## named (a + b)" in page and "18 results of 6 examples" in page
     assert "commit abc, cpu: c, jax 9; commit abc, gpu: g, jax 9" in page
@@ -142,7 +148,7 @@ def test_parts_that_contradict_each_other_are_refused(failure, tmp_path):
 
 
 def test_figures_of_the_paper_stand_beside_runs_of_the_same_setting(json_command, tmp_path):
-    shares = {"full": 0.75, "quest-0.15": 0.5, "retro-w2-0.15": 0.6, "retro-w4-0.15": 0.7}
+    shares = {"full": 0.75, "quest": 0.5, "retro-w2": 0.6, "retro-w4": 0.7}
 
     def a_paper_run(n, model="meta-llama/Llama-3.1-8B-Instruct", **task):
         lines = [
@@ -151,19 +157,21 @@ def test_figures_of_the_paper_stand_beside_runs_of_the_same_setting(json_command
             for method, share in shares.items()
         ]
         folder = tmp_path / f"{model[:4]}{n}{len(task)}"
-        return read_run(a_run(folder, LongGenBench(n=n, **task), lines, model=model))
+        return read_run(
+            a_run(folder, LongGenBench(n=n, **task), lines, model=model, windows=(2, 4), budgets=(0.15,))
+        )
 
     runs = [a_paper_run(n) for n in (15, 30, 45)]
     rows = [row for row in paper_rows(runs) if not row["quantity"].startswith("exposure")]
     means = {row["method"]: row for row in rows if row["task"].endswith("15, 30, 45")}
-    assert means.keys() == {"full", "quest-0.15", "retro-w2-0.15"}  # none for w = 4 in the paper
+    assert means.keys() == {"full", "quest", "retro-w2"}  # none for w = 4 in the paper
     assert {method: row["paper"] for method, row in means.items()} == {
         "full": 61.8,
-        "quest-0.15": 52.6,
-        "retro-w2-0.15": 56.5,
+        "quest": 52.6,
+        "retro-w2": 56.5,
     }
-    assert means["retro-w2-0.15"]["ours"]["mean"] == pytest.approx(62.5)
-    assert 60.0 <= means["retro-w2-0.15"]["ours"]["low"] < 62.5
+    assert means["retro-w2"]["ours"]["mean"] == pytest.approx(62.5)
+    assert 60.0 <= means["retro-w2"]["ours"]["low"] < 62.5
     (gain,) = (row for row in rows if row not in means.values())
     assert gain["task"].endswith("n = 45") and (gain["quantity"], gain["paper"]) == ("less Quest", 6.8)
     assert gain["ours"]["mean"] == pytest.approx(10.0)
@@ -200,21 +208,21 @@ def test_a_run_without_scores_says_so(tmp_path):
 
 @pytest.mark.parametrize(("replies", "full"), [(6, "full has 4 of 6, "), (None, "")])
 def test_an_unfinished_run_says_what_is_missing(json_command, tmp_path, replies, full):
-    lines = [line for line in scored(4, 4) if line["method"] in ("full", "quest-128")][:-1]
+    lines = [line for line in scored(4, 4) if line["method"] in ("full", "quest-b128")][:-1]
     folder = a_run(tmp_path / "a", LongGenBench(n=4), lines, replies=replies)
     (values,) = json_command("report", folder, "--out", tmp_path / "page.md")["runs"]
     planned = replies or 4  # as many as any method has, where no start tells
-    assert f"**Unfinished.** Replies: {full}quest-128 has 3 of {planned}, quest-256 has 0 of {planned}, " in (
-        page := (tmp_path / "page.md").read_text()
-    )
+    page = (tmp_path / "page.md").read_text()
+    few, none = f"quest-b128 has 3 of {planned}", f"quest-b256 has 0 of {planned}"
+    assert f"**Unfinished.** Replies: {full}{few}, {none}, " in page
     assert "- Quest, same budget" in page
-    assert values["missing"]["retro-w4-256"] == {"replies": 0, "planned": planned}
+    assert values["missing"]["retro-w4-b256"] == {"replies": 0, "planned": planned}
     assert ("full" in values["missing"]) == bool(replies)
 
 
 def test_parts_that_are_a_whole_run_together_miss_nothing(tmp_path):
-    lines, kinds = scored(4, examples=2), {"full": ["full"], "quest": ["quest-128", "quest-256"]}
-    kinds["retro"] = ["retro-w4-128", "retro-w4-256"]
+    lines, kinds = scored(4, examples=2), {"full": ["full"], "quest": ["quest-b128", "quest-b256"]}
+    kinds["retro"] = ["retro-w4-b128", "retro-w4-b256"]
     folders = [
         a_run(tmp_path / kind, LongGenBench(n=4), some(lines, *labels), replies=2, methods=(kind,))
         for kind, labels in kinds.items()
@@ -230,6 +238,37 @@ def test_values_that_are_not_finite_are_shown_as_such(tmp_path):
         [read_run(a_run(tmp_path / "a", PG19(prompt_tokens=1, tokens=3), lines, note=False))], "p"
     )
     assert re.search(r"\| full +\| +2 \| +nan ", page)
+
+
+def test_presets_stand_beside_the_quest_of_the_run(tmp_path):
+    varied = {"presets": ("quest", "retro"), "budgets": (128,)}
+    configs = RunConfig(model="m", task=LongGenBench(n=2), **varied).configurations()
+    lines = [result("e", method, scores=[float(place)]) for place, method in enumerate(configs)]
+    run = read_run(a_run(tmp_path / "a", LongGenBench(n=2), lines, **varied))
+    assert run.configs == configs
+    full, quest, retro, preset_quest, preset_retro = configs
+    found = {method: quest_of(run, method) for method in configs}
+    assert found == {full: None, quest: None} | dict.fromkeys((retro, preset_quest, preset_retro), quest)
+    assert {row["method"] for row in paper_rows([run])} == {retro}  # preset retro is another method
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_not_continued(tmp_path):
+    """Its config.json has the flags of the run alone, and its labels are of another form."""
+    earlier = {"quest-b128": "quest-128", "retro-w4-b256": "retro-w4-256", "full": "full"}
+    lines = some(scored(4, examples=2), *earlier)
+    folder = a_run(tmp_path / "a", LongGenBench(n=4), lines)
+    now = read_run(folder)
+    identity = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in identity.items() if k != "methods"}))
+    for file in (folder / "results-0.jsonl", folder / "timings-0.jsonl"):
+        found = map(json.loads, file.read_text().splitlines())
+        file.write_text("".join(json.dumps(x | {"method": earlier[x["method"]]}) + "\n" for x in found))
+    then = read_run(folder)
+    assert (then.lines, then.configs, then.planned) == (now.lines, now.configs, now.planned)
+    assert [timing["method"] for timing in then.timings] == ["full", "quest-b128"]
+    with pytest.raises(ValueError, match=r"another run \(of an earlier version; retro-jax report still"):
+        RunFolder(folder, identity)
+    assert "quest-128" in (folder / "results-0.jsonl").read_text()
 
 
 def test_refused(failure, tmp_path):
@@ -256,8 +295,13 @@ def test_refused(failure, tmp_path):
         ("provenance-0.jsonl", "{}\n", r"provenance-0\.jsonl line 1 has no 'commit'"),
         (
             "results-1.jsonl",
-            '{"example": "a", "method": "b", "sample": 0}\n',
-            r"a, b, 0 has no 'scores'; were two",
+            '{"example": "a", "method": "full", "sample": 0}\n',
+            r"a, full, 0 has no 'scores'; were two",
+        ),
+        (
+            "results-1.jsonl",
+            '{"example": "a", "method": "quest-b9", "sample": 0}\n',
+            r"results of 'quest-b9', which is no method of its run; were two",
         ),
     ],
 )

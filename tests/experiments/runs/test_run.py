@@ -8,6 +8,7 @@ import pytest
 
 import retro_jax.experiments.runs.run
 from retro_jax import Sampling, preset
+from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.runs.compile import compile_run
 from retro_jax.experiments.runs.config import RunConfig
@@ -39,12 +40,12 @@ def test_run_continues_where_it_stopped_with_the_same_bytes(json_command, argume
     file = tmp_path / "out" / "results-0.jsonl"
     whole = file.read_bytes()
     found = lines(tmp_path / "out")
-    assert {line["method"] for line in found} == {"full", "quest-64", "retro-w2-64"}
+    assert {line["method"] for line in found} == {"full", "quest-b64", "retro-w2-b64"}
     assert all(len(line["scores"]) == 3 and line["config"] == found[0]["config"] for line in found)
     by = {(line["example"], line["method"]): line for line in found}
-    assert by["recall-0000", "retro-w2-64"]["exposure"][1] > 1
-    assert by["recall-0000", "quest-64"]["pages_loaded"] == 8
-    assert by["recall-0000", "quest-64"]["nll"] != by["recall-0000", "retro-w2-64"]["nll"]
+    assert by["recall-0000", "retro-w2-b64"]["exposure"][1] > 1
+    assert by["recall-0000", "quest-b64"]["pages_loaded"] == 8
+    assert by["recall-0000", "quest-b64"]["nll"] != by["recall-0000", "retro-w2-b64"]["nll"]
     os.truncate(
         file, len(b"".join(whole.splitlines(keepends=True)[:5])) + 7
     )  # a torn line in the second batch
@@ -165,7 +166,7 @@ def test_compiled_from_shapes_for_the_mesh(json_command, two_layers, tmp_path, m
     values = json_command(*QWEN)
     plan, programs = values["plan"], {program["name"]: program for program in values["programs"]}
     assert programs.keys() == {"prefill", "decode"}
-    cache = plan["caches"]["retro-w4-0.15"]
+    cache = plan["caches"]["retro-w4"]
     for program in programs.values():  # arguments: tokens too, but not the metrics of the step before
         assert program["arguments"] == pytest.approx(plan["weights"] + cache, abs=1e5)
         assert program["aliased"] == pytest.approx(cache, abs=1e3)
@@ -177,8 +178,8 @@ def test_compiled_from_shapes_for_the_mesh(json_command, two_layers, tmp_path, m
 def test_what_does_not_compile_into_the_devices_is_an_error(command, two_layers):
     fits = 3.51  # weights and cache alone, 3.50 GB
     status, out, err = command(*QWEN, "--device-gb", fits)
-    assert status == 2 and "| retro-w4-0.15 | prefill |" in out
-    assert "the program 'prefill' of retro-w4-0.15 takes" in err and "over --device-gb 3.51 GB" in err
+    assert status == 2 and "| retro-w4 | prefill |" in out
+    assert "the program 'prefill' of retro-w4 takes" in err and "over --device-gb 3.51 GB" in err
 
 
 def test_memory_is_that_of_the_arrays():
@@ -220,8 +221,11 @@ def test_presets_run_beside_methods():
         budgets=(256,),
     )
     found = config.configurations()
-    assert list(found) == ["full", "preset_quest-256", "preset_retro-w2-256", "preset_retro-w4-256"]
-    assert found["preset_retro-w2-256"] == preset("retro", window=2, budget_tokens=256)
+    assert list(found.values())[1:] == [
+        preset("quest", budget_tokens=256),
+        *(preset("retro", window=window, budget_tokens=256) for window in (2, 4)),
+    ]
+    assert list(found) == [run_name(decode) for decode in found.values()]  # as `compare` names them
     with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, retro"):
         replace(config, presets=("best",)).check()
 

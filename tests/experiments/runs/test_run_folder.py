@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from retro_jax.experiments.runs.folder import RunFolder, check_folder, read_results
+from retro_jax.experiments.runs.folder import RunFolder, read_results
 
 IDENTITY = {"name": "x", "config": {"task": {"n": 3}}}
 
@@ -113,7 +113,7 @@ def test_a_damaged_config_is_named(tmp_path, damage):
         folder.append([line(1)])
     (tmp_path / "config.json").write_bytes(damage)
     with pytest.raises(ValueError, match=r"config\.json is damaged \(.*; restore it, or start anew"):
-        check_folder(tmp_path, IDENTITY)
+        RunFolder.check(tmp_path, IDENTITY)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_door(tmp_path, monkeypatch):
@@ -121,10 +121,10 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_door(tmp_path, monkey
     with pytest.raises(
         OSError, match=r"file is a file, so .*file/run cannot be a folder; choose another --out"
     ):
-        check_folder(tmp_path / "file" / "run", IDENTITY)
+        RunFolder.check(tmp_path / "file" / "run", IDENTITY)
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(PermissionError, match=f"{tmp_path} cannot be written to; choose another --out"):
-        check_folder(tmp_path / "new" / "run", IDENTITY)
+        RunFolder.check(tmp_path / "new" / "run", IDENTITY)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
