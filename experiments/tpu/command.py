@@ -85,7 +85,7 @@ class BenchTpuStatic(Output):
             raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
         if not tpu_compiler.installed():
             raise ValueError(
-                "the TPU compiler is not installed: pip install -r tests/pallas_kernels/tpu-compiler.txt"
+                "the TPU compiler is not installed; it comes with JAX for TPUs: pip install 'jax[tpu]'"
             )
         for name, values, known in (("model", (self.model,), SIZES), ("chips", self.chips, CHIPS)):
             for value in values:
@@ -106,6 +106,7 @@ class BenchTpuStatic(Output):
             "page_size": page_size,
             "context": context,
             "method": f"retro w={window}" if window > 1 else method,
+            "config": asdict(config),
             "parts": [asdict(part) for part in parts],
             "seconds": sum(part.layers * part.time for part in parts),
         }
@@ -138,7 +139,7 @@ def static_report(values: dict) -> str:
     quest = {}
     for row in values["rows"]:
         place = row["chip"], row["page_size"], row["context"]
-        if row["method"] == "quest":
+        if row["config"]["method"] == "quest":
             quest[place] = row
         times = [_milliseconds(row, name) for name in PARTS]
         steps.append([*map(str, place), row["method"], *times, rounded(1e3 * row["seconds"]), _binding(row)])
@@ -191,7 +192,8 @@ def static_pictures(values: dict) -> dict[str, bytes]:
         for chip, page_size in chips:
             place = chip, page_size, context
             rows = [row for row in values["rows"] if (row["chip"], row["page_size"], row["context"]) == place]
-            names = [row["method"].replace("retro ", "") for row in rows]
+            decode = [row["config"] for row in rows]
+            names = [f"w={c['window']}" if c["method"] == "retro" else c["method"] for c in decode]
             heights = {
                 name: [
                     1e3 * part["layers"] * part["time"] if (part := _of(row, name)) else 0.0 for row in rows

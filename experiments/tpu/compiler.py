@@ -1,6 +1,7 @@
 """The real TPU compiler, on a machine without a TPU.
 
-Needs the package libtpu, of tests/pallas_kernels/tpu-compiler.txt, on the path: `make test` puts it there.
+Needs the package libtpu of JAX for TPUs (`pip install 'jax[tpu]'`) on the path; the tests have it there by
+`make test`.
 """
 
 import os

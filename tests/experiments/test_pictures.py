@@ -312,12 +312,13 @@ def test_static(drawn, chips, files):
             "chip": f"v{chip}",
             "page_size": 16,
             "context": context,
-            "method": method,
+            "method": f"{method} w={window}" if window else method,
+            "config": {"method": method, "window": window},
             "parts": [{"name": name, "layers": 2, "time": 1e-3 * (1 + chip)} for name in PARTS],
         }
         for chip in range(chips)
         for context in (1000, 131072)
-        for method in ("full", "quest", "retro w=2")
+        for method, window in (("full", None), ("quest", None), ("retro", 2))
     ]
     values = {"model": "llama3.1-8b", "budget": 0.15, "devices": 1, "batch": 1, "rows": rows}
     assert len(static_pictures(values)) == files

@@ -40,12 +40,12 @@ def test_run_continues_where_it_stopped_with_the_same_bytes(json_command, argume
     file = tmp_path / "out" / "results-0.jsonl"
     whole = file.read_bytes()
     found = lines(tmp_path / "out")
-    assert {line["method"] for line in found} == {"full", "quest-b64", "retro-w2-b64"}
+    assert {line["method"] for line in found} == {"full", "quest-b64-p8", "retro-w2-b64-p8"}
     assert all(len(line["scores"]) == 3 and line["config"] == found[0]["config"] for line in found)
     by = {(line["example"], line["method"]): line for line in found}
-    assert by["recall-0000", "retro-w2-b64"]["exposure"][1] > 1
-    assert by["recall-0000", "quest-b64"]["pages_loaded"] == 8
-    assert by["recall-0000", "quest-b64"]["nll"] != by["recall-0000", "retro-w2-b64"]["nll"]
+    assert by["recall-0000", "retro-w2-b64-p8"]["exposure"][1] > 1
+    assert by["recall-0000", "quest-b64-p8"]["pages_loaded"] == 8
+    assert by["recall-0000", "quest-b64-p8"]["nll"] != by["recall-0000", "retro-w2-b64-p8"]["nll"]
     os.truncate(
         file, len(b"".join(whole.splitlines(keepends=True)[:5])) + 7
     )  # a torn line in the second batch
