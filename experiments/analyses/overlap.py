@@ -22,7 +22,7 @@ from retro_jax.budget import most_pages
 from retro_jax.experiments.analyses.command import OverlapFlags
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Estimate, estimate
-from retro_jax.experiments.io.files import print_json, write_bytes, write_json
+from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.tables import markdown, number
@@ -288,8 +288,7 @@ class Overlap(OverlapFlags):
 
     def run(self) -> None:
         """Decodes along the texts, then writes and prints the result."""
-        if self.out is not None and self.out.exists():
-            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
+        check_new(self.out)
         config = self.config.config(method="quest")
         model, texts = self.read([config], padded=False)
         with Progress() as progress:
@@ -306,12 +305,5 @@ class Overlap(OverlapFlags):
         }
         report = overlap_report(values)
         if self.out is not None:
-            self.out.mkdir(parents=True)
-            write_json(self.out / "results.json", values)
-            write_bytes(self.out / "table.md", report.encode())
-            for name, picture in overlap_pictures(values).items():
-                write_bytes(self.out / name, picture)
-        if self.json:
-            print_json(values)
-        else:
-            print(report)
+            write_results(self.out, values, report, overlap_pictures(values))
+        self.show(values, report)

@@ -24,7 +24,8 @@ from jaxtyping import Int
 from retro_jax import PRESETS, DecodeConfig, Model, decode_step, init_state, preset
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.transformers_export import export
-from retro_jax.experiments.io.files import print_json, write_bytes, write_json
+from retro_jax.experiments.io.files import write_bytes, write_json
+from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
 from retro_jax.experiments.io.tables import markdown
@@ -191,11 +192,8 @@ class BenchDecode(BenchDecodeFlags):
             write_json(self.out, values)
             for name, picture in latency_pictures(values, self.out.stem).items():
                 write_bytes(self.out.with_name(name), picture)
-        if self.json:
-            print_json(values)
-            return
-        print(speed_report(values))
-        if load > cpus() / 2:
+        self.show(values, speed_report(values))
+        if load > cpus() / 2 and not self.json:
             print(f"The machine was busy: load {load:.1f} on {cpus()} CPUs before.", file=sys.stderr)
 
     def configurations(self) -> dict[str, DecodeConfig]:
@@ -208,8 +206,7 @@ class BenchDecode(BenchDecodeFlags):
             raise ValueError("--contexts, --batch, --steps and --rounds must be 1 or more")
         if self.out is not None and self.out.suffix != ".json":
             raise ValueError(f"--out {self.out} is no JSON file; name it *.json")
-        if self.out is not None and self.out.exists():
-            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
+        check_new(self.out)
         if self.reference and "full" not in self.methods:
             raise ValueError("--reference is compared with full attention; add full to --methods")
         configs = {}

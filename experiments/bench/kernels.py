@@ -5,7 +5,6 @@ is timed on the same inputs, then attention of other libraries over as many keys
 """
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,8 +34,8 @@ from retro_jax.experiments.bench.kernel_cases import (
 )
 from retro_jax.experiments.bench.kernel_report import kernel_report
 from retro_jax.experiments.bench.roofline import roofline_pictures
-from retro_jax.experiments.io.files import finite, write_bytes, write_json
 from retro_jax.experiments.io.flags import Output
+from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.devices import local_devices
@@ -138,8 +137,7 @@ class BenchKernels(Output):
 
     def run(self) -> None:
         """Times everything, then writes and prints the table."""
-        if self.out is not None and self.out.exists():
-            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
+        check_new(self.out)
         self._check()
         # Read when the backend starts: other libraries need memory of the same device.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -150,12 +148,8 @@ class BenchKernels(Output):
             values = self._measure(dims, implementations, progress)
         report = kernel_report(values)
         if self.out is not None:
-            self.out.mkdir(parents=True)
-            write_json(self.out / "results.json", values)
-            write_bytes(self.out / "table.md", report.encode())
-            for name, picture in roofline_pictures(values).items():
-                write_bytes(self.out / name, picture)
-        print(json.dumps(finite(values)) if self.json else report, end="\n" if self.json else "")
+            write_results(self.out, values, report, roofline_pictures(values))
+        self.show(values, report)
 
     def planned(self) -> list[Case]:
         """Returns the cases that the flags ask for.

@@ -28,6 +28,7 @@ from retro_jax.experiments.bench.kernel_cases import (
     sets_for,
 )
 from retro_jax.experiments.io.files import write_json
+from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.provenance import provenance
 
 
@@ -50,8 +51,7 @@ class Tune:
 
     def run(self) -> None:
         """Times all candidates, telling each on stderr, and writes the best."""
-        if self.out.exists():
-            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
+        check_new(self.out)
         if kernels_of_device() != "mosaic_gpu":
             raise ValueError("there is no Hopper GPU here, whose kernels this tunes")
         entries = []

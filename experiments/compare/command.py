@@ -34,7 +34,7 @@ class Compare(TextCommand):
         from retro_jax.experiments.compare.folder import ComparisonFolder
         from retro_jax.experiments.compare.pictures import comparison_pictures
         from retro_jax.experiments.compare.tables import comparison_report
-        from retro_jax.experiments.io.files import print_json, write_bytes, write_json
+        from retro_jax.experiments.io.folders import write_results
 
         configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1
@@ -44,18 +44,10 @@ class Compare(TextCommand):
         runs = compare(model, texts, configs, folder, Progress, budgets_together=self.budgets_together)
         report = comparison_report(what, runs, self.bin_tokens)
         values = summary(what, runs, self.bin_tokens)
-        write_json(folder.path / "results.json", values)
-        write_bytes(folder.path / "table.md", report.encode())
         pictures = comparison_pictures(what, runs)
-        for name, picture in pictures.items():
-            write_bytes(folder.path / name, picture)
-        if self.json:
-            print_json(values)
-        else:
-            print(report)
-            print(f"Table, JSON, pictures and raw values: {folder.path}")
-            for name in pictures:
-                print(folder.path / name)
+        write_results(folder.path, values, report, pictures)
+        files = "\n".join(str(folder.path / name) for name in pictures)
+        self.show(values, f"{report}\nTable, JSON, pictures and raw values: {folder.path}\n{files}")
 
 
 def _default_folder(what: dict) -> Path:

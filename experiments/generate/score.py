@@ -20,7 +20,6 @@ class Score(Configured, TextCommand):
         from retro_jax import score
         from retro_jax.experiments.generate.tables import score_table
         from retro_jax.experiments.io.estimates import estimate
-        from retro_jax.experiments.io.files import print_json
         from retro_jax.experiments.io.provenance import provenance
 
         config = self.config.config()
@@ -29,20 +28,17 @@ class Score(Configured, TextCommand):
             rates = Rates(show)
             result = score(model, texts.ids, config, prompt_tokens=texts.prompt_tokens, progress=rates)
         mean = estimate(result.nll)
-        if self.json:
-            values = {
-                "model": self.model,
-                "config": asdict(config),
-                "tokens": texts.ids.shape[1],
-                "prompt_tokens": texts.prompt_tokens,
-                "nll": asdict(mean),
-                "perplexity": float(np.exp(mean.mean)),
-                "texts": {name: float(row.mean()) for name, row in zip(texts.names, result.nll, strict=True)},
-                "metrics": result.metrics.summary() if result.metrics else None,
-                "seconds": rates.seconds,
-                "compile_seconds": show.compile_seconds,
-                "provenance": provenance(),
-            }
-            print_json(values)
-        else:
-            print(score_table(result.nll, texts.prompt_tokens, texts.names, self.bin_tokens))
+        values = {
+            "model": self.model,
+            "config": asdict(config),
+            "tokens": texts.ids.shape[1],
+            "prompt_tokens": texts.prompt_tokens,
+            "nll": asdict(mean),
+            "perplexity": float(np.exp(mean.mean)),
+            "texts": {name: float(row.mean()) for name, row in zip(texts.names, result.nll, strict=True)},
+            "metrics": result.metrics.summary() if result.metrics else None,
+            "seconds": rates.seconds,
+            "compile_seconds": show.compile_seconds,
+            "provenance": provenance(),
+        }
+        self.show(values, score_table(result.nll, texts.prompt_tokens, texts.names, self.bin_tokens))

@@ -1,6 +1,7 @@
 """Flags that several commands share. Reading and showing them starts no JAX."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
 
+from retro_jax.experiments.io.files import finite
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.fields import DecodeFields, SamplingFields
 from retro_jax.presets import PRESETS
@@ -78,6 +80,10 @@ class Output:
     def defaults(cls, arguments: Sequence[str]) -> Self | None:
         """Returns the values of flags that are not given; None: those that the fields have."""
         return None
+
+    def show(self, values: dict, text: str) -> None:
+        """Prints values as one JSON object where that is asked for, else the text."""
+        print(json.dumps(finite(values)) if self.json else text.rstrip("\n"))
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,25 @@
 """Folders of results that were all made in one way, which a JSON file in each of them tells."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from retro_jax.experiments.io.files import check_writable, differences, read_json, write_json
+from retro_jax.experiments.io.files import check_writable, differences, read_json, write_bytes, write_json
+
+
+def check_new(out: Path | None) -> None:
+    """Raises ValueError if results would be written over something; None: they are not written."""
+    if out is not None and out.exists():
+        raise ValueError(f"{out} exists and is not overwritten; choose another --out")
+
+
+def write_results(folder: Path, values: dict, table: str, pictures: Mapping[str, bytes]) -> None:
+    """Writes results.json, table.md and pictures, by file name, into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", values)
+    for name, contents in ({"table.md": table.encode()} | dict(pictures)).items():
+        write_bytes(folder / name, contents)
 
 
 class ResultFolder:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from retro_jax.experiments.io.estimates import LEAST_EXAMPLES, Interval, bootstrap
-from retro_jax.experiments.io.files import print_json, write_bytes
+from retro_jax.experiments.io.files import write_bytes
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.report.command import ReportFlags
 from retro_jax.experiments.report.data import (
@@ -51,12 +51,8 @@ class Report(ReportFlags):
         for name, contents in pictures.items():
             write_bytes(self.out.parent / name, contents)
         write_bytes(self.out, page.encode())
-        if self.json:
-            print_json(
-                {"page": str(self.out), "runs": [run_values(run) for run in runs], "paper": paper_rows(runs)}
-            )
-        else:
-            print(page)
+        values = {"page": str(self.out), "runs": [run_values(run) for run in runs], "paper": paper_rows(runs)}
+        self.show(values, page)
 
 
 def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes]]:

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 import jax
 
 from retro_jax import Model, load_model, make_mesh, shard_params
-from retro_jax.experiments.io.files import print_json
 from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.io.provenance import provenance
@@ -61,23 +60,18 @@ class Run(RunFlags):
         if not finished:
             print(f"retro-jax: stopped by SIGTERM; the same command continues {out}", file=sys.stderr)
             sys.exit(TERMINATED)
-        if self.json:
-            print_json({"folder": str(out), "results": len(folder.done())})
-        else:
-            print(
-                f"{len(folder.done())} results: {out}\nTables and plots: retro-jax report {out} --out page.md"
-            )
+        results = len(folder.done())
+        shown = f"{results} results: {out}\nTables and plots: retro-jax report {out} --out page.md"
+        self.show({"folder": str(out), "results": results}, shown)
 
     def _show(self) -> None:
         """Prints the plan, with its compiled programs where they are asked for."""
         plan = make_plan(self.config)
         programs = compile_run(self.config, plan) if self.compile else []
-        if self.json:
-            print_json(plan_values(self.config, plan) | {"programs": [asdict(each) for each in programs]})
-        else:
-            print(plan_text(self.config, plan, self.config.configurations()))
-            if programs:
-                print(f"\n{programs_text(programs, self.config)}")
+        text = plan_text(self.config, plan, self.config.configurations())
+        if programs:
+            text += f"\n\n{programs_text(programs, self.config)}"
+        self.show(plan_values(self.config, plan) | {"programs": [asdict(each) for each in programs]}, text)
         if programs:
             check_programs(programs, self.config)
 

@@ -1,13 +1,12 @@
 """`retro-jax bench tpu-static`: decode steps on TPUs, predicted on a machine without one."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig
-from retro_jax.experiments.io.files import finite, write_bytes, write_json
 from retro_jax.experiments.io.flags import Output
+from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.tables import markdown, rounded
@@ -50,6 +49,7 @@ class BenchTpuStatic(Output):
 
     def run(self) -> None:
         """Compiles what is needed, predicts, writes and prints the tables."""
+        check_new(self.out)
         self._check()
         cases = [
             (CHIPS[chip], size, context, window)
@@ -73,16 +73,10 @@ class BenchTpuStatic(Output):
         }
         report = static_report(values)
         if self.out is not None:
-            self.out.mkdir(parents=True)
-            write_json(self.out / "results.json", values)
-            write_bytes(self.out / "table.md", report.encode())
-            for name, picture in static_pictures(values).items():
-                write_bytes(self.out / name, picture)
-        print(json.dumps(finite(values)) if self.json else report, end="\n" if self.json else "")
+            write_results(self.out, values, report, static_pictures(values))
+        self.show(values, report)
 
     def _check(self) -> None:
-        if self.out is not None and self.out.exists():
-            raise ValueError(f"{self.out} exists and is not overwritten; choose another --out")
         if not tpu_compiler.installed():
             raise ValueError(
                 "the TPU compiler is not installed; it comes with JAX for TPUs: pip install 'jax[tpu]'"
