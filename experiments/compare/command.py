@@ -1,7 +1,5 @@
 """The command `compare`: methods side by side over the same texts."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -34,13 +32,14 @@ class Compare(TextCommand):
         from retro_jax.experiments.compare.folder import ComparisonFolder
         from retro_jax.experiments.compare.pictures import comparison_pictures
         from retro_jax.experiments.compare.tables import comparison_report
-        from retro_jax.experiments.io.folders import write_results
+        from retro_jax.experiments.io.folders import digest, write_results
 
         configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1
         model, texts = self.read(configs, copies=together)
         what = identity(self.model, model, texts, configs[0])
-        folder = ComparisonFolder(self.out or _default_folder(what), what)
+        name = f"compare-{Path(self.model).name.replace(':', '-')}"
+        folder = ComparisonFolder(self.out or Path("runs") / f"{name}-{digest(what)[:8]}", what)
         runs = compare(model, texts, configs, folder, Progress, budgets_together=self.budgets_together)
         report = comparison_report(what, runs, self.bin_tokens)
         values = summary(what, runs, self.bin_tokens)
@@ -48,9 +47,3 @@ class Compare(TextCommand):
         write_results(folder.path, values, report, pictures)
         files = "\n".join(str(folder.path / name) for name in pictures)
         self.show(values, f"{report}\nTable, JSON, pictures and raw values: {folder.path}\n{files}")
-
-
-def _default_folder(what: dict) -> Path:
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-    name = Path(what["model"]).name.replace(":", "-")
-    return Path("runs") / f"compare-{name}-{digest}"

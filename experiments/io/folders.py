@@ -1,11 +1,17 @@
 """Folders of results that were all made in one way, which a JSON file in each of them tells."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from retro_jax.experiments.io.files import check_writable, differences, read_json, write_bytes, write_json
+
+
+def digest(value: Mapping | list) -> str:
+    """A short hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_new(out: Path | None) -> None:

@@ -1,10 +1,8 @@
 """What a run is: a model, a task, and the methods that are compared on it."""
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -151,13 +149,3 @@ def method_fields(
 
 def _label(name: str, window: int | None, budget: float) -> str:
     return f"{name}{'' if window is None else f'-w{window}'}-{budget:g}"
-
-
-def digest(value: Mapping | list) -> str:
-    """A short hash of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def default_folder(name: str, identity: dict) -> Path:
-    """Where a run's results go unless told otherwise: under runs/, by the config's name and contents."""
-    return Path("runs") / f"{name}-{digest(identity)}"

@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import jax
 
 from retro_jax import Model, load_model, make_mesh, shard_params
+from retro_jax.experiments.io.folders import digest
 from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.io.provenance import provenance
@@ -18,7 +20,7 @@ from retro_jax.experiments.machine.devices import local_devices
 from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.runs.command import RunFlags
 from retro_jax.experiments.runs.compile import check_programs, compile_run, programs_text
-from retro_jax.experiments.runs.config import RunConfig, default_folder, digest
+from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.folder import RunFolder, run_identity
 from retro_jax.experiments.runs.plan import check_memory_of, make_plan, plan_text, plan_values
 from retro_jax.experiments.runs.work import Row, check_positions, decode_batch, encode, make_batches
@@ -42,7 +44,8 @@ class Run(RunFlags):
         examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
         told = digest([asdict(example) for example in examples])
         identity = run_identity(self.name, self.config.identity(), self.config.configurations(), told)
-        out = self.out or default_folder(self.name, identity)
+        code = digest(identity)
+        out = self.out or Path("runs") / f"{self.name}-{code}"
         RunFolder.check(out, identity)
         if known := known_model(self.config.model, self.config.dtype):
             check_memory_of(self.config, known, plan.prompt_tokens + plan.new_tokens)
@@ -56,7 +59,7 @@ class Run(RunFlags):
             check_positions(model.config, rows)
             check_memory_of(self.config, model.config, max(row.tokens for row in rows), loaded=True)
             with RunFolder(out, identity, jax.process_index()) as folder:
-                finished = work(self.config, model, rows, folder, digest(identity), stopping)
+                finished = work(self.config, model, rows, folder, code, stopping)
         if not finished:
             print(f"retro-jax: stopped by SIGTERM; the same command continues {out}", file=sys.stderr)
             sys.exit(TERMINATED)

@@ -110,7 +110,7 @@ def test_kernels_without_room_are_skipped_in_words(command, monkeypatch):
 
 
 def test_models_of_unknown_size_are_checked_when_they_are_read(failure, monkeypatch, ids_file):
-    monkeypatch.setattr(memories, "known_model", lambda *_: None)
+    monkeypatch.setattr("retro_jax.experiments.io.models.known_model", lambda *_: None)
     monkeypatch.setattr(memories, "memory_left", lambda: 10**6)
     line = failure("generate", "random:tiny", "--token-ids", ids_file, "--max-new-tokens", 4000)
     assert "does not fit" in line and "weights" not in line
