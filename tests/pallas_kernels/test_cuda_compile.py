@@ -20,7 +20,7 @@ from pallas_kernels.hopper import DTYPES, HEAD_DIMS, PAGE_SIZES
 from pallas_kernels.selection import mosaic_gpu as selection
 from pallas_kernels.update import mosaic_gpu as update
 from retro_jax import DecodeConfig, decode_step, init_state, models
-from retro_jax.experiments.programs import not_cached
+from retro_jax.experiments.machine.programs import not_cached
 from tests.retro_jax.tiny import tiny
 
 pytestmark = [

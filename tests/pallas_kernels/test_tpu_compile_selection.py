@@ -9,8 +9,8 @@ import pytest
 from pallas_kernels.selection import mosaic_tpu as selection
 from pallas_kernels.tpu import CHIPS
 from pallas_kernels.update import mosaic_tpu as update
-from retro_jax.experiments import tpu_compiler
-from retro_jax.experiments.tpu_compiler import compile_for
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu.compiler import compile_for
 
 pytestmark = [
     pytest.mark.skipif(
