@@ -9,6 +9,7 @@ import numpy as np
 
 from retro_jax.experiments.report_data import Interval, Measured, bootstrap, paired, quest_of
 from retro_jax.experiments.report_plots import questions_groups
+from retro_jax.presets import EARLIER_NAMES
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
 PAPER_NOTE = (
@@ -63,7 +64,8 @@ def _values(run: Measured, method: str, quantity: str) -> list[float]:
 
 def _exposure_rows(run: Measured) -> list[dict]:
     """The exposure of the run's widest windows, after as many later steps as the paper tells."""
-    ours = [method for method in run.methods if not method.startswith("preset_retro")]  # another method
+    others = tuple(f"preset_{name}" for name in ("mean-key", *EARLIER_NAMES))  # not the paper's
+    ours = [method for method in run.methods if not method.startswith(others)]
     curves = {method: run.matrix(method, "exposure") for method in ours}
     widest = max((curve.shape[1] for curve in curves.values()), default=0)
     return [

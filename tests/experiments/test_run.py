@@ -214,14 +214,17 @@ def test_presets_run_beside_methods():
         model="random:tiny",
         task=task,
         methods=("full",),
-        presets=("quest", "retro"),
+        presets=("quest", "paper", "mean-key"),
         windows=(2, 4),
         budgets=(256,),
     )
     found = config.configurations()
-    assert list(found) == ["full", "preset_quest-256", "preset_retro-w2-256", "preset_retro-w4-256"]
-    assert found["preset_retro-w2-256"] == preset("retro", window=2, budget_tokens=256)
-    with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, retro"):
+    assert list(found) == [
+        "full", "preset_quest-256", "preset_paper-w2-256", "preset_paper-w4-256", "preset_mean-key-256"
+    ]  # fmt: skip
+    assert found["preset_paper-w2-256"] == preset("paper", window=2, budget_tokens=256)
+    assert found["preset_mean-key-256"] == preset("mean-key", budget_tokens=256)
+    with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, mean-key"):
         replace(config, presets=("best",)).check()
 
 
