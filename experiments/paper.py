@@ -12,6 +12,7 @@ from retro_jax.experiments.report_plots import questions_groups
 from retro_jax.presets import EARLIER_NAMES
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text())
+"""Of these, `figures` have the setting of a run; no run can stand beside those `without_setting`."""
 PAPER_NOTE = (
     f"{PAPER['paper']}, as read in {PAPER['read_in']}. Accuracies and their differences are in percent; "
     "model, task, number of questions, budget and window are the paper's, while prompts, examples and other "

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from retro_jax.experiments.paper import paper_rows
+from retro_jax.experiments.paper import PAPER, paper_rows
 from retro_jax.experiments.report import make_page
 from retro_jax.experiments.report_data import bootstrap, difference, read_run, read_runs
 from retro_jax.experiments.run_config import RunConfig
@@ -139,6 +139,28 @@ def test_parts_that_contradict_each_other_are_refused(failure, tmp_path):
     assert f"{folders[0]} and {folders[1]} have different results for e1, full, 0 (scores)" in line
     unlike = a_run(tmp_path / "c", LongGenBench(n=4), lines, examples="y")
     assert "have different examples" in failure("report", folders[0], unlike, "--out", tmp_path / "page.md")
+
+
+def test_every_figure_of_the_paper_says_where_it_is_from():
+    figures = {
+        (figure["model"], figure["task"].get("source"), tuple(figure.get("n", ())), method): percent
+        for figure in PAPER["figures"]
+        for method, percent in figure["percent"].items()
+    }
+    assert figures["Qwen/Qwen2.5-14B-Instruct", "gsm8k", (15, 30, 45), "retro-w2-0.15"] == 4.4
+    assert (
+        figures["meta-llama/Llama-3.1-8B-Instruct", "gsm8k", (15, 30, 45), "full"] == 61.8
+    )  # 60.8 is another's
+    others = [figure.get("percent") or figure["milliseconds"] for figure in PAPER["without_setting"]]
+    assert others == [
+        {"full": 47.3, "quest-0.05": 46.3},
+        {"full": 60.8, "quest-0.05": 17.6},
+        {"quest": 52.6, "quest reusing selections": 25.2},
+        {"commonsenseqa": 3.0, "mmlu": 1.6, "gsm8k": 2.0},
+        {"retro-w2": 1, "retro-w8": 2},
+    ]
+    assert all(figure["where"] for figure in PAPER["figures"])
+    assert all("2508.09001" in figure["where"] and figure["what"] for figure in PAPER["without_setting"])
 
 
 def test_figures_of_the_paper_stand_beside_runs_of_the_same_setting(json_command, tmp_path):
