@@ -46,7 +46,7 @@ class Study(Output):
 
     def run(self) -> None:
         """Runs what is not there yet, then writes and prints the tables."""
-        from retro_jax.experiments.results import check_writable, print_json, write_bytes
+        from retro_jax.experiments.results import check_writable, print_json, read_json, write_bytes
         from retro_jax.experiments.study.data import ABOUT, load, save
         from retro_jax.experiments.study.picture import position_pictures
         from retro_jax.experiments.study.tables import page
@@ -59,14 +59,10 @@ class Study(Output):
         cells = load(self.out)
         report = page(cells)
         write_bytes(self.out / "tables.md", report.encode())
-        budgets = cells[0].budgets
-        for name, picture in position_pictures(
-            cells, sorted({budgets[0], budgets[-1]}, key=budgets.index)
-        ).items():
+        ends = dict.fromkeys((cells[0].budgets[0], cells[0].budgets[-1]))
+        for name, picture in position_pictures(cells, list(ends)).items():
             write_bytes(self.out / name, picture)
         if self.json:
-            from retro_jax.experiments.results import read_json
-
             print_json(read_json(self.out / ABOUT))
         else:
             print(report)
@@ -96,30 +92,31 @@ class Study(Output):
             if name == QUEST or not self.only or name in self.only
         }
         full = self.config.config(method="full", sink_pages=0)
-        return [
-            full,
-            *(
-                replace(full, **fields, **budget_fields(budget))
-                for fields in chosen.values()
-                for budget in self.budgets
-            ),
-        ]
+        sparse = (
+            replace(full, **fields, **budget_fields(budget))
+            for fields in chosen.values()
+            for budget in self.budgets
+        )
+        return list(dict.fromkeys([full, *sparse]))
 
     def _measured(self) -> "list[Cell]":
         """Runs the comparison of each model and kind of text, in a folder of its own."""
         from retro_jax.experiments.compare import compare, identity
         from retro_jax.experiments.results import ResultsFolder
-        from retro_jax.experiments.study.data import cell
+        from retro_jax.experiments.study.data import cell, check_length
 
         configs = self.configurations()
-        kinds = {path.stem: _texts(path) for path in self.domains}  # told before the first model is read
+        if self.tokens is not None:
+            check_length(self.tokens, self.prompt_tokens)
         names = {_name(model): model for model in self.models}
+        kinds = {path.resolve().name.removesuffix(".npy"): path for path in self.domains}
         for flag, given, told in (("models", self.models, names), ("domains", self.domains, kinds)):
             if len(told) < len(given):
                 raise ValueError(f"--{flag} have {len(told)} different names ({', '.join(told)}); rename one")
+        sources = {kind: _texts(path) for kind, path in kinds.items()}  # told before the first model is read
         found = []
         for name, model_name in names.items():
-            for kind, texts in kinds.items():
+            for kind, texts in sources.items():
                 source = TextCommand(
                     model=model_name,
                     dtype=self.dtype,
@@ -129,6 +126,7 @@ class Study(Output):
                 )
                 copies = len(set(self.budgets)) if self.budgets_together else 1
                 model, ids = source.read(configs, copies=copies)
+                check_length(ids.ids.shape[1], self.prompt_tokens)
                 what = identity(model_name, model, ids, configs[0])
                 folder = ResultsFolder(self.out / f"{name}-{kind}", what)
                 runs = compare(model, ids, configs, folder, Progress, budgets_together=self.budgets_together)
@@ -138,7 +136,7 @@ class Study(Output):
 
 def _texts(path: Path) -> dict:
     """The fields of `TextCommand` for one kind of text."""
-    if path.suffix == ".npy":
+    if path.suffix == ".npy" and path.is_file():
         return {"token_ids": path}
     if not path.is_dir():
         raise FileNotFoundError(f"--domains has {path}, which is neither a folder nor a .npy file")

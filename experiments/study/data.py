@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from retro_jax.experiments.budgets import budget_value
+from retro_jax.experiments.budgets import budget_fields, budget_value
 from retro_jax.experiments.estimates import BLOCK, block_means
 from retro_jax.experiments.results import Run, read_json, write_file, write_json
 from retro_jax.experiments.study.variants import QUEST, variants
@@ -78,9 +78,16 @@ class Cell:
 
     def result(self, variant: str, budget: float) -> Result | None:
         """Returns what a variant gave at a budget; None where it did not run."""
-        pairs = ((result.variant, result.budget) for result in self.results)
-        return next(
-            (r for r, pair in zip(self.results, pairs, strict=True) if pair == (variant, budget)), None
+        wanted = variant, budget
+        return next((one for one in self.results if (one.variant, one.budget) == wanted), None)
+
+
+def check_length(tokens: int, prompt_tokens: int) -> None:
+    """Raises ValueError where fewer tokens are scored than two blocks have, which errors come from."""
+    if tokens - prompt_tokens < 2 * BLOCK:
+        raise ValueError(
+            f"{tokens} tokens less a prompt of {prompt_tokens} are below {2 * BLOCK}, two blocks of {BLOCK} "
+            "tokens, which errors come from; raise --tokens"
         )
 
 
@@ -92,23 +99,14 @@ def cell(model: str, domain: str, identity: dict, runs: Sequence[Run]) -> Cell:
         domain: the kind of text.
         identity: what the runs share, see `retro_jax.experiments.compare.identity`.
         runs: full attention's among them.
-
-    Raises:
-        ValueError: fewer tokens were scored than two blocks have, which errors come from.
     """
-    scored = identity["tokens"] - identity["prompt_tokens"]
-    if scored < 2 * BLOCK:
-        raise ValueError(
-            f"{scored} tokens of each text are scored, less than two blocks of {BLOCK}, which errors come "
-            "from; raise --tokens"
-        )
     full = next(run for run in runs if run.config.method == "full")
-    words = {}
-    for run in runs:
-        for name, fields in variants().items():
-            budget = {key: getattr(run.config, key) for key in ("budget", "budget_tokens")}
-            if run_name(replace(full.config, **fields, **budget)) == run.name:
-                words[run.name] = name
+    budgets = {budget_value(run.config) for run in runs if run is not full}
+    words = {
+        run_name(replace(full.config, **fields, **budget_fields(budget))): name
+        for name, fields in variants().items()
+        for budget in budgets
+    }
     return Cell(
         model=model,
         domain=domain,

@@ -134,6 +134,13 @@ def test_the_picture_has_a_panel_for_each_cell_and_budget():
         (("--models", "random:tiny", "--domains", "a.npy", "b/a.npy"), "1 different names (a); rename one"),
         (("--models", "a/b", "c/b", "--domains", "a.npy"), "--models have 1 different names (b); rename one"),
         (("--models", "m", "--domains", "a.npy", "--only", "best"), "--only has 'best'"),
+        (("--models", "m", "--domains", "a.npy"), "a.npy, which is neither a folder nor a .npy file"),
+        (("--models", "m", "--domains", "."), "a folder without .txt files"),
+        (
+            ("--models", "m", "--domains", ".", "--tokens", 1100),
+            "1100 tokens less a prompt of 1024 are below 128",
+        ),
+        (("--models", "m", "--domains", ".", "--budgets", 8), "budget_tokens 8 is below the"),
         ((), "holds no study"),
     ],
 )
@@ -156,7 +163,7 @@ def test_two_kinds_of_text_and_again_without_models(json_command, tmp_path, monk
     monkeypatch.setattr(retro_jax.experiments.compare, "score", score)
     out = tmp_path / "out"
     domains = ("--domains", tmp_path / "one.npy", tmp_path / "two.npy")
-    flags = ("--tokens", 160, "--prompt-tokens", 32, "--budgets", 48, "--only", QUEST)
+    flags = ("--tokens", 160, "--prompt-tokens", 32, "--budgets", 48, 48, "--only", QUEST)
     values = json_command("study", "--models", "random:tiny", *domains, *flags, "--out", out)
     assert scored == ["full", "quest"] * 2
     assert [(cell["model"], cell["domain"]) for cell in values["cells"]] == [
