@@ -126,6 +126,10 @@ COMMANDS: Mapping[str, Entry | Group] = {
         "retro_jax.experiments.compare.command:Compare",
         "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",
     ),
+    "study": Entry(
+        "retro_jax.experiments.study.command:Study",
+        "Measure on several models and kinds of text what a window repairs, what it could, and its rivals.",
+    ),
     "overlap": Entry(
         "retro_jax.experiments.analyses.overlap:Overlap",
         "Measure how many of a query's pages earlier queries had loaded, or had only just missed.",

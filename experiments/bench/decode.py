@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from retro_jax import PRESETS, DecodeConfig, Model, decode_step, init_state, preset
+from retro_jax import DecodeConfig, Model, decode_step, init_state
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.experiments.io.files import write_bytes, write_json
@@ -35,6 +35,7 @@ from retro_jax.experiments.pictures.panels import FULL, QUEST, Curves, Line, Sca
 from retro_jax.experiments.pictures.words import counted, shortened
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
+from retro_jax.presets import preset_fields
 from retro_jax.sharding import mesh_of
 
 REFERENCE = Path(__file__).with_name("transformers_reference.py")
@@ -216,8 +217,7 @@ class BenchDecode(BenchDecodeFlags):
             else:
                 configs[name] = self.config.config(method=name)
         for name in self.presets:
-            preset(name)  # refuses an unknown name
-            configs[f"preset {name}"] = self.config.config(**PRESETS[name])
+            configs[f"preset {name}"] = self.config.config(**preset_fields(name))
         return configs
 
     def _measure(

@@ -23,7 +23,7 @@ class BenchDecodeFlags(Command):
     methods: tuple[str, ...] = ("full", "quest", "retro")
     """Any of full, quest, retro, streaming, tova, h2o, snapkv."""
     presets: tuple[str, ...] = ()
-    """Presets beside them: any of quest, paper, retro, at the same budget."""
+    """Presets beside them: any of quest, paper, mean-key, at the same budget."""
     windows: tuple[int, ...] = (4,)
     """Window sizes of RetroAttention."""
     steps: int = 16

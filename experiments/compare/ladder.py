@@ -14,12 +14,9 @@ LADDER = (
     ("scored by mean keys", {"score": "mean_key"}),
     ("in shares of attention", {"group_reduce": "mass"}),
     ("the bytes saved spent on pages", {"budget_covers": "traffic"}),
-    ("mean keys in 8 bits", {"statistics": "mean_key_int8"}),
-    ("pages of 8 tokens", {"page_size": 8}),
-    ("a residual, by mean values of 8 pages", {"residual_pages": 8}),
-    ("RetroAttention, w = 4: preset retro", {"method": "retro", "window": 4}),
+    ("mean keys in 8 bits: preset mean-key", {"statistics": "mean_key_int8"}),
 )
-"""What leads from Quest to preset retro: each part in words, and what it sets beside all before it."""
+"""What leads from Quest to preset mean-key: each part in words, and what it sets beside all before it."""
 
 
 PAPER_WINDOWS = (2, 4, 8)

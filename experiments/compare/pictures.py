@@ -166,7 +166,7 @@ def ladder_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
         Scale("MB of keys, values and page statistics that a step reads for a text", log=True),
         Scale(EXCESS.label, log=True),
     )
-    title = f"{_model(identity)}: excess NLL over full attention, from Quest to preset retro"
+    title = f"{_model(identity)}: excess NLL over full attention, from Quest to preset mean-key"
     notes = [*_notes(identity, runs), "+ adds a part to the line above"]
     return pictures("ladder", [panel], title, notes, Layout(panel=(6.0, 4.6)))
 

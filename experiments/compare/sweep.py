@@ -1,7 +1,7 @@
 """What a comparison runs: values of several settings, in every combination."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from retro_jax.experiments.compare.ladder import ladder
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.flags import Flag
 from retro_jax.fields import DecodeFields
-from retro_jax.presets import PRESETS
+from retro_jax.presets import preset_fields
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig
@@ -121,10 +121,10 @@ class Sweep:
     methods: tuple[str, ...] = ()
     """Further methods: streaming, tova, h2o, snapkv."""
     presets: tuple[str, ...] = ()
-    """Presets of the library (quest, paper, retro) at every budget; those that revise past queries with every
-    window."""
+    """Presets of the library (quest, paper, mean-key) at every budget; those that revise past queries with
+    every window."""
     ladder: Flag[bool] = False
-    """Also run what leads from Quest to preset retro, one part after another, at every budget."""
+    """Also run what leads from Quest to preset mean-key, one part after another, at every budget."""
     no_overwrite: Flag[bool] = False
     """Also run the widest window without overwriting keys and values, which must give Quest's numbers."""
 
@@ -158,7 +158,7 @@ class Sweep:
             if self.ladder:
                 found += ladder(full, budget)
             for name in self.presets:
-                chosen = replace(full, **plain | dict(_preset(name)) | budget)
+                chosen = replace(full, **plain | dict(preset_fields(name)) | budget)
                 for every in (None, *self.rectify):
                     own = replace(chosen, rectify_every=every)
                     revised = [replace(own, window=window) for window in wider]
@@ -192,14 +192,6 @@ class Sweep:
                     f"--methods has {name!r}{nearest(name, others)}; use {', '.join(others)} (full "
                     "attention, Quest and RetroAttention run anyway)"
                 )
-
-
-def _preset(name: str) -> Mapping[str, object]:
-    if name not in PRESETS:
-        from retro_jax.models.names import nearest
-
-        raise ValueError(f"--presets has {name!r}{nearest(name, PRESETS)}; use {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def quest_of(config: "DecodeConfig") -> "DecodeConfig":

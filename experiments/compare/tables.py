@@ -98,7 +98,7 @@ def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> s
     for budget in sorted({budget_value(run.config) for run in runs}, key=lambda b: (isinstance(b, float), b)):
         top = ladder(runs[0].config, budget_fields(budget))[-1]
         if run_name(top) in names_there:
-            parts += [f"## From Quest to preset retro, budget {budget:g}", ladder_table(runs, budget)]
+            parts += [f"## From Quest to preset mean-key, budget {budget:g}", ladder_table(runs, budget)]
     for row in rows(runs, bins, prompt):
         if not row.run.config.overwrite and row.quest_difference is not None:
             parts.append(

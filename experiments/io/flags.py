@@ -12,7 +12,7 @@ import tyro
 from retro_jax.experiments.io.files import finite
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.fields import DecodeFields, SamplingFields
-from retro_jax.presets import PRESETS
+from retro_jax.presets import EARLIER_NAMES, PRESETS, preset_fields
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig, Model, Sampling
@@ -134,9 +134,9 @@ class Command(Output):
 class Configured(Output):
     """A command that decodes by one configuration, whose defaults a preset may give."""
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Literal[(*PRESETS, *EARLIER_NAMES)] | None = None
     """Take the defaults of the flags below from a preset: Quest, the paper's method, or the best found at the
-    same memory traffic."""
+    same memory traffic, mean-key, which was named retro earlier."""
     config: ConfigArguments = field(default_factory=ConfigFlags)
 
     @classmethod
@@ -145,9 +145,9 @@ class Configured(Output):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--preset", nargs="?")
         name = parser.parse_known_args(list(arguments))[0].preset
-        if name not in PRESETS:  # an unknown one is refused where the flag is read
+        if name not in (*PRESETS, *EARLIER_NAMES):  # an unknown one is refused where the flag is read
             return None
-        return cls(model=tyro.MISSING, config=ConfigFlags(**PRESETS[name]))
+        return cls(model=tyro.MISSING, config=ConfigFlags(**preset_fields(name)))
 
 
 @dataclass(kw_only=True)

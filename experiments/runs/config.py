@@ -12,7 +12,7 @@ from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.flags import NoPrefix, SamplingFlags, common_flags
 from retro_jax.experiments.tasks import TASKS, AnyTask
 from retro_jax.fields import DecodeFields
-from retro_jax.presets import PRESETS, preset
+from retro_jax.presets import preset_fields
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig
@@ -36,7 +36,7 @@ class RunConfig:
     methods: tuple[str, ...] = ("full", "quest", "retro")
     """Methods to compare on the same examples."""
     presets: tuple[str, ...] = ()
-    """Presets of the library (quest, paper, retro) to compare with them, at the same budgets."""
+    """Presets of the library (quest, paper, mean-key) to compare with them, at the same budgets."""
     windows: tuple[int, ...] = (4,)
     """Window sizes of the methods that revise past queries; each runs with every one."""
     budgets: tuple[float, ...] = (0.15,)
@@ -139,10 +139,10 @@ def method_fields(
                 own = {"method": name, "window": window} | budget_fields(budget)
                 found[_label(name, window, budget)] = own
     for name in presets:
+        chosen = dict(preset_fields(name))
         for budget in budgets:
-            chosen = preset(name, **budget_fields(budget))
-            for window in windows if chosen.attention.revises else (None,):
-                own = dict(PRESETS[name]) | {"window": window} | budget_fields(budget)
+            for window in windows if METHODS[chosen["method"]].revises else (None,):
+                own = chosen | {"window": window} | budget_fields(budget)
                 found[_label(f"preset_{name}", window, budget)] = own
     return found
 

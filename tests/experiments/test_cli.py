@@ -101,8 +101,8 @@ def test_score(json_command, ids_file):
 
 def test_a_preset_gives_the_defaults_that_flags_change(json_command, ids_file):
     flags = ("--token-ids", ids_file, "--tokens", 40, "--prompt-tokens", 36, "--budget-tokens", 64)
-    values = json_command("score", "random:tiny", *flags, "--preset", "retro", "--page-size", 16)["config"]
-    assert values == json.loads(json.dumps(asdict(preset("retro", budget_tokens=64, page_size=16))))
+    values = json_command("score", "random:tiny", *flags, "--preset", "mean-key", "--page-size", 8)["config"]
+    assert values == json.loads(json.dumps(asdict(preset("mean-key", budget_tokens=64, page_size=8))))
     plain = json_command("score", "random:tiny", *flags)["config"]
     assert plain == json.loads(json.dumps(asdict(DecodeConfig(budget_tokens=64))))
 

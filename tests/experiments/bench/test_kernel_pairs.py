@@ -31,8 +31,8 @@ def test_the_page_has_all_tables_and_chips():
 
 
 @pytest.mark.parametrize("chip", ["H100, H200", "v5e"])
-def test_a_whole_step_of_the_best_preset_logs_each_refusal_once(chip, caplog):
-    case = Case(preset("retro", page_size=16, dense_layers=1))
+def test_a_whole_step_of_the_best_preset_with_residuals_logs_each_refusal_once(chip, caplog):
+    case = Case(preset("mean-key", residual_pages=8, dense_layers=1))
     dispatch._warn_once.cache_clear()
     model = case.model
     state = jax.eval_shape(lambda: init_state(model, case.config, 1, case.capacity))

@@ -149,7 +149,7 @@ def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, 
     [
         (("--windows", 0), "window 0 is below 1"),
         (("--sink-pages", 4), "budget_tokens 32 is below the 5 pages of 8 tokens"),
-        (("--presets", "best"), "--presets has 'best'; use quest, paper, retro"),
+        (("--presets", "best"), "preset 'best' is unknown; use one of quest, paper, mean-key"),
         (("--group-reduces", "best"), "group_reduce 'best' is unknown"),
         (("--scores", "best"), "score 'best' is unknown; use one of bounds, mean_key, oracle, random"),
         (("--methods", "tova", "best"), "--methods has 'best'; use streaming, tova, h2o, snapkv"),
@@ -203,16 +203,18 @@ def test_the_ladder_with_all_budgets_as_one_batch(json_command, ids_file, tmp_pa
     (out / "runs" / "quest-b32-sinks0.npz").unlink()
     (out / "runs" / "quest-b48-sinks0.npz").unlink()
     scored.clear()
-    values = run(json_command, ids_file, out, *sweep, "--ladder", "--presets", "retro", "--budgets-together")
+    values = run(
+        json_command, ids_file, out, *sweep, "--ladder", "--presets", "mean-key", "--budgets-together"
+    )
     assert len(scored) == len(short)  # each serves both budgets, and the last step is the preset
     pooled, before = ({row["run"]: row for row in rows["pooled"]} for rows in (values, alone))
     for name in ("quest-b32-sinks0", "quest-b48-sinks0"):
         assert pooled[name]["nll"]["mean"] == pytest.approx(before[name]["nll"]["mean"], abs=1e-5)
-    top = preset("retro", budget_tokens=48, window=4)
+    top = preset("mean-key", budget_tokens=48)
     assert run_name(top) in pooled and len(pooled) == 1 + 2 * len(short)
     assert (out / "ladder.png").read_bytes()[:4] == b"\x89PNG"
     table = (out / "table.md").read_text()
     for budget in (32, 48):
-        section = table.split(f"## From Quest to preset retro, budget {budget}\n")[1].split("##")[0]
+        section = table.split(f"## From Quest to preset mean-key, budget {budget}\n")[1].split("##")[0]
         words = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
         assert words == ["Quest, no sink page", *(f"+ {step}" for step, _ in short[1:])]

@@ -8,7 +8,7 @@ from retro_jax import DecodeConfig
 from retro_jax.experiments.io.estimates import bootstrap
 from retro_jax.experiments.report.data import difference, quest_of, read_run, read_runs
 from retro_jax.experiments.report.page import make_page
-from retro_jax.experiments.report.paper import paper_rows
+from retro_jax.experiments.report.paper import PAPER, paper_rows
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.folder import RunFolder, run_identity
 from retro_jax.experiments.tasks.longgenbench import LongGenBench
@@ -145,6 +145,28 @@ def test_parts_that_contradict_each_other_are_refused(failure, tmp_path):
     assert f"{folders[0]} and {folders[1]} have different results for e1, full, 0 (scores)" in line
     unlike = a_run(tmp_path / "c", LongGenBench(n=4), lines, examples="y")
     assert "have different examples" in failure("report", folders[0], unlike, "--out", tmp_path / "page.md")
+
+
+def test_every_figure_of_the_paper_says_where_it_is_from():
+    figures = {
+        (table["model"], table["task"].get("source"), tuple(table.get("n", ())), figure["method"]): figure
+        for table in PAPER["tables"]
+        for figure in table["figures"]
+    }
+    found = figures["Qwen/Qwen2.5-14B-Instruct", "gsm8k", (15, 30, 45), "retro"]
+    assert (found["window"], found["budget"], found["percent"]) == (2, 0.15, 4.4)
+    found = figures["meta-llama/Llama-3.1-8B-Instruct", "gsm8k", (15, 30, 45), "full"]
+    assert found["percent"] == 61.8  # 60.8 is another setting's
+    others = [figure.get("percent") or figure["milliseconds"] for figure in PAPER["without_setting"]]
+    assert others == [
+        {"full": 47.3, "quest-0.05": 46.3},
+        {"full": 60.8, "quest-0.05": 17.6},
+        {"quest": 52.6, "quest reusing selections": 25.2},
+        {"commonsenseqa": 3.0, "mmlu": 1.6, "gsm8k": 2.0},
+        {"retro-w2": 1, "retro-w8": 2},
+    ]
+    assert all(figure["where"] for figure in PAPER["tables"])
+    assert all("2508.09001" in figure["where"] and figure["what"] for figure in PAPER["without_setting"])
 
 
 def test_figures_of_the_paper_stand_beside_runs_of_the_same_setting(json_command, tmp_path):

@@ -216,17 +216,18 @@ def test_presets_run_beside_methods():
         model="random:tiny",
         task=task,
         methods=("full",),
-        presets=("quest", "retro"),
+        presets=("quest", "paper", "mean-key"),
         windows=(2, 4),
         budgets=(256,),
     )
     found = config.configurations()
     assert list(found.values())[1:] == [
         preset("quest", budget_tokens=256),
-        *(preset("retro", window=window, budget_tokens=256) for window in (2, 4)),
+        *(preset("paper", window=window, budget_tokens=256) for window in (2, 4)),
+        preset("mean-key", budget_tokens=256),
     ]
     assert list(found) == [run_name(decode) for decode in found.values()]  # as `compare` names them
-    with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, retro"):
+    with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, mean-key"):
         replace(config, presets=("best",)).check()
 
 
