@@ -101,7 +101,8 @@ class Measured:
             key=lambda line: (line["example"], line["sample"]),
         )
         width = max((len(line[name]) for line in lines), default=0)
-        return np.array([[*line[name], *[np.nan] * (width - len(line[name]))] for line in lines], float)
+        rows = [[*line[name], *[np.nan] * (width - len(line[name]))] for line in lines]
+        return np.array(rows, float).reshape(len(lines), width)
 
     def pairs(self, method: str, other: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """`matrix` of two methods, over the replies that both have."""
