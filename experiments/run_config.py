@@ -13,7 +13,7 @@ from retro_jax.experiments.budgets import budget_fields
 from retro_jax.experiments.flags import NoPrefix, SamplingFlags, common_flags
 from retro_jax.experiments.tasks import TASKS, AnyTask
 from retro_jax.fields import DecodeFields
-from retro_jax.presets import PRESETS, preset
+from retro_jax.presets import PRESETS
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig
@@ -118,6 +118,7 @@ def method_fields(
     Raises:
       ValueError: a method or a preset is unknown.
     """
+    from retro_jax import preset
     from retro_jax.methods import METHODS
     from retro_jax.models.names import nearest
 

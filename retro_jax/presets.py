@@ -1,10 +1,6 @@
 """Named configurations: Quest, the paper's method, and the best that was found at their memory traffic."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from retro_jax.config import DecodeConfig
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "quest": {"method": "quest", "sink_pages": 0},
@@ -32,24 +28,3 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 How accurate each is: docs/results.
 """
-
-
-def preset(name: str = "retro", **changes: object) -> "DecodeConfig":
-    """A named configuration.
-
-    Args:
-      name: in `PRESETS`.
-      **changes: fields of `DecodeConfig` to set otherwise.
-
-    Raises:
-      ValueError: the name is unknown, or the configuration is not possible.
-      TypeError: a change is no field of `DecodeConfig`.
-    """
-    from retro_jax.config import DecodeConfig
-    from retro_jax.models.names import nearest
-
-    if name not in PRESETS:
-        raise ValueError(
-            f"preset {name!r} is unknown{nearest(name, PRESETS)}; use one of {', '.join(PRESETS)}"
-        )
-    return DecodeConfig(**(dict(PRESETS[name]) | changes))

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import GetAttrKey, SequenceKey, keystr
 
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from pallas_kernels.settings import under_fixed_settings
@@ -33,19 +34,6 @@ from retro_jax.state import DecodeState, init_state
 _COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
 _ROWS = {"wo", "w_down"}
 _CHANNELS = {"bq", "bk", "bv"}
-_STATE = {
-    "pages": P(SEQUENCES, HEADS),
-    "statistics": P(SEQUENCES, HEADS),
-    "values": P(SEQUENCES, HEADS),
-    "scales": P(SEQUENCES, HEADS),
-    "block_values": P(SEQUENCES, HEADS),
-    "last_loaded": P(SEQUENCES, HEADS),
-    "o": P(SEQUENCES, None, HEADS),
-    "lse": P(SEQUENCES, None, HEADS),
-    "alive": P(SEQUENCES, HEADS),
-    "mass": P(SEQUENCES, HEADS),
-    "queries": P(SEQUENCES, None, HEADS),
-}
 
 
 def _name(path: tuple) -> str:
@@ -161,9 +149,30 @@ def params_shardings(params: Params, mesh: Mesh | AbstractMesh) -> Params:
 
 
 def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeState:
-    """How `shard_state` places each array; `state` may be shapes only."""
+    """How `shard_state` places each array: as its field says by `cache.spread`; `state` may be shapes only.
+
+    Raises:
+      TypeError: no field says it for an array.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, _STATE.get(_name(path), P(SEQUENCES))), state
+        lambda path, _: NamedSharding(mesh, _declared(state, path)), state
+    )
+
+
+def _declared(tree: Any, path: tuple) -> P:
+    """What the outermost field on the path that says so says of the arrays in it."""
+    node = tree
+    for key in path:
+        if isinstance(key, GetAttrKey):
+            field = getattr(type(node), "__dataclass_fields__", {}).get(key.name)
+            if field is not None and "spread" in field.metadata:
+                return P(*field.metadata["spread"])
+            node = getattr(node, key.name)
+        else:
+            node = node[key.idx if isinstance(key, SequenceKey) else key.key]
+    raise TypeError(
+        f"{type(tree).__name__}{keystr(path)} does not say how it is spread over a mesh; declare its field "
+        "by `spread` of retro_jax.cache"
     )
 
 
