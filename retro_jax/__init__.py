@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from retro_jax.config import DecodeConfig, preset
     from retro_jax.decode import Decoded, decode, teacher_force
     from retro_jax.generate import Generation, NonFiniteLogits, generate
+    from retro_jax.methods import Eviction, Method, register_method
     from retro_jax.metrics import Metrics
     from retro_jax.models import Model, load_model
     from retro_jax.prefill import extend, prefill
@@ -35,7 +36,9 @@ __all__ = [
     "DecodeConfig",
     "DecodeState",
     "Decoded",
+    "Eviction",
     "Generation",
+    "Method",
     "Metrics",
     "Model",
     "NonFiniteLogits",
@@ -50,6 +53,7 @@ __all__ = [
     "make_mesh",
     "prefill",
     "preset",
+    "register_method",
     "score",
     "shard_params",
     "shard_state",
@@ -61,6 +65,7 @@ _NAMES = {
     "retro_jax.config": ("DecodeConfig", "preset"),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
     "retro_jax.generate": ("Generation", "NonFiniteLogits", "generate"),
+    "retro_jax.methods": ("Eviction", "Method", "register_method"),
     "retro_jax.metrics": ("Metrics",),
     "retro_jax.prefill": ("extend", "prefill"),
     "retro_jax.presets": ("PRESETS",),
