@@ -31,23 +31,6 @@ from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params, random_params
 from retro_jax.state import DecodeState, init_state
 
-_COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
-_ROWS = {"wo", "w_down"}
-_CHANNELS = {"bq", "bk", "bv"}
-
-
-def _name(path: tuple) -> str:
-    return path[-1].name
-
-
-def _params_spec(path: tuple) -> P:
-    name = _name(path)
-    if name in _COLUMNS:
-        return P(None, HEADS)
-    if name in _ROWS:
-        return P(HEADS, None)
-    return P(HEADS) if name in _CHANNELS else P()
-
 
 def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the first `data` x `model` devices, over whose axes XLA distributes the computation.
@@ -144,8 +127,17 @@ def check_processes_agree(**arguments: object) -> None:
 
 
 def params_shardings(params: Params, mesh: Mesh | AbstractMesh) -> Params:
-    """How `shard_params` places each weight; `params` may be shapes only."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, _params_spec(path)), params)
+    """How `shard_params` places each weight: as its field says by `weight`; `params` may be shapes only.
+
+    Raises:
+      TypeError: no field says it for a weight.
+    """
+
+    def spec(path, array):
+        axis = _declared(params, path, "divided", "`weight` of retro_jax.models.transformer")
+        return P() if axis is None else P(*(HEADS if index == axis else None for index in range(array.ndim)))
+
+    return jax.tree_util.tree_map_with_path(lambda *leaf: NamedSharding(mesh, spec(*leaf)), params)
 
 
 def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeState:
@@ -154,26 +146,26 @@ def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeStat
     Raises:
       TypeError: no field says it for an array.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, _declared(state, path)), state
-    )
+
+    def spec(path, _):
+        return P(*_declared(state, path, "spread", "`spread` of retro_jax.cache"))
+
+    return jax.tree_util.tree_map_with_path(lambda *leaf: NamedSharding(mesh, spec(*leaf)), state)
 
 
-def _declared(tree: Any, path: tuple) -> P:
-    """What the outermost field on the path that says so says of the arrays in it."""
+def _declared(tree: Any, path: tuple, what: str, by: str) -> Any:
+    """What the outermost field on the path that says `what` in its metadata says of the arrays in it."""
     node = tree
     for key in path:
         if isinstance(key, GetAttrKey):
             field = getattr(type(node), "__dataclass_fields__", {}).get(key.name)
-            if field is not None and "spread" in field.metadata:
-                return P(*field.metadata["spread"])
+            if field is not None and what in field.metadata:
+                return field.metadata[what]
             node = getattr(node, key.name)
         else:
             node = node[key.idx if isinstance(key, SequenceKey) else key.key]
-    raise TypeError(
-        f"{type(tree).__name__}{keystr(path)} does not say how it is spread over a mesh; declare its field "
-        "by `spread` of retro_jax.cache"
-    )
+    where = type(tree).__name__ + keystr(path)
+    raise TypeError(f"{where} does not say how it is spread over a mesh; declare its field by {by}")
 
 
 @under_fixed_settings

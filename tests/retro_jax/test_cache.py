@@ -1,6 +1,7 @@
-"""How the arrays of a state are spread over a mesh: each field says it, and none is guessed."""
+"""How the arrays of a state, and weights, are spread over a mesh: each field says it, and none is guessed."""
 
 import functools
+from dataclasses import fields
 
 import flax.struct
 import jax
@@ -11,7 +12,8 @@ from jaxtyping import Array
 
 import retro_jax as rj
 from retro_jax.cache import Kept, spread
-from retro_jax.sharding import state_shardings
+from retro_jax.models.transformer import LayerParams
+from retro_jax.sharding import params_shardings, state_shardings
 from tests.retro_jax.tiny import CENTROIDS, tiny
 
 MESH = AbstractMesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
@@ -62,3 +64,32 @@ def test_an_array_for_which_no_field_says_it_is_refused(ages):
         state_shardings(carrying(Ages), MESH)
     kept = state_shardings(carrying(SpreadAges), MESH).layers[-1].kept
     assert {tuple(sharding.spec) for sharding in jax.tree.leaves(kept.ages)} == {("data", "model")}
+
+
+def test_weights_are_divided_along_heads_hidden_channels_and_tokens():
+    model = tiny(3)
+    params = model.params.replace(head=model.params.embed.T)
+    bias = {name: jnp.zeros(size) for name, size in (("bq", 96), ("bk", 32), ("bv", 32), ("q_norm", 16))}
+    params = params.replace(layers=(params.layers[0].replace(**bias),))
+    shardings = jax.tree_util.tree_leaves_with_path(params_shardings(params, MESH))
+    found = {path[-1].name: tuple(sharding.spec) for path, sharding in shardings}
+    whole = dict.fromkeys(("embed", "final_norm", "attn_norm", "mlp_norm", "q_norm"), ())
+    columns = dict.fromkeys(("wq", "wk", "wv", "w_gate", "w_up", "head"), (None, "model"))
+    rows = dict.fromkeys(("wo", "w_down"), ("model", None))
+    assert found == whole | columns | rows | dict.fromkeys(("bq", "bk", "bv"), ("model",))
+
+
+@flax.struct.dataclass
+class Gated(LayerParams):
+    gate: Array | None = None
+
+
+def test_a_weight_for_which_no_field_says_it_is_refused():
+    params = tiny(3).params
+    layer = Gated(**{field.name: getattr(params.layers[0], field.name) for field in fields(LayerParams)})
+    assert params_shardings(params.replace(layers=(layer,)), MESH)
+    layer = layer.replace(gate=jnp.zeros(3))
+    with pytest.raises(
+        TypeError, match=r"Params\.layers\[0\]\.gate does not say .*`weight` of retro_jax\.models"
+    ):
+        params_shardings(params.replace(layers=(layer,)), MESH)
