@@ -17,13 +17,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retro_jax.config import DecodeConfig
+    from retro_jax.config import DecodeConfig, preset
     from retro_jax.decode import Decoded, decode, teacher_force
     from retro_jax.generate import Generation, NonFiniteLogits, generate
+    from retro_jax.methods import Eviction, Method, register_method
     from retro_jax.metrics import Metrics
     from retro_jax.models import Model, load_model
     from retro_jax.prefill import extend, prefill
-    from retro_jax.presets import PRESETS, preset
+    from retro_jax.presets import PRESETS
     from retro_jax.sampling import Sampling
     from retro_jax.score import Score, score
     from retro_jax.sharding import make_mesh, shard_params, shard_state
@@ -35,7 +36,9 @@ __all__ = [
     "DecodeConfig",
     "DecodeState",
     "Decoded",
+    "Eviction",
     "Generation",
+    "Method",
     "Metrics",
     "Model",
     "NonFiniteLogits",
@@ -50,6 +53,7 @@ __all__ = [
     "make_mesh",
     "prefill",
     "preset",
+    "register_method",
     "score",
     "shard_params",
     "shard_state",
@@ -58,12 +62,13 @@ __all__ = [
 
 _NAMES = {
     "retro_jax.models": ("Model", "load_model"),
-    "retro_jax.config": ("DecodeConfig",),
+    "retro_jax.config": ("DecodeConfig", "preset"),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
     "retro_jax.generate": ("Generation", "NonFiniteLogits", "generate"),
+    "retro_jax.methods": ("Eviction", "Method", "register_method"),
     "retro_jax.metrics": ("Metrics",),
     "retro_jax.prefill": ("extend", "prefill"),
-    "retro_jax.presets": ("PRESETS", "preset"),
+    "retro_jax.presets": ("PRESETS",),
     "retro_jax.sampling": ("Sampling",),
     "retro_jax.score": ("Score", "score"),
     "retro_jax.sharding": ("make_mesh", "shard_params", "shard_state"),

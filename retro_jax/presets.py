@@ -2,10 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from retro_jax.config import DecodeConfig
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "quest": {"method": "quest", "sink_pages": 0},
@@ -59,19 +55,3 @@ def preset_fields(name: str) -> Mapping[str, object]:
             f"preset {name!r} is unknown{nearest(name, PRESETS)}; use one of {', '.join(PRESETS)}"
         )
     return PRESETS[name]
-
-
-def preset(name: str = "mean-key", **changes: object) -> "DecodeConfig":
-    """A named configuration.
-
-    Args:
-      name: as for `preset_fields`.
-      **changes: fields of `DecodeConfig` to set otherwise.
-
-    Raises:
-      ValueError: the name is unknown, or the configuration is not possible.
-      TypeError: a change is no field of `DecodeConfig`.
-    """
-    from retro_jax.config import DecodeConfig
-
-    return DecodeConfig(**(dict(preset_fields(name)) | changes))

@@ -13,12 +13,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 from matplotlib.axes import Axes
 
-from pallas_kernels import choose_pages
-from retro_jax import DecodeConfig, DecodeState
-from retro_jax.budget import most_pages
+from retro_jax import DecodeConfig
+from retro_jax.cache import LayerState
 from retro_jax.experiments.analyses.command import OverlapFlags
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Estimate, estimate
@@ -32,15 +31,12 @@ from retro_jax.experiments.pictures.panels import COLOURS, QUEST_COLOUR, Curves,
 from retro_jax.experiments.pictures.words import counted, listed, shortened
 from retro_jax.generate import run_prefill
 from retro_jax.inputs import check_token_ids
-from retro_jax.layers import dense_layer, retro_layer, window_slots
-from retro_jax.methods import Query
 from retro_jax.methods.eviction import members
-from retro_jax.models import Model, transformer
-from retro_jax.models.config import ModelConfig
-from retro_jax.models.transformer import Params
+from retro_jax.models import Model
+from retro_jax.rules import Query, Rules
 from retro_jax.selectors import SELECTORS
 from retro_jax.sharding import new_state, under_mesh_of_weights
-from retro_jax.state import LayerState
+from retro_jax.step import watched_step
 
 RANKS = {"loaded": "loaded", "next": "next k"}
 """Ranks 1..k of a query's pages, which its step loads, and k+1..2k; in words."""
@@ -72,51 +68,11 @@ class Shares:
     next: Float[np.ndarray, "distances L B T"]
 
 
-def ranked_step(
-    params: Params, model: ModelConfig, config: DecodeConfig, state: DecodeState, tokens: Int[Array, " B"]
-) -> tuple[DecodeState, Ranked]:
-    """What `decode_step` does to the state, without logits, and the ranks of the pages of each sparse layer.
-
-    Args:
-      params: weights.
-      model: the model's configuration; static.
-      config: how to decode, with a window of 1 and no eviction; static.
-      state: donate it.
-      tokens: the newest ones.
-    """
-    active = jnp.ones(tokens.shape, bool)
-    slots = window_slots(config, state, active)
-    dense = config.num_dense_layers(model)
-    x = transformer.embed(params, tokens[:, None])
-    layers, ranked = [], []
-    for index, (layer, cache) in enumerate(zip(params.layers, state.layers, strict=True)):
-        if index < dense:
-            x, cache = dense_layer(
-                layer, model, config, cache, x, state.length, active[:, None], config.implementation
-            )
-        else:
-            q = transformer.qkv(layer, model, x, slots.positions)[0]
-            query = Query(q[:, -1], slots.positions[:, -1], slots.budgets, index)
-            x, cache, _ = retro_layer(layer, model, config, cache, x, slots, slots.newest, index)
-            ranked.append(_rank(config, cache, query))
-        layers.append(cache)
-    state = state.replace(length=state.length + 1, layers=tuple(layers))
-    return state, jax.tree.map(lambda *by_layer: jnp.stack(by_layer), *ranked)
-
-
-def _rank(config: DecodeConfig, cache: LayerState, query: Query) -> Ranked:
-    _, _, pages, _, _, head_dim = cache.pages.shape
-    most = most_pages(config, pages, head_dim, cache.pages.dtype.itemsize)
-    scores = SELECTORS[config.score].scores(config, cache, query, jnp.ones(cache.pages.shape[:3], bool))
-    page_ids, counts = choose_pages(
-        scores,
-        query.positions,
-        2 * query.budgets,
-        page_size=config.page_size,
-        capacity=min(2 * most, pages),
-        sink_pages=config.sink_pages,
-    )
-    loaded = cache.last_loaded == query.positions[:, None, None]
+def _rank(rules: Rules, layer: LayerState, query: Query) -> Ranked:
+    pages = layer.pages.shape[2]
+    scores = SELECTORS[rules.score].scores(rules, layer, query, jnp.ones(layer.pages.shape[:3], bool))
+    page_ids, counts = rules.choose(scores, query, 2 * query.budgets, min(2 * rules.places, pages))
+    loaded = layer.last_loaded == query.positions[:, None, None]
     return Ranked(loaded, members(page_ids, counts, pages) & ~loaded)
 
 
@@ -124,7 +80,8 @@ def _rank(config: DecodeConfig, cache: LayerState, query: Query) -> Ranked:
 def _step(params, model, config, state, past, tokens):
     """One step; the shares[distances, L, B], and the queries of the past with the newest in front."""
     newest = state.length // config.page_size
-    state, now = ranked_step(params, model, config, state, tokens)
+    state, _, ranked = watched_step(params, model, config, state, tokens, watch=_rank)
+    now = jax.tree.map(lambda *by_layer: jnp.stack(by_layer), *ranked)
     page = jnp.arange(now.loaded.shape[-1])
     forced = (page < config.sink_pages) | (page == newest[:, None])  # [B, P]
     chosen = now.loaded & ~forced[:, None]
@@ -142,7 +99,7 @@ def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, pr
     Args:
       model: the model.
       texts: B of one length, scored as one batch.
-      config: how to decode, as for `ranked_step`.
+      config: how to decode, with a window of 1 and no eviction.
       distances: how many earlier queries.
       progress: called as tokens are done.
 

@@ -73,6 +73,12 @@ class Axis:
         return value != self.default, str(value)
 
 
+def _evicts(rule: str) -> str:
+    from retro_jax.methods import METHODS
+
+    return f"{METHODS[rule].title} evicts"
+
+
 def _rectified(every: int) -> str:
     return "exact cache" if every == 1 else f"rectified every {every} tokens"
 
@@ -82,7 +88,7 @@ AXES = (
     Axis("page_sizes", "page_size", "p", "page size"),
     Axis("sink_pages", "sink_pages", "sinks", "sink pages"),
     Axis("group_reduces", "group_reduce", column="group reduce"),
-    Axis("evict", "evict", "evict_", words=lambda rule: f"{NAMES[rule]} evicts", scored=True),
+    Axis("evict", "evict", "evict_", words=_evicts, scored=True),
     Axis("scores", "score", scored=True),
     Axis("", "statistics", scored=True),
     Axis("", "residual_pages", "residual", words=lambda pages: f"residual of {pages} pages", scored=True),
@@ -235,4 +241,4 @@ def label(config: "DecodeConfig") -> str:
     told = [axis for axis in AXES if axis.column is None and axis.value(config) != axis.default]
     parts = [axis.words(axis.value(config)) for axis in told]
     about = ", ".join([*parts, *([] if config.overwrite else ["no overwriting"])])
-    return NAMES.get(config.method, config.method) + (f" ({about})" if about else "")
+    return config.attention.title + (f" ({about})" if about else "")
