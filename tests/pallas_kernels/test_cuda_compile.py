@@ -197,7 +197,9 @@ def test_drafts_and_checks_run_through_the_kernels_and_copy_no_cache(compiled, m
     """A check of 9 tokens and 7 query heads fills all rows but one of a tile."""
     monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    model = dataclasses.replace(tiny(group=7, layers=1).config, head_dim=64, dtype="bfloat16", max_positions=4096)
+    model = dataclasses.replace(
+        tiny(group=7, layers=1).config, head_dim=64, dtype="bfloat16", max_positions=4096
+    )
     config = DecodeConfig("quest", budget_tokens=128, dense_layers=0, implementation="mosaic_gpu")
     state = jax.eval_shape(lambda: init_state(model, config, B, 4096))
     params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
