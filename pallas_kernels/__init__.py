@@ -27,7 +27,7 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
 from pallas_kernels.layout import KEYS, VALUES, pages_for
 from pallas_kernels.selection import GROUP_REDUCE, SCORES, choose_pages, page_scores, select_pages
 from pallas_kernels.statistics import STATISTICS, Statistics
-from pallas_kernels.update import update_pages
+from pallas_kernels.update import refresh_statistics, update_pages
 
 __all__ = [
     "GROUP_REDUCE",
@@ -46,6 +46,7 @@ __all__ = [
     "merge",
     "page_scores",
     "pages_for",
+    "refresh_statistics",
     "retro_attention",
     "select_pages",
     "selected_mass",

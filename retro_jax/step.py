@@ -107,7 +107,7 @@ def watched_step(
         # The cache is rewritten when the step has read it: else XLA would keep a copy for the last layer.
         state, logits = lax.optimization_barrier((state, logits))
         state, rectified = rectify(params, model, config, state, tokens, active)
-        whole = jnp.where(rectified, _full_cache(model, state.length), 0.0)
+        whole = jnp.where(rectified, full_cache_bytes(model, state.length), 0.0)
         state = state.replace(metrics=state.metrics.replace(kv_bytes=state.metrics.kv_bytes + whole))
     return state, jnp.where(refused[:, None], jnp.nan, logits), tuple(watched)
 
@@ -138,7 +138,7 @@ def _metrics(
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
 
 
-def _full_cache(model: ModelConfig, context: Int[Array, " B"]) -> Float[Array, " B"]:
+def full_cache_bytes(model: ModelConfig, context: Int[Array, " B"]) -> Float[Array, " B"]:
     """Bytes of all keys and values of `context` tokens."""
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     return context.astype(jnp.float32) * token

@@ -35,6 +35,9 @@ class Generate(Configured, Command):
     """Tokens to generate for each prompt, or in each reply."""
     capacity: int | None = None
     """Tokens that the cache holds; None: what is needed, or up to 4096 to talk."""
+    verify: int | None = None
+    """Draft up to so many tokens by the method, then check them by one pass of full attention, whose text
+    this then is. None: the text is the method's."""
     sampling: SamplingArguments = field(default_factory=SamplingFlags)
 
     def run(self) -> None:
@@ -44,8 +47,11 @@ class Generate(Configured, Command):
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.experiments.io.text import file_tokens, read_text
         from retro_jax.sizes import batch_rows, cache_capacity
+        from retro_jax.verify import check_verify
 
         config, sampling = self.config.config(), self.sampling.sampling()
+        if self.verify is not None:
+            check_verify(config, self.verify)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
         prompts = [*self.prompt, *(read_text(path, chars=self.prompt_chars) for path in self.prompt_file)]
@@ -73,6 +79,7 @@ class Generate(Configured, Command):
                 "model": self.model,
                 "config": asdict(config),
                 "sampling": asdict(sampling),
+                "verify": self.verify,
                 "texts": result.texts,
                 "tokens": result.tokens,
                 "finished": result.finished,
@@ -123,6 +130,7 @@ class Generate(Configured, Command):
                 stream=stream if streamed else None,
                 progress=rates,
                 previous=previous,
+                verify=self.verify,
             )
         if streamed:
             print(flush=True)
@@ -171,11 +179,22 @@ def _summary(result: "Generation", rates: Rates) -> str:
         parts.append(f"{rate * len(result.tokens):.1f} tokens/s after the first steps")
     if result.metrics is not None:
         metrics = result.metrics.summary()
-        exposure = metrics["exposure"][-1]
         parts.append(f"{metrics['kv_bytes'] / 1e6:.2f} MB of KV cache read per token")
-        if exposure is not None:
+        if "checks" in metrics:
+            parts.append(_checks(metrics))
+        elif (exposure := metrics["exposure"][-1]) is not None:
             parts.append(f"{metrics['pages_loaded']:.1f} pages per step and KV head, exposure {exposure:.2f}")
     return "[" + "; ".join(parts) + "]"
+
+
+def _checks(metrics: dict) -> str:
+    """What drafts and their checks came to."""
+    accepted = " ".join(f"{share:.2f}" for share in metrics["acceptance"]) or "none drafted"
+    return (
+        f"{metrics['tokens_per_check']:.2f} tokens per check of {metrics['drafts_per_check']:.2f} drafts, "
+        f"which read {metrics['check_bytes_per_check'] / 1e6:.2f} MB and "
+        f"{metrics['draft_bytes_per_check'] / 1e6:.2f} MB; accepted, by position: {accepted}"
+    )
 
 
 def _compiling(rates: Rates) -> str:

@@ -1,4 +1,4 @@
-"""Public function of the page update."""
+"""Public functions of the page update."""
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -53,18 +53,9 @@ def update_pages(
         raise ValueError(f"{type(statistics).__name__} statistics were given for {kind!r}")
     if statistics is not None and kind not in FUSED:
         pages, _ = update_pages(pages, None, k, v, start, write, kind=kind, implementation=implementation)
-        statistics = dispatch(
-            f"refresh_statistics of {kind!r}",
-            implementation,
-            {"xla": reference.refresh_statistics},
-            (by_sequence(1, 1, None, None), *by_sequence(1)),
-            statistics,
-            pages,
-            start,
-            write,
-            kind=kind,
+        return pages, refresh_statistics(
+            statistics, pages, start, write, kind=kind, implementation=implementation
         )
-        return pages, statistics
     return dispatch(
         "update_pages",
         implementation,
@@ -78,6 +69,40 @@ def update_pages(
         statistics,
         k,
         v,
+        start,
+        write,
+        kind=kind,
+    )
+
+
+def refresh_statistics(
+    statistics: Statistics,
+    pages: Float[Array, "B K P 2 S D"],
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    *,
+    kind: str,
+    implementation: str | None = None,
+) -> Statistics:
+    """The statistics of every page that a write touched, computed anew from the page.
+
+    Over its tokens up to the last one written, which must be the last token of the sequence.
+
+    Args:
+      statistics: page statistics of one layer.
+      pages: its keys and values, those that were written included.
+      start: position of the first of the T tokens; may be negative where the first ones are not written.
+      write: which of them were written. A sequence without any is left as it is.
+      kind: name in `STATISTICS`.
+      implementation: see `pallas_kernels.dispatch`.
+    """
+    return dispatch(
+        f"refresh_statistics of {kind!r}",
+        implementation,
+        {"xla": reference.refresh_statistics},
+        (by_sequence(1, 1, None, None), *by_sequence(1)),
+        statistics,
+        pages,
         start,
         write,
         kind=kind,
