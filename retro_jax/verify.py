@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pallas_kernels import refresh_statistics
 from pallas_kernels.settings import under_fixed_settings
+from retro_jax.cache import LayerState
 from retro_jax.config import DecodeConfig
 from retro_jax.dense import dense_hidden
 from retro_jax.drafts import Acceptance, RoundMetrics, weight_bytes
@@ -29,7 +30,7 @@ from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
 from retro_jax.sampling import Sampling, sample, sequence_keys
-from retro_jax.state import DecodeState, LayerState
+from retro_jax.state import DecodeState
 from retro_jax.step import decode_step, full_cache_bytes
 
 
