@@ -8,6 +8,8 @@ from retro_jax.presets import PRESETS
 QUEST, SINK, EXACT = "Quest", "Quest, a sink page", ", exact cache"
 PRESET = "preset mean-key"
 RECTIFIED = (8, 16, 32, 64)
+METHODS = {"tova": "TOVA", "streaming": "StreamingLLM"}
+"""Methods that keep what they chose once, by their names in print."""
 WINDOW = 4
 """That of the rows which add a window to something else."""
 
@@ -59,4 +61,5 @@ def variants() -> dict[str, Mapping[str, object]]:
         **{rectified(every): {**sink, "rectify_every": every} for every in RECTIFIED},
         **_ladder(),
         **_beyond(),
+        **{words: {"method": name, "sink_pages": 1} for name, words in METHODS.items()},
     }
