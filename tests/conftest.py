@@ -41,9 +41,9 @@ OPTIMIZED = (
 def quick_compilation(request):
     """The other tests run a program for moments: to optimize its machine code takes longer than it saves."""
     quick = request.module.__name__.rpartition(".")[2] not in OPTIMIZED
-    jax.config.update("jax_disable_most_optimizations", quick)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # else a test could take some of its programs as another module had them compiled
 
 
 @pytest.fixture(autouse=True)
