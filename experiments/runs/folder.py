@@ -20,6 +20,7 @@ from retro_jax import DecodeConfig
 from retro_jax.experiments.io.files import finite, read_json, sync_folder
 from retro_jax.experiments.io.folders import ResultFolder
 from retro_jax.experiments.runs.config import method_fields
+from retro_jax.presets import EARLIER_NAMES
 
 CONFIG = "config.json"
 KEYS = ("example", "method", "sample")
@@ -139,7 +140,10 @@ def read_methods(path: Path, identity: Mapping) -> dict[str, DecodeConfig]:
         if METHODS in identity:
             return {name: DecodeConfig(**values) for name, values in identity[METHODS].items()}
         asked = identity["config"]
-        varied = (asked["methods"], asked.get("presets", ()), asked["windows"], asked["budgets"])
+        presets = asked.get("presets", ())
+        if renamed := sorted(EARLIER_NAMES.keys() & presets):
+            raise ValueError(f"what preset {', '.join(renamed)} was is not told")
+        varied = (asked["methods"], presets, asked["windows"], asked["budgets"])
         return {label: DecodeConfig(**asked["decode"] | own) for label, own in method_fields(*varied).items()}
     except (TypeError, ValueError, LookupError) as error:
         raise ValueError(f"{path / CONFIG} is damaged, or another version's ({error}); restore it") from error

@@ -293,6 +293,14 @@ def test_a_folder_of_an_earlier_version_is_read_and_not_continued(tmp_path):
     assert "quest-128" in (folder / "results-0.jsonl").read_text()
 
 
+def test_a_preset_of_an_earlier_version_is_not_taken_for_what_has_its_name_now(tmp_path):
+    folder = a_run(tmp_path / "a", LongGenBench(n=4), scored(4, examples=2), presets=("retro",))
+    identity = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in identity.items() if k != "methods"}))
+    with pytest.raises(ValueError, match=r"another version's \(what preset retro was is not told\)"):
+        read_run(folder)
+
+
 def test_refused(failure, tmp_path):
     folder = a_run(tmp_path / "a", LongGenBench(n=2), scored(2, examples=2))
     page = tmp_path / "page.md"
