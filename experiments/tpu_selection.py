@@ -99,7 +99,7 @@ def compile_selection(chip: str, block: int, heads: int, group: int, dim: int) -
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.selection.mosaic_tpu import select_pages
+    from pallas_kernels.selection.tpu.kernels import select_pages
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)

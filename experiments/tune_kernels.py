@@ -1,4 +1,4 @@
-"""Measures how attention is best cut on this chip, for `pallas_kernels/attention/tuned.json`.
+"""Measures how attention is best cut on this chip, for `pallas_kernels/attention/gpu/tuned.json`.
 
     python -m retro_jax.experiments.tune_kernels --out tuned.json
 
@@ -16,8 +16,8 @@ import jax
 import tyro
 
 from pallas_kernels import kernels_of_device
-from pallas_kernels.attention import blocks
-from pallas_kernels.hopper import TILE_ROWS, chip
+from pallas_kernels.attention.gpu import blocks
+from pallas_kernels.gpu import TILE_ROWS, chip
 from retro_jax.experiments.device_time import device_time
 from retro_jax.experiments.kernel_cases import Case, Dimensions, device_memory, parse_case, prepare, sets_for
 from retro_jax.experiments.provenance import provenance

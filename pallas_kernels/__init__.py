@@ -1,9 +1,10 @@
 """The operations of a decode step on pages of keys and values.
 
 Each folder is one operation: `api.py` holds the public function, which checks its arguments and
-dispatches; `reference.py` its definition in plain `jnp`, which is also the CPU path. A kernel for an
-accelerator lies beside them under the name of its backend and is right when it equals the reference.
-Callers see only the functions below; nothing here knows of models or decode loops.
+dispatches; `reference.py` its definition in plain `jnp`, which is also the CPU path. The kernels for a kind
+of chip lie below them in `gpu/` or `tpu/`, which know nothing of each other, and are right when they equal
+the reference; facts about chips are in `gpu.py` and `tpu.py` here. Callers see only the functions below;
+nothing here knows of models or decode loops.
 
 Axes: B batch, T tokens, W window slots, N query heads, K KV heads, G = N/K, D head_dim, P pages of the
 cache, C selected pages (static capacity), S page_size, Z vectors per page of the statistics.

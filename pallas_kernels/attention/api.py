@@ -2,7 +2,9 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.gpu import kernels as mosaic_gpu
+from pallas_kernels.attention.tpu import kernels as mosaic_tpu
 from pallas_kernels.dispatch import by_sequence, dispatch
 
 

@@ -4,8 +4,10 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
-from pallas_kernels.selection import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.selection import reference
+from pallas_kernels.selection.gpu import kernels as mosaic_gpu
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
+from pallas_kernels.selection.tpu import kernels as mosaic_tpu
 from pallas_kernels.statistics import STATISTICS, Statistics
 
 

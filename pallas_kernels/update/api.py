@@ -5,7 +5,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.statistics import STATISTICS, Quantized, Statistics
-from pallas_kernels.update import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.update import reference
+from pallas_kernels.update.gpu import kernels as mosaic_gpu
+from pallas_kernels.update.tpu import kernels as mosaic_tpu
 
 FUSED = ("min_max", "mean_key")
 """Statistics that kernels compute while they write. Those of other kinds follow in a pass of their own."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hopper, kernels_of_device, tpu
+from pallas_kernels import gpu, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
 from pallas_kernels.selection import api as selection_api
@@ -35,7 +35,7 @@ KERNELS = kernels_of_device()
 if KERNELS is None:
     sys.exit(f"there are no kernels for {jax.devices()[0].device_kind}")
 attention, selection, update = (getattr(api, KERNELS) for api in (attention_api, selection_api, update_api))
-SUPPORTED = hopper if KERNELS == "mosaic_gpu" else tpu
+SUPPORTED = gpu if KERNELS == "mosaic_gpu" else tpu
 
 
 def relative(got, expected):

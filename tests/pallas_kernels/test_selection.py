@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels.selection import mosaic_gpu, mosaic_tpu
+from pallas_kernels.selection.gpu import kernels as mosaic_gpu
+from pallas_kernels.selection.tpu import kernels as mosaic_tpu
 from pallas_kernels.statistics import quantize
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.page_sets import distance

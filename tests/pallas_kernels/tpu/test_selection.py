@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.selection import mosaic_tpu, reference
+from pallas_kernels.selection import reference
+from pallas_kernels.selection.tpu import kernels as mosaic_tpu
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
-from tests.pallas_kernels.tpu_interpreter import INTERPRET, run
+from tests.pallas_kernels.tpu.interpreter import INTERPRET, run
 
 pytestmark = pytest.mark.timeout(120)
 S = 16

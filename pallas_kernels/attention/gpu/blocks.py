@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.hopper import SHARED_MEMORY, TILE_ROWS, chip, num_multiprocessors
+from pallas_kernels.gpu import SHARED_MEMORY, TILE_ROWS, chip, num_multiprocessors
 
 TUNED = Path(__file__).with_name("tuned.json")
 

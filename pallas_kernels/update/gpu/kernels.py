@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.hopper import check_support, kernel, row_layout
+from pallas_kernels.gpu import check_support, kernel, row_layout
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import check_supported, operation
-from pallas_kernels.update.streaming import STREAMING
+from pallas_kernels.update.gpu.streaming import STREAMING
 
 MAX_TOKENS = 32
 """Tokens of one update, the bits of the word that says which of them are written."""

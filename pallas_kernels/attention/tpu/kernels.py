@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.page_stream import PageStream
 from pallas_kernels.attention.reference import fold_rows, unfold_rows
-from pallas_kernels.attention.tpu_blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
+from pallas_kernels.attention.tpu.blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
+from pallas_kernels.attention.tpu.page_stream import PageStream
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import operation
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip

@@ -15,8 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.operation import operation
-from pallas_kernels.selection.choice import CHUNK, choose, scratch_of
 from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES, check_kernel
+from pallas_kernels.selection.tpu.choice import CHUNK, choose, scratch_of
 from pallas_kernels.statistics import Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper import (
+from pallas_kernels.gpu import (
     SHARED_MEMORY,
     TILE_ROWS,
     check_support,
@@ -23,9 +23,9 @@ from pallas_kernels.hopper import (
     num_multiprocessors,
 )
 from pallas_kernels.operation import operation
-from pallas_kernels.selection.compaction import write_pages
+from pallas_kernels.selection.gpu.compaction import write_pages
+from pallas_kernels.selection.gpu.threshold import chosen, count, find_threshold
 from pallas_kernels.selection.scores import SCORES, check_kernel
-from pallas_kernels.selection.threshold import chosen, count, find_threshold
 from pallas_kernels.statistics import Statistics
 
 _MAX_STAGES = 4

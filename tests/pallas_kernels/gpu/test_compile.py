@@ -15,10 +15,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.attention import mosaic_gpu as attention
-from pallas_kernels.hopper import DTYPES, HEAD_DIMS, PAGE_SIZES
-from pallas_kernels.selection import mosaic_gpu as selection
-from pallas_kernels.update import mosaic_gpu as update
+from pallas_kernels.attention.gpu import kernels as attention
+from pallas_kernels.gpu import DTYPES, HEAD_DIMS, PAGE_SIZES
+from pallas_kernels.selection.gpu import kernels as selection
+from pallas_kernels.update.gpu import kernels as update
 from retro_jax import DecodeConfig, decode_step, init_state, models
 from retro_jax.experiments.programs import not_cached
 from tests.retro_jax.tiny import tiny

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.update import mosaic_tpu, reference
+from pallas_kernels.update import reference
+from pallas_kernels.update.tpu import kernels as mosaic_tpu
 from tests.pallas_kernels.inputs import random_cache
-from tests.pallas_kernels.tpu_interpreter import INTERPRET, races_found, run
+from tests.pallas_kernels.tpu.interpreter import INTERPRET, races_found, run
 
 pytestmark = pytest.mark.timeout(120)
 PAGES = 16

@@ -9,10 +9,10 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import mosaic_tpu as attention
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.page_stream import PageStream
-from pallas_kernels.attention.tpu_blocks import Blocks
+from pallas_kernels.attention.tpu import kernels as attention
+from pallas_kernels.attention.tpu.blocks import Blocks
+from pallas_kernels.attention.tpu.page_stream import PageStream
 from pallas_kernels.tpu import CHIPS
 from tests.pallas_kernels.inputs import PAGES, random_cache, random_retro_inputs
 

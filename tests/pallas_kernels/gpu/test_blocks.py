@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import blocks
-from pallas_kernels.hopper import HEAD_DIMS, PAGE_SIZES, TILE_ROWS
+from pallas_kernels.attention.gpu import blocks
+from pallas_kernels.gpu import HEAD_DIMS, PAGE_SIZES, TILE_ROWS
 
 
 def choose(dim, page_size, batch=1, num_pages=256, capacity=None, window=4, heads=8, group=4):

@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.tiles import PER_ROW, add_values, clear_unwritten, join, times_keys
-from pallas_kernels.hopper import LOG2E, TILE_ROWS
+from pallas_kernels.attention.gpu.blocks import Blocks
+from pallas_kernels.attention.gpu.tiles import PER_ROW, add_values, clear_unwritten, join, times_keys
+from pallas_kernels.gpu import LOG2E, TILE_ROWS
 
 LOWEST = -1e30
 """Of a running maximum: finite, so that its difference to -inf is not NaN."""
@@ -23,7 +23,7 @@ _NOWHERE = 1 << 30  # the position of a page that is not there
 
 
 def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, interpret: bool) -> None:
-    """The kernel's body; `_attend` in `mosaic_gpu.py` lists the references."""
+    """The kernel's body; `_attend` in `kernels.py` lists the references."""
     block = ThreadBlock(refs, blocks, dense, interpret)
     warpgroup = lax.axis_index("warpgroup")
     for turn in range(blocks.warpgroups):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.selection import mosaic_tpu as selection
+from pallas_kernels.selection.tpu import kernels as selection
 from pallas_kernels.tpu import CHIPS
-from pallas_kernels.update import mosaic_tpu as update
+from pallas_kernels.update.tpu import kernels as update
 from retro_jax.experiments import tpu_compiler
 from retro_jax.experiments.tpu_compiler import compile_for
 

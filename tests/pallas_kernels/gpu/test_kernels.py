@@ -9,14 +9,14 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu as attention
 from pallas_kernels.attention import reference as attention_reference
-from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.hopper import kernel
-from pallas_kernels.selection import mosaic_gpu as selection
+from pallas_kernels.attention.gpu import kernels as attention
+from pallas_kernels.attention.gpu.blocks import Blocks
+from pallas_kernels.gpu import kernel
 from pallas_kernels.selection import reference as selection_reference
-from pallas_kernels.update import mosaic_gpu as update
+from pallas_kernels.selection.gpu import kernels as selection
 from pallas_kernels.update import reference as update_reference
+from pallas_kernels.update.gpu import kernels as update
 from tests.pallas_kernels.inputs import PAGES, random_cache, random_retro_inputs
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 
