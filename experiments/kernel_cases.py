@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import (
     SCORES,
     STATISTICS,
+    Statistics,
     dense_attention,
     pages_for,
     retro_attention,
@@ -301,9 +302,7 @@ def _update(case: Case, dims: Dimensions, implementation, sets: int, calls: int,
     room = case.pages(dims) - pages_for(case.tokens + dims.page_size - 1, dims.page_size) + 1
     order = np.resize(rng.permutation(room), (calls, case.batch))
     starts = [jnp.asarray(pages * dims.page_size + case.first_token(dims), jnp.int32) for pages in order]
-    step = jax.jit(
-        partial(update_pages, kind=UPDATED_STATISTICS, implementation=implementation), donate_argnums=(0, 1)
-    )
+    step = jax.jit(partial(update_pages, implementation=implementation), donate_argnums=(0, 1))
 
     def call(index: int):
         turn = index % sets
@@ -322,10 +321,10 @@ def _queries(key: Array, case: Case, dims: Dimensions) -> Float[Array, "B W N D"
     return normal(key, (case.batch, case.window, dims.heads, dims.head_dim), dims.dtype)
 
 
-def _statistics(key: Array, case: Case, dims: Dimensions, kind: str) -> Float[Array, "B K P Z D"]:
+def _statistics(key: Array, case: Case, dims: Dimensions, kind: str) -> Statistics:
     vectors = STATISTICS[kind].vectors
     values = normal(key, (case.batch, dims.kv_heads, case.pages(dims), vectors, dims.head_dim), dims.dtype)
     if kind != "min_max":
-        return values
+        return Statistics(values, kind=kind)
     signs = jnp.array([-1, 1], dims.dtype)[:, None]  # the lower bound first
-    return jnp.abs(values) * signs
+    return Statistics(jnp.abs(values) * signs, kind=kind)

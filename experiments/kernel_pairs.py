@@ -114,7 +114,7 @@ def operations(case: Case) -> Iterator[tuple[str, Call]]:
     def update(layer, tokens):
         k = v = shape(B, tokens, K, D)
         arrays = layer.pages, layer.statistics, k, v, integers(B), shape(B, tokens, dtype=bool)
-        return _call(update_pages, *arrays, kind=config.kept_statistics or "min_max")
+        return _call(update_pages, *arrays)
 
     yield "update", update(dense, 1)
     yield "dense attention", _call(dense_attention, shape(B, 1, N, D), dense.pages, integers(B, 1))

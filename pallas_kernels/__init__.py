@@ -14,6 +14,7 @@ together, so one copy brings both. Layers are separate arrays: a kernel aliases 
 and updates it in place, which a slice of a stacked cache would not allow.
 """
 
+from pallas_kernels import metadata  # noqa: F401  (makes its statistics and scores known)
 from pallas_kernels.attention import (
     attend_estimates,
     attend_pages,
@@ -26,17 +27,35 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
 from pallas_kernels.layout import KEYS, VALUES, pages_for
-from pallas_kernels.selection import GROUP_REDUCE, SCORES, choose_pages, page_scores, select_pages
-from pallas_kernels.statistics import STATISTICS, Statistics
+from pallas_kernels.scores import GROUP_REDUCE, SCORES, PageScore, register_score
+from pallas_kernels.selection import choose_pages, page_scores, select_pages
+from pallas_kernels.statistics import (
+    HIGHEST,
+    LOWEST,
+    MEAN,
+    STATISTICS,
+    Fold,
+    PageStatistic,
+    PageVector,
+    Statistics,
+    register_statistic,
+)
 from pallas_kernels.update import update_pages
 
 __all__ = [
     "GROUP_REDUCE",
+    "HIGHEST",
     "IMPLEMENTATIONS",
     "KEYS",
+    "LOWEST",
+    "MEAN",
     "SCORES",
     "STATISTICS",
     "VALUES",
+    "Fold",
+    "PageScore",
+    "PageStatistic",
+    "PageVector",
     "Statistics",
     "attend_estimates",
     "attend_pages",
@@ -47,6 +66,8 @@ __all__ = [
     "merge",
     "page_scores",
     "pages_for",
+    "register_score",
+    "register_statistic",
     "retro_attention",
     "select_pages",
     "selected_mass",

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,3 +51,9 @@ def check_supported(kernel: str, **values: tuple[Any, tuple]) -> None:
             raise NotImplementedError(
                 f"{name} {say(value)} has no {kernel} kernel ({', '.join(map(say, supported))})"
             )
+
+
+def check_registered(what: str, name: str, known: Mapping[str, Any]) -> None:
+    """Raises ValueError if something's name is taken by another, or is none."""
+    if not name or name in known:
+        raise ValueError(f"{what} has a name that is taken or empty; choose another than {', '.join(known)}")

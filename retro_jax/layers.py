@@ -96,7 +96,6 @@ def dense_layer(
         v,
         start,
         valid,
-        kind=config.kept_statistics or "min_max",
         implementation=implementation,
     )
     cache = cache.replace(pages=pages, statistics=statistics)
@@ -154,7 +153,6 @@ def retro_layer(
         v,
         slots.start,
         write,
-        kind=config.kept_statistics or "min_max",
         implementation=config.implementation,
     )
     cache = cache.replace(pages=pages, statistics=statistics)

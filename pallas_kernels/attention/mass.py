@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.reference import fold_rows, tokens_of_pages
 from pallas_kernels.layout import KEYS
-from pallas_kernels.selection.scores import GROUP_REDUCE
+from pallas_kernels.scores import GROUP_REDUCE
 
 _BLOCK_TOKENS = 1024
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.reference import attend, fold_rows, rows_of_slots, unfold_rows
 from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.layout import VALUES
-from pallas_kernels.statistics import Quantized, Statistics
+from pallas_kernels.statistics import Statistics
 
 
 def settle_blocks(
@@ -110,15 +110,12 @@ def _attend_estimates(
 ):
     W, N = q.shape[1:3]
     K, P = last_loaded.shape[1:]
-    if isinstance(statistics, Quantized):
-        statistics = statistics.at_float32()
-
     slot = positions[:, None, :, None]  # [B, 1, W, 1]
     complete = settled // (block_pages * page_size) * block_pages
     missed = (last_loaded[:, :, None] < slot) & (jnp.arange(P) < complete[:, None, None, None])
     o, lse = attend(
         fold_rows(q, K),
-        statistics[:, :, :, 0],
+        statistics.at_float32()[:, :, :, 0],
         jnp.repeat(block_values, block_pages, axis=2)[:, :, :P],
         rows_of_slots(missed, N // K),
     )

@@ -23,9 +23,9 @@ from pallas_kernels.gpu import (
     num_multiprocessors,
 )
 from pallas_kernels.operation import operation
+from pallas_kernels.scores import SCORES, check_kernel
 from pallas_kernels.selection.gpu.compaction import write_pages
 from pallas_kernels.selection.gpu.threshold import chosen, count, find_threshold
-from pallas_kernels.selection.scores import SCORES, check_kernel
 from pallas_kernels.statistics import Statistics
 
 _MAX_STAGES = 4
@@ -51,7 +51,8 @@ def select_pages(
     interpret: Any = None,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`."""
-    check_kernel("Mosaic GPU", statistics, group_reduce)
+    check_kernel("Mosaic GPU", statistics, score, group_reduce)
+    statistics = statistics.values
     D, P = q.shape[-1], statistics.shape[2]
     check_support(statistics.dtype, D, page_size)
     if P < TILE_ROWS:

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.operation import operation
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES, check_kernel
+from pallas_kernels.operation import check_supported, operation
+from pallas_kernels.scores import GROUP_REDUCE, SCORES, check_kernel
 from pallas_kernels.selection.tpu.choice import CHUNK, choose, scratch_of
 from pallas_kernels.statistics import Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
@@ -40,10 +40,12 @@ def select_pages(
     interpret: Any = False,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`; pages ascend, `block` of a head are read at once."""
-    check_kernel("Mosaic TPU", statistics, group_reduce)
+    check_kernel("Mosaic TPU", statistics, score, group_reduce)
+    statistics = statistics.values
     B, N, D = q.shape
     K, P, Z = statistics.shape[1:4]
     check_support(statistics.dtype, D, page_size)
+    check_supported("Mosaic TPU", vectors=(Z, (1, 2)))
     target = chip()
     heads = heads_per_step(B, K, target.cores)
     block = block or pages_per_block(target.bandwidth, heads, statistics)

@@ -1,7 +1,7 @@
 """The TPU kernel of the page update in the interpreter, against the reference."""
 
 import dataclasses
-import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,54 +9,34 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.update import reference
 from pallas_kernels.update.tpu import kernels as mosaic_tpu
-from tests.pallas_kernels.inputs import random_cache
+from tests.pallas_kernels.equality import FUSED, assert_same_update
+from tests.pallas_kernels.inputs import random_update, shapes_of_statistics
 from tests.pallas_kernels.tpu.interpreter import INTERPRET, races_found, run
 
 pytestmark = pytest.mark.timeout(120)
 PAGES = 16
+SIZES = itertools.cycle(  # tokens, page size, head_dim, KV heads, dtype
+    [
+        (4, 16, 64, 2, jnp.bfloat16),
+        (1, 32, 128, 3, jnp.bfloat16),
+        (18, 16, 256, 1, jnp.float32),
+        (3, 64, 64, 2, jnp.bfloat16),
+        (1, 128, 64, 9, jnp.float32),
+        (20, 16, 128, 2, jnp.float32),
+    ]
+)
 
 
-def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype):
-    """Arguments of `update_pages` whose last token is the sequence's last; NaN where none is written."""
-    B = len(lengths)
-    start = np.asarray(lengths, np.int32) - tokens
-    write = start[:, None] + np.arange(tokens) >= 0
-    k, v = rng.standard_normal((2, B, tokens, heads, dim))
-    k[~write], v[~write] = np.nan, np.nan
-    vectors = {"min_max": 2, "mean_key": 1}.get(kind)
-    statistics = rng.standard_normal((B, heads, PAGES, vectors, dim)) if kind else None
-    pages = random_cache(rng, lengths, page_size, heads, dim, PAGES)
-    arrays = [None if array is None else jnp.asarray(array, dtype) for array in (pages, statistics, k, v)]
-    return [*arrays, jnp.asarray(start), jnp.asarray(write)]
-
-
-def assert_updates_as_the_reference_does(inputs, kind, **options):
-    got = run(mosaic_tpu.update_pages, *inputs, kind=kind or "min_max", **options)
-    expected = jax.jit(functools.partial(reference.update_pages, kind=kind or "min_max"))(*inputs)
-    np.testing.assert_array_equal(*(np.asarray(pages[0], np.float32) for pages in (got, expected)))
-    if kind is None:
-        assert got[1] is None
-        return
-    # Means are summed in another order: an ulp of the dtype.
-    tolerance = float(jnp.finfo(inputs[0].dtype).eps) if kind == "mean_key" else 0
-    fresh = [np.asarray(result[1], np.float32) for result in (got, expected)]
-    np.testing.assert_allclose(*fresh, rtol=tolerance, atol=tolerance)
+def assert_updates_as_the_reference_does(inputs, **options):
+    assert_same_update(run(mosaic_tpu.update_pages, *inputs, **options), inputs)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "page_size", "dim", "heads", "kind", "dtype"),
-    [
-        (4, 16, 64, 2, "min_max", jnp.bfloat16),
-        (1, 32, 128, 3, "mean_key", jnp.bfloat16),
-        (18, 16, 256, 1, "min_max", jnp.float32),
-        (3, 64, 64, 2, None, jnp.bfloat16),
-        (20, 16, 128, 2, "mean_key", jnp.float32),
-        (1, 128, 64, 9, "min_max", jnp.float32),
-    ],
+    ("kind", "tokens", "page_size", "dim", "heads", "dtype"),
+    [(kind, *next(SIZES)) for kind in (*FUSED, FUSED[0], None, *FUSED)],
 )
-def test_update_equals_the_reference(tokens, page_size, dim, heads, kind, dtype):
+def test_update_equals_the_reference(kind, tokens, page_size, dim, heads, dtype):
     """Lengths across pages, shorter than the update, at the capacity, beyond; a sequence without a token."""
     rng = np.random.default_rng(tokens)
     end = PAGES * page_size
@@ -69,24 +49,24 @@ def test_update_equals_the_reference(tokens, page_size, dim, heads, kind, dtype)
         end + 1,
         end + page_size + 40,
     ]
-    inputs = random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype)
+    inputs = random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, PAGES)
     inputs[5] = inputs[5].at[3].set(False)
-    assert_updates_as_the_reference_does(inputs, kind)
+    assert_updates_as_the_reference_does(inputs)
 
 
 def test_only_the_tokens_to_write_are_written():
     rng = np.random.default_rng(0)
-    inputs = random_update(rng, [40, 33], 4, 16, 2, 64, "min_max", jnp.bfloat16)
+    inputs = random_update(rng, [40, 33], 4, 16, 2, 64, "min_max", jnp.bfloat16, PAGES)
     inputs[5] = jnp.asarray([[False, True, False, True], [False, False, False, True]])
-    assert_updates_as_the_reference_does(inputs, "min_max")
+    assert_updates_as_the_reference_does(inputs)
 
 
 def test_several_steps_of_the_grid_on_two_cores(monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "_sequences_per_step", lambda batch, *_: 2)
     two = dataclasses.replace(INTERPRET, num_cores_or_threads=2)
     rng = np.random.default_rng(1)
-    inputs = random_update(rng, [40, 33, 1, 16, 17, 50], 3, 16, 1, 64, "mean_key", jnp.bfloat16)
-    assert_updates_as_the_reference_does(inputs, "mean_key", interpret=two)
+    inputs = random_update(rng, [40, 33, 1, 16, 17, 50], 3, 16, 1, 64, "mean_key", jnp.bfloat16, PAGES)
+    assert_updates_as_the_reference_does(inputs, interpret=two)
 
 
 def test_the_interpreter_finds_a_copy_that_nobody_waits_for(monkeypatch):
@@ -102,20 +82,18 @@ def test_the_interpreter_finds_a_copy_that_nobody_waits_for(monkeypatch):
 
     copy = pltpu.make_async_copy
     monkeypatch.setattr(mosaic_tpu.pltpu, "make_async_copy", Unawaited)
-    inputs = random_update(np.random.default_rng(0), [47], 5, 16, 3, 64, "min_max", jnp.bfloat16)
+    inputs = random_update(np.random.default_rng(0), [47], 5, 16, 3, 64, "min_max", jnp.bfloat16, PAGES)
     eager = dataclasses.replace(INTERPRET, dma_execution_mode="eager")
-    _, races = races_found(mosaic_tpu.update_pages.__wrapped__, *inputs, kind="min_max", interpret=eager)
+    _, races = races_found(mosaic_tpu.update_pages.__wrapped__, *inputs, interpret=eager)
     assert races
 
 
 def test_update_refuses_what_it_does_not_support():
-    def update(
-        tokens=1, pages=16, heads=1, page_size=16, dim=64, vectors=2, kind="min_max", dtype="bfloat16"
-    ):
+    def update(tokens=1, pages=16, heads=1, page_size=16, dim=64, kind="min_max", dtype="bfloat16"):
         return jax.eval_shape(
-            functools.partial(mosaic_tpu.update_pages, kind=kind),
+            mosaic_tpu.update_pages,
             jax.ShapeDtypeStruct((1, heads, pages, 2, page_size, dim), dtype),
-            jax.ShapeDtypeStruct((1, heads, pages, vectors, dim), dtype),
+            shapes_of_statistics(kind, (1, heads, pages), dim, dtype),
             *[jax.ShapeDtypeStruct((1, tokens, heads, dim), dtype)] * 2,
             jax.ShapeDtypeStruct((1,), jnp.int32),
             jax.ShapeDtypeStruct((1, tokens), jnp.bool_),
@@ -124,7 +102,7 @@ def test_update_refuses_what_it_does_not_support():
     for message, arguments in [
         ("dtype float16 has no Mosaic TPU kernel", {"dtype": jnp.float16}),
         ("head_dim 96 has no Mosaic TPU kernel", {"dim": 96}),
-        ("20 pages are not a multiple of 8", {"pages": 20, "vectors": 1, "kind": "mean_key"}),
+        ("20 pages are not a multiple of 8", {"pages": 20, "kind": "mean_key"}),
         (
             r"needs \d+ bytes of VMEM, and a v5e has \d+",
             {"heads": 128, "page_size": 128, "dim": 256, "tokens": 2, "dtype": jnp.float32},
