@@ -13,7 +13,8 @@ PAGES = 12
 
 def shapes_of_statistics(kind, pages, dim, dtype=jnp.bfloat16):
     """Statistics of pages [B, K, P], as shapes; None for no kind."""
-    return kind and jax.eval_shape(functools.partial(STATISTICS[kind].zeros, pages, dim, jnp.dtype(dtype).name))
+    dtype = jnp.dtype(dtype).name
+    return kind and jax.eval_shape(functools.partial(STATISTICS[kind].zeros, pages, dim, dtype))
 
 
 def random_statistics(rng, lengths, page_size, heads, pages, kind, dim, dtype):

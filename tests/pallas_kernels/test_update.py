@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import pallas_kernels
 from pallas_kernels import Statistics
+from pallas_kernels.statistics import statistic_of
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.inputs import PAGES, random_cache
 
@@ -106,4 +107,4 @@ def test_bad_arguments_are_refused():
             pages, Statistics(jnp.zeros((1, 1, 2, 2, 1)), kind="mean_key"), *arguments
         )
     with pytest.raises(TypeError, match=r"use Statistics\(values, kind=...\)"):
-        pallas_kernels.update_pages.__wrapped__(pages, jnp.zeros((1, 1, 2, 2, 1)), *arguments)
+        statistic_of.__wrapped__(jnp.zeros((1, 1, 2, 2, 1)))
