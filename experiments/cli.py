@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from retro_jax.experiments.flags import Output
+    from retro_jax.experiments.io.flags import Output
 
 DESCRIPTION = """Decode language models with full attention, Quest and RetroAttention.
 
@@ -83,30 +83,30 @@ class Group:
 def _benchmarks() -> Mapping[str, Entry]:
     return {
         "decode": Entry(
-            "retro_jax.experiments.bench_decode:BenchDecode",
+            "retro_jax.experiments.bench.decode:BenchDecode",
             "Measure the speed of decoding: methods take turns in one run, for each length of the context.",
-            "retro_jax.experiments.commands.bench_decode:BenchDecodeFlags",
+            "retro_jax.experiments.bench.decode_command:BenchDecodeFlags",
         ),
         "kernels": Entry(
-            "retro_jax.experiments.bench_kernels:BenchKernels",
+            "retro_jax.experiments.bench.kernels:BenchKernels",
             "Measure the device time of operations on pages, beside the read bandwidth of the device.",
         ),
         "tpu-static": Entry(
-            "retro_jax.experiments.bench_tpu:BenchTpuStatic",
+            "retro_jax.experiments.tpu.command:BenchTpuStatic",
             "Predict decode steps on TPUs from bytes and from the compiler's schedules.",
         ),
     }
 
 
 def _runs() -> Mapping[str, Entry]:
-    from retro_jax.experiments.configs import CONFIGS
+    from retro_jax.experiments.runs.configs import CONFIGS
     from retro_jax.experiments.tasks import describe
 
     return {
         name: Entry(
-            "retro_jax.experiments.run:Run",
+            "retro_jax.experiments.runs.run:Run",
             f"{describe(config.task)}, {config.model}",
-            "retro_jax.experiments.commands.run:RunFlags",
+            "retro_jax.experiments.runs.command:RunFlags",
             {"config": config, "name": name},
         )
         for name, config in CONFIGS.items()
@@ -115,28 +115,32 @@ def _runs() -> Mapping[str, Entry]:
 
 COMMANDS: Mapping[str, Entry | Group] = {
     "generate": Entry(
-        "retro_jax.experiments.commands.generate:Generate",
+        "retro_jax.experiments.generate.command:Generate",
         "Continue prompts, or chat, with full attention, Quest or RetroAttention.",
     ),
     "score": Entry(
-        "retro_jax.experiments.commands.score:Score",
+        "retro_jax.experiments.generate.score:Score",
         "Measure how likely a model finds a text when one method decodes along it.",
     ),
     "compare": Entry(
-        "retro_jax.experiments.commands.compare:Compare",
+        "retro_jax.experiments.compare.command:Compare",
         "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",
     ),
+    "study": Entry(
+        "retro_jax.experiments.study.command:Study",
+        "Measure on several models and kinds of text what a window repairs, what it could, and its rivals.",
+    ),
     "overlap": Entry(
-        "retro_jax.experiments.overlap:Overlap",
+        "retro_jax.experiments.analyses.overlap:Overlap",
         "Measure how many of a query's pages earlier queries had loaded, or had only just missed.",
-        "retro_jax.experiments.commands.overlap:OverlapFlags",
+        "retro_jax.experiments.analyses.command:OverlapFlags",
     ),
     "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(
-        "retro_jax.experiments.report:Report",
+        "retro_jax.experiments.report.page:Report",
         "Make one Markdown page with tables and plots from the folders of one or more runs.",
-        "retro_jax.experiments.commands.report:ReportFlags",
+        "retro_jax.experiments.report.command:ReportFlags",
     ),
 }
 

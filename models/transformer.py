@@ -10,6 +10,7 @@ float32, the residual stream has the configuration's dtype.
 """
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,34 +21,39 @@ from retro_jax.models.config import ModelConfig
 from retro_jax.models.rope import apply_rope
 
 
+def weight(divided: int | None = None, **options: Any) -> Any:
+    """A field of weights, and the axis along which several devices have a part each; None: each has all."""
+    return flax.struct.field(metadata={"divided": divided}, **options)
+
+
 @flax.struct.dataclass
 class LayerParams:
     """Weights of one layer; biases and q/k norms are None where the family has none."""
 
-    attn_norm: Float[Array, " M"]
-    wq: Float[Array, "M ND"]
-    wk: Float[Array, "M KD"]
-    wv: Float[Array, "M KD"]
-    wo: Float[Array, "ND M"]
-    mlp_norm: Float[Array, " M"]
-    w_gate: Float[Array, "M F"]
-    w_up: Float[Array, "M F"]
-    w_down: Float[Array, "F M"]
-    bq: Float[Array, " ND"] | None = None
-    bk: Float[Array, " KD"] | None = None
-    bv: Float[Array, " KD"] | None = None
-    q_norm: Float[Array, " D"] | None = None
-    k_norm: Float[Array, " D"] | None = None
+    attn_norm: Float[Array, " M"] = weight()
+    wq: Float[Array, "M ND"] = weight(divided=1)
+    wk: Float[Array, "M KD"] = weight(divided=1)
+    wv: Float[Array, "M KD"] = weight(divided=1)
+    wo: Float[Array, "ND M"] = weight(divided=0)
+    mlp_norm: Float[Array, " M"] = weight()
+    w_gate: Float[Array, "M F"] = weight(divided=1)
+    w_up: Float[Array, "M F"] = weight(divided=1)
+    w_down: Float[Array, "F M"] = weight(divided=0)
+    bq: Float[Array, " ND"] | None = weight(divided=0, default=None)
+    bk: Float[Array, " KD"] | None = weight(divided=0, default=None)
+    bv: Float[Array, " KD"] | None = weight(divided=0, default=None)
+    q_norm: Float[Array, " D"] | None = weight(default=None)
+    k_norm: Float[Array, " D"] | None = weight(default=None)
 
 
 @flax.struct.dataclass
 class Params:
     """Weights of a model; `head` is None when the embedding is also the output head."""
 
-    embed: Float[Array, "V M"]
+    embed: Float[Array, "V M"] = weight()
     layers: tuple[LayerParams, ...]
-    final_norm: Float[Array, " M"]
-    head: Float[Array, "M V"] | None = None
+    final_norm: Float[Array, " M"] = weight()
+    head: Float[Array, "M V"] | None = weight(divided=1, default=None)
 
 
 def rms_norm(x: Float[Array, "... C"], weight: Float[Array, " C"], eps: float) -> Float[Array, "... C"]:

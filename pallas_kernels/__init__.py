@@ -40,7 +40,7 @@ from pallas_kernels.statistics import (
     Statistics,
     register_statistic,
 )
-from pallas_kernels.update import update_pages
+from pallas_kernels.update import refresh_statistics, update_pages
 
 __all__ = [
     "GROUP_REDUCE",
@@ -66,6 +66,7 @@ __all__ = [
     "merge",
     "page_scores",
     "pages_for",
+    "refresh_statistics",
     "register_score",
     "register_statistic",
     "retro_attention",

@@ -1,14 +1,15 @@
 """RetroAttention for JAX: functional decoding with full, Quest and retrospective sparse attention.
 
-The pure functions `prefill`, `extend`, `decode_step`, `decode` and `teacher_force` take all state as one
-pytree; `generate` and `score` are the loops around them that most users want. Configuration, state, page
-selection by method, sampling, sharding and metrics live here, one module each; operations on pages are
-`pallas_kernels`', model families are `models`'. A method is one file in `methods/`.
+The pure functions `prefill`, `extend`, `decode_step`, `decode`, `verified_step`, `verified_decode` and
+`teacher_force` take all state as one pytree; `generate` and `score` are the loops around them that most users
+want. Configuration, state, page selection by method, sampling, sharding and metrics live here, one module
+each; operations on pages are `pallas_kernels`', model families are `models`'. A method is one file in
+`methods/`.
 
 What is named here is imported on first use, so that importing the package starts no JAX.
 
-Axes: B batch, T tokens, W window slots (oldest first, the newest is slot W-1), L layers, N query heads,
-K KV heads, G = N/K, D head_dim, P pages, C selected pages, S page_size, M model width, V vocabulary.
+Axes: B batch, T tokens, W window slots (oldest first, the newest is slot W-1), L layers, N query heads, K KV
+heads, G = N/K, D head_dim, P pages, C selected pages, S page_size, M model width, V vocabulary.
 """
 
 import sys
@@ -17,30 +18,39 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retro_jax.config import DecodeConfig
+    from retro_jax.config import DecodeConfig, preset
     from retro_jax.decode import Decoded, decode, teacher_force
+    from retro_jax.drafts import Acceptance, VerifiedMetrics
     from retro_jax.generate import Generation, NonFiniteLogits, generate
+    from retro_jax.methods import Eviction, Method, register_method
     from retro_jax.metrics import Metrics
     from retro_jax.models import Model, load_model
     from retro_jax.prefill import extend, prefill
-    from retro_jax.presets import PRESETS, preset
+    from retro_jax.presets import PRESETS
     from retro_jax.sampling import Sampling
     from retro_jax.score import Score, score
     from retro_jax.sharding import make_mesh, shard_params, shard_state
     from retro_jax.state import DecodeState, init_state
     from retro_jax.step import decode_step
+    from retro_jax.verify import VerifiedDecoded, VerifiedTokens, verified_decode, verified_step
 
 __all__ = [
     "PRESETS",
+    "Acceptance",
     "DecodeConfig",
     "DecodeState",
     "Decoded",
+    "Eviction",
     "Generation",
+    "Method",
     "Metrics",
     "Model",
     "NonFiniteLogits",
     "Sampling",
     "Score",
+    "VerifiedDecoded",
+    "VerifiedMetrics",
+    "VerifiedTokens",
     "decode",
     "decode_step",
     "extend",
@@ -50,25 +60,31 @@ __all__ = [
     "make_mesh",
     "prefill",
     "preset",
+    "register_method",
     "score",
     "shard_params",
     "shard_state",
     "teacher_force",
+    "verified_decode",
+    "verified_step",
 ]
 
 _NAMES = {
     "retro_jax.models": ("Model", "load_model"),
-    "retro_jax.config": ("DecodeConfig",),
+    "retro_jax.config": ("DecodeConfig", "preset"),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
+    "retro_jax.drafts": ("Acceptance", "VerifiedMetrics"),
     "retro_jax.generate": ("Generation", "NonFiniteLogits", "generate"),
+    "retro_jax.methods": ("Eviction", "Method", "register_method"),
     "retro_jax.metrics": ("Metrics",),
     "retro_jax.prefill": ("extend", "prefill"),
-    "retro_jax.presets": ("PRESETS", "preset"),
+    "retro_jax.presets": ("PRESETS",),
     "retro_jax.sampling": ("Sampling",),
     "retro_jax.score": ("Score", "score"),
     "retro_jax.sharding": ("make_mesh", "shard_params", "shard_state"),
     "retro_jax.state": ("DecodeState", "init_state"),
     "retro_jax.step": ("decode_step",),
+    "retro_jax.verify": ("VerifiedDecoded", "VerifiedTokens", "verified_decode", "verified_step"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""How many pages a step may load, and what a step reads.
+"""How many pages a step may load, what a method is told of that, and what a step reads.
 
 What is read is counted in vectors: head_dim channels of a key or value, of one KV head.
 """
@@ -6,7 +6,6 @@ What is read is counted in vectors: head_dim channels of a key or value, of one 
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import STATISTICS, pages_for
-
-if TYPE_CHECKING:
-    from retro_jax.config import DecodeConfig
+from pallas_kernels import STATISTICS
+from pallas_kernels.dispatch import SEQUENCES
+from retro_jax.cache import spread
+from retro_jax.config import DecodeConfig
+from retro_jax.rules import Rules
 
 QUEST_PAGE, QUEST_VECTORS = 16, 2
 """Quest's page size, and the vectors that it reads of every page to score it."""
@@ -34,17 +34,17 @@ class Budget:
       floor: tokens.
     """
 
-    share: Float[Array, " B"]
-    floor: Int[Array, " B"]
+    share: Float[Array, " B"] = spread(SEQUENCES)
+    floor: Int[Array, " B"] = spread(SEQUENCES)
 
     @classmethod
-    def of_each(cls, configs: "Sequence[DecodeConfig]") -> "Budget":
+    def of_each(cls, configs: Sequence[DecodeConfig]) -> "Budget":
         """That of each sequence's own configuration."""
         parts = [cls.of(config, 1) for config in configs]
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
     @classmethod
-    def of(cls, config: "DecodeConfig", batch: int) -> "Budget":
+    def of(cls, config: DecodeConfig, batch: int) -> "Budget":
         """The configuration's, for every sequence."""
         share = config.budget if config.budget_tokens is None else 0.0
         return cls(
@@ -54,7 +54,7 @@ class Budget:
 
 
 def budget_pages(
-    config: "DecodeConfig", budget: Budget, context: Int[Array, " B"], head_dim: int, itemsize: int
+    config: DecodeConfig, budget: Budget, context: Int[Array, " B"], head_dim: int, itemsize: int
 ) -> Int[Array, " B"]:
     """Pages that a step may load in a sparse layer.
 
@@ -69,7 +69,7 @@ def budget_pages(
 
 
 @functools.cache
-def most_pages(config: "DecodeConfig", num_pages: int, head_dim: int, itemsize: int) -> int:
+def most_pages(config: DecodeConfig, num_pages: int, head_dim: int, itemsize: int) -> int:
     """C, the static number of places for selected pages in a cache of `num_pages` pages."""
     if config.eviction and config.eviction.grows:
         return num_pages
@@ -79,9 +79,7 @@ def most_pages(config: "DecodeConfig", num_pages: int, head_dim: int, itemsize: 
     return min(int(pages.max()) + 1, num_pages)  # one more, whichever way float32 rounds a share
 
 
-def largest(
-    configs: "Sequence[DecodeConfig]", num_pages: int, head_dim: int, itemsize: int
-) -> "DecodeConfig":
+def largest(configs: Sequence[DecodeConfig], num_pages: int, head_dim: int, itemsize: int) -> DecodeConfig:
     """Of configurations that differ in their budgets only, the one that may load the most pages.
 
     Raises:
@@ -97,14 +95,24 @@ def largest(
     return max(configs, key=lambda config: most_pages(config, num_pages, head_dim, itemsize))
 
 
-def most_kept_pages(config: "DecodeConfig", num_pages: int, head_dim: int, itemsize: int) -> int:
-    """The most pages that eviction leaves of a cache of `num_pages` pages."""
-    if config.evict is None:
-        return most_pages(config, num_pages, head_dim, itemsize)
-    return min(pages_for(config.cache_tokens, config.page_size), num_pages)
+def rules_of(config: DecodeConfig, num_pages: int, head_dim: int, itemsize: int) -> Rules:
+    """What the configuration's method is told in a cache of `num_pages` pages."""
+    places, left = most_pages(config, num_pages, head_dim, itemsize), config.left_pages
+    return Rules(
+        page_size=config.page_size,
+        sink_pages=config.sink_pages,
+        places=places,
+        left_places=places if left is None else min(left, num_pages),
+        left_pages=left,
+        score=config.score,
+        score_seed=config.score_seed,
+        group_reduce=config.group_reduce,
+        observation=config.observation,
+        implementation=config.implementation,
+    )
 
 
-def vectors_per_page(config: "DecodeConfig", head_dim: int, itemsize: int) -> float:
+def vectors_per_page(config: DecodeConfig, head_dim: int, itemsize: int) -> float:
     """Vectors that a step reads of every page, loaded or not, to score and to estimate it."""
     vectors = float(config.scored_vectors)
     if config.kept_statistics:

@@ -1,21 +1,22 @@
-"""How to decode: the method and its budget, as one static, hashable value."""
+"""How to decode: the method and its budget, as one static, hashable value.
 
+Here are the ranges of fields and what only some kinds of methods take; what one method cannot do, it says
+itself (`Method.check`).
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
 from retro_jax.fields import DecodeFields
 from retro_jax.methods import METHODS, Eviction, Method
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.names import nearest
+from retro_jax.presets import preset_fields
 from retro_jax.selectors import SELECTORS
 
 MEAN_KEYS = SCORES["mean_key"].statistics
 """Statistics that a residual can estimate pages by."""
-EVICTS = ("tova", "h2o")
-"""Methods whose eviction rule "quest" and "retro" can have: those that judge a page by what it is worth."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,16 @@ class DecodeConfig(DecodeFields):
     """
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(
-                f"method {self.method!r} is unknown{nearest(self.method, METHODS)}; use one of "
-                f"{', '.join(METHODS)}"
-            )
+        _check_known("method", self.method, METHODS)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is below 1; a window of 1 serves the newest query only")
-        if self.window not in (None, 1) and not METHODS[self.method].revises:
+        if self.window not in (None, 1) and not self.attention.revises:
             why = ""
-            if METHODS[self.method].eviction:
+            if self.attention.eviction:
                 why = " (every page that it still has was there for the earlier queries too)"
             raise ValueError(
                 f"method {self.method!r} serves only the newest query, window {self.window} was asked for"
-                f"{why}; use method 'retro' or window None"
+                f"{why}; use method {_either(m for m in METHODS.values() if m.revises)} or window None"
             )
         lowest = {"page_size": 1, "prefill_chunk": 1, "observation": 1}
         lowest |= {"dense_layers": 0, "sink_pages": 0, "residual_pages": 0}
@@ -53,19 +50,15 @@ class DecodeConfig(DecodeFields):
             self._check_rectification()
         self._check_parts()
         self._check_budget()
-        self._check_eviction()
+        if self.evict is not None:
+            self._check_eviction()
+        self.attention.check(self)
 
     def _check_parts(self):
-        if self.score not in SELECTORS:
-            raise ValueError(
-                f"score {self.score!r} is unknown{nearest(self.score, SELECTORS)}; use one of "
-                f"{', '.join(SELECTORS)}"
-            )
-        if self.statistics not in (None, *STATISTICS):
-            raise ValueError(
-                f"statistics {self.statistics!r} are unknown{nearest(self.statistics, STATISTICS)}; use "
-                f"None or one of {', '.join(STATISTICS)}"
-            )
+        _check_known("score", self.score, SELECTORS)
+        _check_known("statistics", self.statistics, STATISTICS, optional=True)
+        _check_known("group_reduce", self.group_reduce, GROUP_REDUCE)
+        _check_known("implementation", self.implementation, IMPLEMENTATIONS, optional=True)
         readable = SELECTORS[self.score].statistics
         if readable and self.statistics not in (None, *readable):
             raise ValueError(
@@ -74,35 +67,25 @@ class DecodeConfig(DecodeFields):
             )
         if self.residual_pages:
             self._check_residual()
-        if self.group_reduce not in GROUP_REDUCE:
-            raise ValueError(
-                f"group_reduce {self.group_reduce!r} is unknown{nearest(self.group_reduce, GROUP_REDUCE)}; "
-                f"use one of {', '.join(GROUP_REDUCE)}"
-            )
-        if self.implementation not in (None, *IMPLEMENTATIONS):
-            raise ValueError(
-                f"implementation {self.implementation!r} is unknown"
-                f"{nearest(self.implementation, IMPLEMENTATIONS)}; use None or one of "
-                f"{', '.join(IMPLEMENTATIONS)}"
-            )
 
     def _check_rectification(self):
         if self.rectify_every < 1:
             raise ValueError(f"rectify_every {self.rectify_every} is below 1; use None to never rectify")
-        attention = METHODS[self.method]
-        if attention.dense or self.eviction:
-            why = "writes an exact cache by itself" if attention.dense else "evicts pages that it would need"
+        if self.attention.dense or self.attention.eviction or self.evict is not None:
+            why = "evicts pages that it would need"
+            if self.attention.dense:
+                why = "writes an exact cache by itself"
             raise ValueError(
                 f"rectify_every {self.rectify_every} was asked for with method {self.method!r}, evict "
-                f"{self.evict!r}, which {why}; use method 'quest' or 'retro' without evict"
+                f"{self.evict!r}, which {why}; use method {_scored()} without evict"
             )
 
     def _check_residual(self):
         name = f"residual_pages {self.residual_pages}"
-        if not METHODS[self.method].scored:
+        if not self.attention.scored:
             raise ValueError(
                 f"{name} was asked for with method {self.method!r}, which selects no pages by a score; use "
-                "method 'quest' or 'retro'"
+                f"method {_scored()}"
             )
         if self.evict is not None:
             raise ValueError(
@@ -117,11 +100,10 @@ class DecodeConfig(DecodeFields):
     def _check_budget(self):
         if self.budget_covers not in ("pages", "traffic"):
             raise ValueError(f"budget_covers {self.budget_covers!r} is unknown; use 'pages' or 'traffic'")
-        attention = METHODS[self.method]
-        if self.budget_covers == "traffic" and not (attention.scored and self.evict is None):
+        if self.budget_covers == "traffic" and not (self.attention.scored and self.evict is None):
             raise ValueError(
                 f"budget_covers 'traffic' was asked for with method {self.method!r}, evict {self.evict!r}, "
-                "which evicts or loads all pages; use method 'quest' or 'retro' without evict"
+                f"which evicts or loads all pages; use method {_scored()} without evict"
             )
         if not 0.0 < self.budget <= 1.0:
             raise ValueError(f"budget {self.budget} is not a share in (0, 1]; use budget_tokens for tokens")
@@ -135,24 +117,14 @@ class DecodeConfig(DecodeFields):
             )
 
     def _check_eviction(self):
-        if self.method == "snapkv":
-            tokens = self.least_tokens
-            always = self.sink_pages + 1 + pages_for(self.observation, self.page_size)
-            if pages_for(tokens, self.page_size) < always:
-                raise ValueError(
-                    f"a budget of {tokens} tokens is below the {always} pages of {self.page_size} tokens "
-                    f"that 'snapkv' may have to keep for observation={self.observation} and "
-                    f"sink_pages={self.sink_pages}; lower observation or raise the budget"
-                )
-        if self.evict is None:
-            return
-        if not METHODS[self.method].scored:
+        if not self.attention.scored:
             raise ValueError(
                 f"evict {self.evict!r} was asked for with method {self.method!r}, which selects no pages; "
-                "use method 'quest' or 'retro'"
+                f"use method {_scored()}"
             )
-        if self.evict not in EVICTS:
-            raise ValueError(f"evict {self.evict!r} is not possible; use one of {', '.join(EVICTS)}")
+        rules = [name for name, method in METHODS.items() if method.eviction and method.eviction.joins]
+        if self.evict not in rules:
+            raise ValueError(f"evict {self.evict!r} is not possible; use one of {', '.join(rules)}")
         name = "budget_floor" if self.budget_tokens is None else "budget_tokens"
         if self.cache_tokens is None or self.cache_tokens < self.least_tokens:
             raise ValueError(
@@ -169,11 +141,6 @@ class DecodeConfig(DecodeFields):
     def eviction(self) -> Eviction | None:
         """The rule by which pages leave the cache."""
         return METHODS[self.evict or self.method].eviction
-
-    @property
-    def least_tokens(self) -> int:
-        """Tokens that a step may load at any context."""
-        return self.budget_floor if self.budget_tokens is None else self.budget_tokens
 
     @property
     def kept_statistics(self) -> str | None:
@@ -201,8 +168,37 @@ class DecodeConfig(DecodeFields):
         """P, the pages of a cache for `capacity` tokens: a multiple of 8, as kernels' copies want it."""
         return -(-pages_for(capacity, self.page_size) // 8) * 8
 
-    def kept_pages(self, budgets: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Pages that eviction leaves where a step may load `budgets` pages."""
-        if self.evict is None:
-            return budgets
-        return jnp.full_like(budgets, pages_for(self.cache_tokens, self.page_size))
+    @property
+    def left_pages(self) -> int | None:
+        """Pages that `evict` leaves; None: it is not asked for."""
+        return None if self.evict is None else pages_for(self.cache_tokens, self.page_size)
+
+
+def _check_known(field: str, value: str | None, names: Iterable[str], optional: bool = False) -> None:
+    if value not in names and not (optional and value is None):
+        are, none = ("are" if field == "statistics" else "is"), ("None or " if optional else "")
+        raise ValueError(
+            f"{field} {value!r} {are} unknown{nearest(value, names)}; use {none}one of {', '.join(names)}"
+        )
+
+
+def _either(methods: Iterable[Method]) -> str:
+    return " or ".join(repr(method.name) for method in methods)
+
+
+def _scored() -> str:
+    return _either(method for method in METHODS.values() if method.scored)
+
+
+def preset(name: str = "mean-key", **changes: object) -> DecodeConfig:
+    """A named configuration.
+
+    Args:
+      name: as for `preset_fields`.
+      **changes: fields of `DecodeConfig` to set otherwise.
+
+    Raises:
+      ValueError: the name is unknown, or the configuration is not possible.
+      TypeError: a change is no field of `DecodeConfig`.
+    """
+    return DecodeConfig(**(dict(preset_fields(name)) | changes))

@@ -7,12 +7,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pallas_kernels.settings import under_fixed_settings
+from retro_jax.cache import StepMetrics
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints, check_keys
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
 from retro_jax.sampling import Sampling, sample, sequence_keys
-from retro_jax.state import DecodeState, StepMetrics
+from retro_jax.state import DecodeState
 from retro_jax.step import decode_step
 
 

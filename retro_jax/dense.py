@@ -1,4 +1,4 @@
-"""A dense pass over consecutive tokens: what prefill and rectification are made of."""
+"""A dense pass over consecutive tokens: what prefill, rectification and verification are made of."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -34,17 +34,34 @@ def dense_pass(
     Returns:
       The new state and float32 logits of the token after the last one; without meaning where the length is 0.
     """
+    # Chunks are matters of large matrix products, which XLA does well; the kernels are for a few tokens.
+    state, x = dense_hidden(params, model, config, state, tokens, lengths, implementation="xla")
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return state, transformer.logits(params, model, jnp.take_along_axis(x, last, axis=1))[:, 0]
+
+
+def dense_hidden(
+    params: Params,
+    model: ModelConfig,
+    config: DecodeConfig,
+    state: DecodeState,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    implementation: str | None,
+) -> tuple[DecodeState, Float[Array, "B T M"]]:
+    """`dense_pass`, with the hidden states that the last layer leaves of every token.
+
+    They have no meaning beyond a sequence's length. `implementation` is that of the operations on pages.
+    """
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     x = transformer.embed(params, tokens)
     layers = []
     for layer, cache in zip(params.layers, state.layers, strict=True):
-        # Chunks are matters of large matrix products, which XLA does well; the kernels are for single tokens.
-        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid, implementation="xla")
+        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid, implementation)
         layers.append(cache)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
     state = state.replace(
         length=state.length + lengths,
         decoded=jnp.where(lengths > 0, 0, state.decoded),
         layers=tuple(layers),
     )
-    return state, transformer.logits(params, model, jnp.take_along_axis(x, last, axis=1))[:, 0]
+    return state, x

@@ -69,6 +69,11 @@ class DecodeFields:
     implementation: str | None = None
     """Kernels: None picks the best that this device has, "xla" the reference."""
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that a step may load at any context."""
+        return self.budget_floor if self.budget_tokens is None else self.budget_tokens
+
 
 @dataclass(frozen=True)
 class SamplingFields:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import decode
+from retro_jax.drafts import Acceptance, VerifiedMetrics
 from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, check_keys, prompt_ids
 from retro_jax.metrics import Metrics
 from retro_jax.models import Model
@@ -19,12 +20,19 @@ from retro_jax.sharding import check_processes_agree, new_state, to_host, under_
 from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
 from retro_jax.state import DecodeState
 from retro_jax.texts import Texts
+from retro_jax.verify import check_verify, keep, verified_decode
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("prefill" or "decode"), the tokens done and their total."""
 
 _extend = jax.jit(extend, static_argnames=("model", "config"), donate_argnames="state")
 _decode = jax.jit(decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state")
+_verified_decode = jax.jit(
+    verified_decode,
+    static_argnames=("model", "config", "rounds", "k", "sampling"),
+    donate_argnames="state",
+)
+_keep = jax.jit(keep, static_argnames=("config", "rows"), donate_argnames="state")
 
 
 @dataclass(frozen=True)
@@ -35,23 +43,26 @@ class Generation:
       texts: the generated texts, without the stop token or string; empty where the model has no tokenizer.
       tokens: the generated token ids, the stop token or those of the stop string included.
       finished: whether each sequence ended by a stop token or string.
-      metrics: of the decode steps; None if the prefill alone gave every token.
+      metrics: of the decode steps, or of the rounds of verified decoding; None if the prefill alone gave
+        every token.
       config: how it was decoded.
       state: to go on from with `previous`; a call that does consumes it. Its first rows are the sequences;
         those after them, by which batches of similar sizes share one program, are empty.
       pending: each sequence's last token, which is not in the cache yet.
       turns: the tokens that each sequence generated since its last prompt: `tokens`, and before them those of
         earlier calls that this one went on from without a prompt.
+      exact: whether the cache is full attention's: of prompts and verified tokens only.
     """
 
     texts: list[str]
     tokens: list[list[int]]
     finished: list[bool]
-    metrics: Metrics | None
+    metrics: Metrics | VerifiedMetrics | None
     config: DecodeConfig
     state: DecodeState
     pending: np.ndarray
     turns: list[list[int]]
+    exact: bool
 
 
 @under_mesh_of_weights
@@ -70,6 +81,7 @@ def generate(
     progress: Progress | None = None,
     previous: Generation | None = None,
     steps_per_call: int = 16,
+    verify: int | None = None,
 ) -> Generation:
     """Generate a continuation of every prompt, on the devices that the weights lie on (see `sharding`).
 
@@ -90,11 +102,15 @@ def generate(
       previous: the result of an earlier call with the same model and config, whose sequences these prompts
         continue as their next turn. Its state is consumed.
       steps_per_call: decode steps of one compiled call; `stream` is called after each.
+      verify: drafts at most that `config` makes between two checks by full attention, whose text this then
+        is (see `verify`): the same as without, from the same keys, but for ties within rounding. None: the
+        text is that of `config`.
 
     Raises:
       ValueError: a prompt is empty or out of the vocabulary, prompt and new tokens do not fit the capacity
         or the model's positions, `previous` does not fit the prompts, `stop` has an empty string or the model
-        no tokenizer for it, keys are not one for each prompt, or the processes of a mesh disagree.
+        no tokenizer for it, keys are not one for each prompt, the processes of a mesh disagree, or `config`
+        cannot draft, see `verify.check_verify`, or `previous` holds tokens that nothing verified.
       TypeError: token ids are not whole numbers, or keys are not those of `jax.random.key`.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Generation up to there.
     """
@@ -104,7 +120,7 @@ def generate(
         sampling=sampling,
         keys=keys,
         stop=(stop_tokens, stop),
-        limits=(max_new_tokens, capacity, steps_per_call),
+        limits=(max_new_tokens, capacity, steps_per_call, verify),
         previous=previous and previous.turns,
     )
     sampling = sampling or Sampling()
@@ -116,7 +132,17 @@ def generate(
     stops = _stop_tokens(model, stop_tokens)
     _check_stop(model, stop)
     keys = sequence_keys(sampling, len(ids)) if keys is None else check_keys(keys, len(ids))
+    exact = previous is None or previous.exact
+    if verify is not None:
+        check_verify(config, verify)
+        if not exact:
+            raise ValueError(
+                f"verify {verify} was asked for, but previous has tokens that were decoded without, whose "
+                "keys and values are not full attention's; begin anew with verify"
+            )
     state = _state_for(model, config, ids, max_new_tokens, capacity, previous)
+    if verify is not None:
+        check_verify(config, verify, state.capacity)
 
     batch, rows = len(ids), state.length.shape[0]  # the rows after the sequences hold none
     keys = keys[np.minimum(np.arange(rows), batch - 1)]
@@ -126,15 +152,17 @@ def generate(
     pending = np.zeros(batch, np.int32) if previous is None else previous.pending
 
     def result() -> Generation:
+        gather = (Metrics if verify is None else VerifiedMetrics).gather
         return Generation(
             texts=[output.text(index) for index in range(batch)],
             tokens=[output.tokens(index) for index in range(batch)],
             finished=list(output.ended),
-            metrics=Metrics.gather(calls).of(slice(batch)) if calls else None,
+            metrics=gather(calls).of(slice(batch)) if calls else None,
             config=config,
             state=state,
             pending=pending,
             turns=output.turns,
+            exact=exact and (not calls or verify is not None or config.attention.dense),
         )
 
     if prompted.any():
@@ -148,35 +176,66 @@ def generate(
     remaining = np.where(output.ended, 0, max_new_tokens - prompted).astype(np.int32)
     stops = np.array(stops, np.int32)
     done, steps = int(prompted.any()), 1 if stop else steps_per_call
+    acceptance = None if verify is None else to_host(Acceptance.unknown(rows))
     while (remaining > 0).any():
-        state, out = _decode(
-            model.params,
-            model.config,
-            config,
-            state,
-            _padded(pending, rows),
-            steps,
-            sampling,
-            keys,
-            stops,
-            _padded(remaining, rows),
-        )
+        inputs = sampling, keys, stops, _padded(remaining, rows)
+        arguments = model.params, model.config, config, state, _padded(pending, rows)
+        if verify is None:
+            state, out = _decode(*arguments, steps, *inputs)
+        else:
+            rounds = max(steps // (verify + 1), 1)
+            state, out = _verified_decode(*arguments, rounds, verify, *inputs, acceptance)
+            acceptance = to_host(out.acceptance)
         calls.append(out.metrics)
         fetched = to_host((out.tokens, out.emitted, out.finite, out.pending, out.remaining))
         tokens, emitted, finite, pending, remaining = (values[:batch] for values in fetched)
         # A token chosen from a logit that is not finite has no meaning, nor have those after it.
-        output.append(tokens, emitted & np.logical_and.accumulate(finite, axis=1))
+        good = emitted & np.logical_and.accumulate(finite, axis=1)
+        if verify is None or not stop:
+            output.append(tokens, good)
+        else:
+            state, pending = _append_until_stop(output, config, state, pending, tokens, good)
         if not finite.all():
-            sequence, step = np.argwhere(~finite)[0]
+            sequence = int(np.argwhere(~finite)[0][0])
             raise NonFiniteLogits(
-                f"the logits of sequence {sequence} are not finite after {done + step} new tokens", result()
+                f"the logits of sequence {sequence} are not finite after {len(output.tokens(sequence))} new "
+                "tokens",
+                result(),
             )
         remaining = np.where(output.ended, 0, remaining)
-        done += steps
+        done += int(emitted.sum(axis=1).max())
         if progress:
             progress("decode", min(done, max_new_tokens), max_new_tokens)
     output.flush()
     return result()
+
+
+def _append_until_stop(
+    output: Texts,
+    config: DecodeConfig,
+    state: DecodeState,
+    pending: Int[np.ndarray, " B"],
+    tokens: Int[np.ndarray, "B T"],
+    emitted: Bool[np.ndarray, "B T"],
+) -> tuple[DecodeState, Int[np.ndarray, " B"]]:
+    """Adds the tokens of one verified round, each sequence's up to where a stop string is whole.
+
+    Returns:
+      The state and the pending tokens as they were there.
+    """
+    counts = np.zeros(len(tokens), np.int32)
+    for step in range(tokens.shape[1]):
+        fresh = emitted[:, step] & ~np.array(output.ended)
+        output.append(tokens[:, step : step + 1], fresh[:, None])
+        counts += fresh
+    over = emitted.sum(axis=1, dtype=np.int32) - counts
+    if not over.any():
+        return state, pending
+    rows = state.length.shape[0]
+    start = state.length - _padded(counts + over, rows)
+    state = _keep(config, state, start, _padded(counts, rows), tokens.shape[1])
+    last = np.take_along_axis(tokens, np.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+    return state, np.where(over > 0, last, pending)
 
 
 def _turn_ids(

@@ -89,6 +89,14 @@ def check_lengths(lengths: Int[Array, " B"], least: int, tokens: int, room: Int[
         )
 
 
+def check_counts(counts: Int[Array, " B"], least: int, most: int, what: str) -> None:
+    """Raises ValueError if any of the counts is not within `least`..`most`, if known."""
+    if (given := _known(counts)) is None:
+        return
+    for sequence in np.flatnonzero((given < least) | (given > most)):
+        raise ValueError(f"{what}[{sequence}] is {given[sequence]}, not within {least}..{most}")
+
+
 def _known(values: Array) -> np.ndarray | None:
     """The values; None within a trace, or where other processes hold some of them."""
     if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):

@@ -1,4 +1,4 @@
-"""One layer of a decode step: dense for the newest token, or retrospective for the whole window.
+"""One layer of a decode step: dense for the newest token, or sparse for the whole window.
 
 Layers of one kind differ in their arrays only, so each kind is a function under `jax.jit` of its own: a
 program of many layers traces and lowers it once and calls it for each. XLA inlines the calls, so that what it
@@ -6,6 +6,8 @@ compiles is the same.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,13 +23,19 @@ from pallas_kernels import (
     settle_blocks,
     update_pages,
 )
-from retro_jax.budget import budget_pages
+from retro_jax.budget import budget_pages, rules_of
+from retro_jax.cache import Kept, LayerState, OutputCache
 from retro_jax.config import DecodeConfig
-from retro_jax.methods import Query
+from retro_jax.methods.eviction import evict, remember
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import LayerParams
-from retro_jax.state import DecodeState, LayerState, OutputCache
+from retro_jax.rules import Query, Rules
+from retro_jax.state import DecodeState
+
+Watch = Callable[[Rules, LayerState, Query], Any]
+"""What an analysis does in each sparse layer: (rules, the layer's new state, newest query) -> a pytree. A
+function of a module: programs are told apart by it."""
 
 
 @flax.struct.dataclass
@@ -110,13 +118,13 @@ def dense_layer(
     else:
         o = attend_pages(q, pages, positions, cache.kept.alive)
         if config.eviction.observe:
-            cache = cache.replace(kept=config.eviction.observe(config, cache, q, positions))
+            cache = cache.replace(kept=config.eviction.observe(_rules(config, cache), cache, q, positions))
     x = transformer.attention_output(layer, x, o)
     return transformer.mlp(layer, model, x), cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"))
-def retro_layer(
+@functools.partial(jax.jit, static_argnames=("model", "config", "watch"))
+def sparse_layer(
     layer: LayerParams,
     model: ModelConfig,
     config: DecodeConfig,
@@ -125,7 +133,8 @@ def retro_layer(
     slots: Slots,
     write: Bool[Array, "B W"],
     index: Int[Array, ""] | int,
-) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, "B W"]]:
+    watch: Watch | None = None,
+) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, "B W"], Any]:
     """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
 
     Args:
@@ -137,10 +146,11 @@ def retro_layer(
       slots: positions, validity and budgets.
       write: slots whose keys and values are written, over stale ones where there are any.
       index: which layer of the model it is.
+      watch: an analysis; None: none.
 
     Returns:
-      The corrected hidden states, the new state, and how many pages each slot newly attended to (mean over
-      KV heads).
+      The corrected hidden states, the new state, how many pages each slot newly attended to (mean over KV
+      heads), and what `watch` returned.
     """
     positions = slots.positions
     q, k, v = transformer.qkv(layer, model, x, positions)
@@ -159,7 +169,7 @@ def retro_layer(
 
     # Select pages for the newest query; one load of them serves the window.
     query = Query(q[:, -1], positions[:, -1], slots.budgets, index)
-    page_ids, counts, kept = config.attention.select(config, cache, query)
+    page_ids, counts, kept = _choose(config, cache, query)
     attended = newly_attended(page_ids, counts, cache.last_loaded, positions, config.page_size)
     o, lse, last_loaded = retro_attention(
         q,
@@ -199,7 +209,26 @@ def retro_layer(
     )
     x = transformer.attention_output(layer, x, attention)
     x = transformer.mlp(layer, model, x)
-    return x, cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept), attended
+    cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
+    return x, cache, attended, watch and watch(_rules(config, cache), cache, query)
+
+
+def _rules(config: DecodeConfig, cache: LayerState) -> Rules:
+    _, _, P, _, _, D = cache.pages.shape
+    return rules_of(config, P, D, cache.pages.dtype.itemsize)
+
+
+def _choose(
+    config: DecodeConfig, cache: LayerState, query: Query
+) -> tuple[Int[Array, "B K C"], Int[Array, "B K"], Kept | None]:
+    """The pages that the method loads: it selects among those that eviction leaves, or takes all of them."""
+    rules, kept, select = _rules(config, cache), cache.kept, config.attention.select
+    if kept is None:
+        return *select(rules, cache, query, None), None
+    kept, page_ids, counts = evict(config.eviction, rules, kept, query)
+    if select:
+        page_ids, counts = select(rules, cache, query, kept.alive)
+    return page_ids, counts, remember(config.eviction, rules, cache, kept, query, page_ids, counts)
 
 
 def settle(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from retro_jax.cache import StepMetrics
 from retro_jax.sharding import to_host
-from retro_jax.state import StepMetrics
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,18 @@
 """Named configurations: Quest, the paper's method, and the best that was found at their memory traffic."""
 
+import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from retro_jax.config import DecodeConfig
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "quest": {"method": "quest", "sink_pages": 0},
     "paper": {"method": "retro", "sink_pages": 0},
-    "retro": {
-        "method": "retro",
-        "page_size": 8,
+    "mean-key": {
+        "method": "quest",
+        "sink_pages": 1,
         "score": "mean_key",
-        "statistics": "mean_key_int8",
         "group_reduce": "mass",
         "budget_covers": "traffic",
-        "residual_pages": 8,
+        "statistics": "mean_key_int8",
     },
 }
 """What each preset sets in `DecodeConfig`:
@@ -24,32 +20,38 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 - "quest": Quest (arXiv 2406.10774), with one page set per KV head. Reads the budget's pages, and two vectors
   of every page of 16 tokens.
 - "paper": RetroAttention (arXiv 2508.09001), with the same traffic.
-- "retro": at no more traffic, pages of 8 tokens that are scored by 8-bit mean keys, in shares of attention;
-  one sink page; pages that are not loaded count by their mean keys and the mean value of 64 tokens. What its
-  statistics save is spent on pages. Its selection and its residual run through XLA everywhere, and so does
-  all else on pages of 8 tokens; with `page_size=16` attention and updates of pages run through kernels
-  (docs/kernels.md).
+- "mean-key": recommended. At no more traffic, one sink page, and pages of 16 tokens that are scored by 8-bit
+  mean keys, in shares of attention; what its smaller statistics save is spent on pages. It does not revise
+  past queries: whether a window pays depends on the model and on the text, and `method="retro", window=4`
+  adds one. Its selection runs through XLA everywhere (docs/kernels.md).
 
-How accurate each is: docs/results.
+How accurate each is, on two models and two kinds of text: docs/results.
 """
 
+EARLIER_NAMES: Mapping[str, str] = {"retro": "mean-key"}
+"""Names that presets had; what is called "mean-key" no longer revises, and does not gain by it."""
 
-def preset(name: str = "retro", **changes: object) -> "DecodeConfig":
-    """A named configuration.
+
+def preset_fields(name: str) -> Mapping[str, object]:
+    """Returns what a preset sets in `DecodeConfig`; an earlier name is taken with a warning in the log.
 
     Args:
-      name: in `PRESETS`.
-      **changes: fields of `DecodeConfig` to set otherwise.
+      name: in `PRESETS`, or an earlier name.
 
     Raises:
-      ValueError: the name is unknown, or the configuration is not possible.
-      TypeError: a change is no field of `DecodeConfig`.
+      ValueError: the name is unknown.
     """
-    from retro_jax.config import DecodeConfig
     from retro_jax.models.names import nearest
 
+    if name in EARLIER_NAMES:
+        logging.getLogger(__name__).warning(
+            "preset %r is %r now, which does not revise past queries; 'paper' is the paper's method",
+            name,
+            EARLIER_NAMES[name],
+        )
+    name = EARLIER_NAMES.get(name, name)
     if name not in PRESETS:
         raise ValueError(
             f"preset {name!r} is unknown{nearest(name, PRESETS)}; use one of {', '.join(PRESETS)}"
         )
-    return DecodeConfig(**(dict(PRESETS[name]) | changes))
+    return PRESETS[name]

@@ -6,18 +6,14 @@ how good a selection could be ("oracle"), and what selecting at all is worth ("r
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import SCORES, attention_mass, page_scores
-from retro_jax.methods.base import Query
-
-if TYPE_CHECKING:
-    from retro_jax.config import DecodeConfig
-    from retro_jax.state import LayerState
+from retro_jax.cache import LayerState
+from retro_jax.rules import Query, Rules
 
 
 @dataclass(frozen=True)
@@ -26,43 +22,43 @@ class Selector:
 
     Attributes:
       statistics: the kinds of page statistic that it can read; empty if it reads none.
-      scores: (config, layer state, newest query, pages that may be chosen[B, K, P]) -> scores[B, K, P]; those
+      scores: (rules, layer state, newest query, pages that may be chosen[B, K, P]) -> scores[B, K, P]; those
         of other pages do not matter.
       vectors: page size -> vectors of head_dim that it reads of each page beside its statistics.
     """
 
     statistics: tuple[str, ...]
-    scores: Callable[["DecodeConfig", "LayerState", Query, Bool[Array, "B K P"]], Float[Array, "B K P"]]
+    scores: Callable[[Rules, LayerState, Query, Bool[Array, "B K P"]], Float[Array, "B K P"]]
     vectors: Callable[[int], int]
 
 
 def _by_statistics(score: str) -> Selector:
-    def scores(config, layer, query, allowed):
+    def scores(rules, layer, query, allowed):
         return page_scores(
             query.q,
             layer.statistics,
             query.positions,
-            page_size=config.page_size,
+            page_size=rules.page_size,
             score=score,
-            group_reduce=config.group_reduce,
+            group_reduce=rules.group_reduce,
         )
 
     return Selector(SCORES[score].statistics, scores, lambda page_size: 0)
 
 
-def _oracle(config, layer, query, allowed):
+def _oracle(rules, layer, query, allowed):
     """The attention that the newest query would give to each page if it saw all of them."""
     return attention_mass(
-        query.q[:, None], layer.pages, query.positions[:, None], allowed, group_reduce=config.group_reduce
+        query.q[:, None], layer.pages, query.positions[:, None], allowed, group_reduce=rules.group_reduce
     )
 
 
-def _random(config, layer, query, allowed):
+def _random(rules, layer, query, allowed):
     """Uniform numbers that depend on the seed, layer, position, KV head and page, and on nothing else."""
     K, P = allowed.shape[1:]
 
     def number(position, head, page):
-        key = jax.random.key(config.score_seed, impl="threefry2x32")
+        key = jax.random.key(rules.score_seed, impl="threefry2x32")
         for part in (query.layer, position, head, page):
             key = jax.random.fold_in(key, part)
         return jax.random.uniform(key)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import GetAttrKey, SequenceKey, keystr
 
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from pallas_kernels.settings import under_fixed_settings
@@ -29,36 +30,6 @@ from retro_jax.config import DecodeConfig
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params, random_params
 from retro_jax.state import DecodeState, init_state
-
-_COLUMNS = {"wq", "wk", "wv", "w_gate", "w_up", "head"}
-_ROWS = {"wo", "w_down"}
-_CHANNELS = {"bq", "bk", "bv"}
-_STATE = {
-    "pages": P(SEQUENCES, HEADS),
-    "statistics": P(SEQUENCES, HEADS),
-    "values": P(SEQUENCES, HEADS),
-    "scales": P(SEQUENCES, HEADS),
-    "block_values": P(SEQUENCES, HEADS),
-    "last_loaded": P(SEQUENCES, HEADS),
-    "o": P(SEQUENCES, None, HEADS),
-    "lse": P(SEQUENCES, None, HEADS),
-    "alive": P(SEQUENCES, HEADS),
-    "mass": P(SEQUENCES, HEADS),
-    "queries": P(SEQUENCES, None, HEADS),
-}
-
-
-def _name(path: tuple) -> str:
-    return path[-1].name
-
-
-def _params_spec(path: tuple) -> P:
-    name = _name(path)
-    if name in _COLUMNS:
-        return P(None, HEADS)
-    if name in _ROWS:
-        return P(HEADS, None)
-    return P(HEADS) if name in _CHANNELS else P()
 
 
 def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -156,15 +127,45 @@ def check_processes_agree(**arguments: object) -> None:
 
 
 def params_shardings(params: Params, mesh: Mesh | AbstractMesh) -> Params:
-    """How `shard_params` places each weight; `params` may be shapes only."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: NamedSharding(mesh, _params_spec(path)), params)
+    """How `shard_params` places each weight: as its field says by `weight`; `params` may be shapes only.
+
+    Raises:
+      TypeError: no field says it for a weight.
+    """
+
+    def spec(path, array):
+        axis = _declared(params, path, "divided", "`weight` of retro_jax.models.transformer")
+        return P() if axis is None else P(*(HEADS if index == axis else None for index in range(array.ndim)))
+
+    return jax.tree_util.tree_map_with_path(lambda *leaf: NamedSharding(mesh, spec(*leaf)), params)
 
 
 def state_shardings(state: DecodeState, mesh: Mesh | AbstractMesh) -> DecodeState:
-    """How `shard_state` places each array; `state` may be shapes only."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, _STATE.get(_name(path), P(SEQUENCES))), state
-    )
+    """How `shard_state` places each array: as its field says by `cache.spread`; `state` may be shapes only.
+
+    Raises:
+      TypeError: no field says it for an array.
+    """
+
+    def spec(path, _):
+        return P(*_declared(state, path, "spread", "`spread` of retro_jax.cache"))
+
+    return jax.tree_util.tree_map_with_path(lambda *leaf: NamedSharding(mesh, spec(*leaf)), state)
+
+
+def _declared(tree: Any, path: tuple, what: str, by: str) -> Any:
+    """What the outermost field on the path that says `what` in its metadata says of the arrays in it."""
+    node = tree
+    for key in path:
+        if isinstance(key, GetAttrKey):
+            field = getattr(type(node), "__dataclass_fields__", {}).get(key.name)
+            if field is not None and what in field.metadata:
+                return field.metadata[what]
+            node = getattr(node, key.name)
+        else:
+            node = node[key.idx if isinstance(key, SequenceKey) else key.key]
+    where = type(tree).__name__ + keystr(path)
+    raise TypeError(f"{where} does not say how it is spread over a mesh; declare its field by {by}")
 
 
 @under_fixed_settings

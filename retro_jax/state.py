@@ -4,76 +4,13 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import STATISTICS, Statistics
+from pallas_kernels import STATISTICS
+from pallas_kernels.dispatch import SEQUENCES
 from pallas_kernels.settings import under_fixed_settings
-from retro_jax.budget import Budget
+from retro_jax.budget import Budget, rules_of
+from retro_jax.cache import LayerState, OutputCache, Stale, StepMetrics, spread
 from retro_jax.config import DecodeConfig
-from retro_jax.methods import Kept
 from retro_jax.models.config import ModelConfig
-
-
-@flax.struct.dataclass
-class OutputCache:
-    """Attention outputs of the last W-1 decoded tokens in one sparse layer, oldest first.
-
-    Attributes:
-      o: outputs over all pages that the query has attended to so far, float32.
-      lse: their log-sum-exp.
-    """
-
-    o: Float[Array, "B older N D"]
-    lse: Float[Array, "B older N"]
-
-
-@flax.struct.dataclass
-class LayerState:
-    """The cache of one layer; only `pages` in a dense layer.
-
-    Attributes:
-      pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning.
-      statistics: per page, of the kind that the configuration names; None if its score reads none.
-      block_values: mean value of each block of pages; None for a configuration without a residual.
-      last_loaded: the position whose step loaded the page last, -1 if none did.
-      outputs: the output cache.
-      kept: what eviction carries; None for a configuration that evicts nothing.
-    """
-
-    pages: Float[Array, "B K P 2 S D"]
-    statistics: Statistics | None = None
-    block_values: Float[Array, "B K blocks D"] | None = None
-    last_loaded: Int[Array, "B K P"] | None = None
-    outputs: OutputCache | None = None
-    kept: Kept | None = None
-
-
-@flax.struct.dataclass
-class Stale:
-    """Tokens decoded since their sequence was last rectified.
-
-    Attributes:
-      tokens: their ids, oldest first, in the first `count` places.
-      count: how many there are.
-    """
-
-    tokens: Int[Array, "B f"]
-    count: Int[Array, " B"]
-
-
-@flax.struct.dataclass
-class StepMetrics:
-    """What the latest decode step did, per sequence; zeros for a sequence that was not active.
-
-    Attributes:
-      pages_attended: pages that the query of age a (0 is the newest) newly attended to, the mean over
-        sparse layers and KV heads.
-      pages_loaded: pages loaded, likewise.
-      kv_bytes: bytes of keys, values and page statistics read, summed over all layers and KV heads; what a
-        rectification reads is counted in the step that it follows.
-    """
-
-    pages_attended: Float[Array, "B W"]
-    pages_loaded: Float[Array, " B"]
-    kv_bytes: Float[Array, " B"]
 
 
 @flax.struct.dataclass
@@ -91,10 +28,10 @@ class DecodeState:
       stale: what the next rectification rewrites; None for a configuration without.
     """
 
-    length: Int[Array, " B"]
+    length: Int[Array, " B"] = spread(SEQUENCES)
     budget: Budget
-    decoded: Int[Array, " B"]
-    hidden: Float[Array, "B older M"]
+    decoded: Int[Array, " B"] = spread(SEQUENCES)
+    hidden: Float[Array, "B older M"] = spread(SEQUENCES)
     layers: tuple[LayerState, ...]
     metrics: StepMetrics
     stale: Stale | None = None
@@ -132,6 +69,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         )
     B, K, N, D = batch, model.num_kv_heads, model.num_heads, model.head_dim
     W, P = config.slots, config.num_pages(capacity)
+    rules = rules_of(config, P, D, jnp.dtype(model.dtype).itemsize)
 
     def layer(dense: bool) -> LayerState:
         pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
@@ -151,7 +89,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
                 o=jnp.zeros((B, W - 1, N, D), jnp.float32),
                 lse=jnp.full((B, W - 1, N), -jnp.inf, jnp.float32),
             ),
-            kept=config.eviction.init(config, model, B, P) if config.eviction else None,
+            kept=config.eviction.init(rules, model, B, P) if config.eviction else None,
         )
 
     dense = config.num_dense_layers(model)

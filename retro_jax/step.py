@@ -1,19 +1,22 @@
 """One decode step: the newest token in, logits of the next one out, past tokens revised on the way."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import vectors_per_page
+from retro_jax.cache import StepMetrics
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints
-from retro_jax.layers import dense_layer, retro_layer, window_slots
+from retro_jax.layers import Watch, dense_layer, sparse_layer, window_slots
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
 from retro_jax.rectify import rectify
-from retro_jax.state import DecodeState, StepMetrics
+from retro_jax.state import DecodeState
 
 
 @under_fixed_settings
@@ -47,6 +50,20 @@ def decode_step(
       ValueError: tokens or active are not one for each sequence of the state.
       TypeError: tokens are not whole numbers, or active is not made of truth values.
     """
+    return watched_step(params, model, config, state, tokens, active)[:2]
+
+
+@under_fixed_settings
+def watched_step(
+    params: Params,
+    model: ModelConfig,
+    config: DecodeConfig,
+    state: DecodeState,
+    tokens: Int[Array, " B"],
+    active: Bool[Array, " B"] | None = None,
+    watch: Watch | None = None,
+) -> tuple[DecodeState, Float[Array, "B V"], tuple[Any, ...]]:
+    """`decode_step`, and what `watch` returned in each sparse layer, for analyses of what a step decides."""
     tokens = check_ints(tokens, state.length.shape, "tokens", "one for each sequence of the state")
     if active is None:
         active = jnp.ones(tokens.shape, bool)
@@ -57,7 +74,7 @@ def decode_step(
     dense = config.num_dense_layers(model)
 
     x = transformer.embed(params, tokens[:, None])
-    layers = []
+    layers, watched = [], []
     for layer, cache in zip(params.layers[:dense], state.layers[:dense], strict=True):
         x, cache = dense_layer(
             layer, model, config, cache, x, state.length, active[:, None], config.implementation
@@ -71,9 +88,10 @@ def decode_step(
     for index, (layer, cache) in enumerate(sparse, start=dense):
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > dense else slots.newest
-        x, cache, pages = retro_layer(layer, model, config, cache, x, slots, write, index)
+        x, cache, pages, seen = sparse_layer(layer, model, config, cache, x, slots, write, index, watch)
         layers.append(cache)
         attended.append(pages)
+        watched.append(seen)
 
     state = DecodeState(
         length=state.length + active,
@@ -89,9 +107,9 @@ def decode_step(
         # The cache is rewritten when the step has read it: else XLA would keep a copy for the last layer.
         state, logits = lax.optimization_barrier((state, logits))
         state, rectified = rectify(params, model, config, state, tokens, active)
-        whole = jnp.where(rectified, _full_cache(model, state.length), 0.0)
+        whole = jnp.where(rectified, full_cache_bytes(model, state.length), 0.0)
         state = state.replace(metrics=state.metrics.replace(kv_bytes=state.metrics.kv_bytes + whole))
-    return state, jnp.where(refused[:, None], jnp.nan, logits)
+    return state, jnp.where(refused[:, None], jnp.nan, logits), tuple(watched)
 
 
 def _metrics(
@@ -110,7 +128,7 @@ def _metrics(
     context = jnp.where(active, state.length + 1, 0)
     scored = -(-context // config.page_size)
     if config.evict:
-        scored = jnp.minimum(scored, config.kept_pages(scored))
+        scored = jnp.minimum(scored, config.left_pages)
     itemsize = jnp.dtype(model.dtype).itemsize
     by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
     if config.residual_pages:
@@ -120,7 +138,7 @@ def _metrics(
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
 
 
-def _full_cache(model: ModelConfig, context: Int[Array, " B"]) -> Float[Array, " B"]:
+def full_cache_bytes(model: ModelConfig, context: Int[Array, " B"]) -> Float[Array, " B"]:
     """Bytes of all keys and values of `context` tokens."""
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
     return context.astype(jnp.float32) * token

@@ -6,7 +6,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 
-from retro_jax.experiments import programs, tpu_compiler
+from retro_jax.experiments.machine import programs
+from retro_jax.experiments.tpu import compiler as tpu_compiler
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     tpu_compiler.without_a_tpu()

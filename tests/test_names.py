@@ -13,7 +13,7 @@ PROGRAM = """
 import sys
 {path}
 import models, experiments, tests
-import retro_jax, retro_jax.models, retro_jax.experiments.tables
+import retro_jax, retro_jax.models, retro_jax.experiments.io.tables
 from retro_jax import load_model
 assert [m.OWN for m in (models, experiments, tests)] == [True] * 3
 assert load_model is retro_jax.models.load_model

@@ -1,8 +1,8 @@
 """Tasks, one file each: prompt, generation limit, answer extraction, metric, and where the data comes from.
 
 A task is a frozen dataclass with the members of `base.Task` and a line in `TASKS`; its fields are flags of
-`retro-jax run`, and `tests/experiments/test_tasks.py` picks it up from there. Data is read from `data`, a
-local file or folder, else fetched from the Hugging Face hub; each file says which and under what licence.
+`retro-jax run`, and `tests/experiments/tasks/test_tasks.py` picks it up from there. Data is read from `data`,
+a local file or folder, else fetched from the Hugging Face hub; each file says which and under what licence.
 """
 
 from collections.abc import Mapping

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from retro_jax.experiments.io.text import read_text
 from retro_jax.experiments.tasks import codes
 from retro_jax.experiments.tasks.base import Example, Nominal, Task, check_at_least, seeded
 from retro_jax.experiments.tasks.sources import find
-from retro_jax.experiments.text import read_text
 
 TEXT = Path(__file__).resolve().parent.parent / "texts" / "portrait_of_a_lady.txt"
 """The first chapters of a novel in the public domain."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from retro_jax.experiments.io.text import read_text
 from retro_jax.experiments.tasks.base import Nominal, Passage, Task, check_at_least, seeded
 from retro_jax.experiments.tasks.sources import find
-from retro_jax.experiments.text import read_text
 
 CHARS_PER_TOKEN = 8
 """Characters kept for each token: more than any tokenizer of English text takes on average."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from retro_jax.experiments.text import decode
+from retro_jax.experiments.io.text import decode
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 

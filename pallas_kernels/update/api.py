@@ -1,4 +1,4 @@
-"""Public function of the page update."""
+"""Public functions of the page update."""
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -43,17 +43,7 @@ def update_pages(
     """
     if statistics is not None and not statistic_of(statistics).fused:
         pages, _ = update_pages(pages, None, k, v, start, write, implementation=implementation)
-        statistics = dispatch(
-            f"refresh_statistics of {statistics.kind!r}",
-            implementation,
-            {"xla": reference.refresh_statistics},
-            (by_sequence(1, 1, None, None), *by_sequence(1)),
-            statistics,
-            pages,
-            start,
-            write,
-        )
-        return pages, statistics
+        return pages, refresh_statistics(statistics, pages, start, write, implementation=implementation)
     return dispatch(
         "update_pages",
         implementation,
@@ -67,6 +57,37 @@ def update_pages(
         statistics,
         k,
         v,
+        start,
+        write,
+    )
+
+
+def refresh_statistics(
+    statistics: Statistics,
+    pages: Float[Array, "B K P 2 S D"],
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    *,
+    implementation: str | None = None,
+) -> Statistics:
+    """The statistics of every page that a write touched, computed anew from the page.
+
+    Over its tokens up to the last one written, which must be the last token of the sequence.
+
+    Args:
+      statistics: page statistics of one layer.
+      pages: its keys and values, those that were written included.
+      start: position of the first of the T tokens; may be negative where the first ones are not written.
+      write: which of them were written. A sequence without any is left as it is.
+      implementation: see `pallas_kernels.dispatch`.
+    """
+    return dispatch(
+        f"refresh_statistics of {statistic_of(statistics).name!r}",
+        implementation,
+        {"xla": reference.refresh_statistics},
+        (by_sequence(1, 1, None, None), *by_sequence(1)),
+        statistics,
+        pages,
         start,
         write,
     )

@@ -2,4 +2,4 @@
 
 from retro_jax.methods.base import Method
 
-FULL = Method(name="full", select=None)
+FULL = Method(name="full", title="full", help="every page")

@@ -12,30 +12,32 @@ import jax.numpy as jnp
 
 from pallas_kernels import attention_mass
 from retro_jax.methods.base import Method
-from retro_jax.methods.eviction import Eviction, all_alive_with_mass, load_what_is_left
+from retro_jax.methods.eviction import Eviction, all_alive_with_mass
 
 
-def heavy_or_recent(config, kept, query, limits):
+def heavy_or_recent(rules, kept, query, limits):
     """The attention that a page got so far; recent pages come before any other."""
-    page, newest = jnp.arange(kept.alive.shape[2]), query.positions // config.page_size
-    recent = jnp.minimum(limits // 2, limits - config.sink_pages)
+    page, newest = jnp.arange(kept.alive.shape[2]), query.positions // rules.page_size
+    recent = jnp.minimum(limits // 2, limits - rules.sink_pages)
     recent = page > (newest - recent)[:, None, None]
     return jnp.where(recent, jnp.finfo(jnp.float32).max, kept.mass)
 
 
-def observe(config, layer, q, positions):
+def observe(rules, layer, q, positions):
     """Adds the attention that all queries of the prompt give."""
-    mass = attention_mass(q, layer.pages, positions, layer.kept.alive, group_reduce=config.group_reduce)
+    mass = attention_mass(q, layer.pages, positions, layer.kept.alive, group_reduce=rules.group_reduce)
     return layer.kept.replace(mass=layer.kept.mass + mass)
 
 
 H2O = Method(
     name="h2o",
-    select=load_what_is_left,
+    title="H2O",
+    help="what all queries attended to most stays, and recent pages",
     eviction=Eviction(
         init=all_alive_with_mass,
         priority=heavy_or_recent,
         observe=observe,
         attended=lambda before, newest: before + newest,
+        joins=True,
     ),
 )

@@ -7,4 +7,12 @@ page that is gone stays in its output.
 from retro_jax.methods.base import Method
 from retro_jax.methods.quest import best_pages
 
-RETRO = Method(name="retro", select=best_pages, scored=True, default_window=4, revises=True)
+RETRO = Method(
+    name="retro",
+    title="Retro",
+    help="Quest, and every loaded page also revises the last queries",
+    select=best_pages,
+    scored=True,
+    default_window=4,
+    revises=True,
+)

@@ -9,16 +9,17 @@ model's trained length, which the cache does not exceed, distances are those tha
 import jax.numpy as jnp
 
 from retro_jax.methods.base import Method
-from retro_jax.methods.eviction import Eviction, all_alive, load_what_is_left
+from retro_jax.methods.eviction import Eviction, all_alive
 
 
-def recency(config, kept, query, limits):
+def recency(rules, kept, query, limits):
     """A page's number: the first ones are evicted first."""
     return jnp.broadcast_to(jnp.arange(kept.alive.shape[2], dtype=jnp.float32), kept.alive.shape)
 
 
 STREAMING = Method(
     name="streaming",
-    select=load_what_is_left,
+    title="StreamingLLM",
+    help="sink pages and recent ones",
     eviction=Eviction(init=all_alive, priority=recency),
 )

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import attention_mass
 from retro_jax.methods.base import Method
-from retro_jax.methods.eviction import Eviction, all_alive_with_mass, load_what_is_left
+from retro_jax.methods.eviction import Eviction, all_alive_with_mass
 
 
-def latest_mass(config, kept, query, limits):
+def latest_mass(rules, kept, query, limits):
     """The attention that the query before the newest gave."""
     return kept.mass
 
 
-def observe(config, layer, q, positions):
+def observe(rules, layer, q, positions):
     """The attention that the last query of the prompt gives to each page."""
     last = jnp.argmax(positions, axis=1)[:, None]
     at = jnp.take_along_axis(positions, last, axis=1)
@@ -27,18 +27,20 @@ def observe(config, layer, q, positions):
         layer.pages,
         at,
         layer.kept.alive,
-        group_reduce=config.group_reduce,
+        group_reduce=rules.group_reduce,
     )
     return layer.kept.replace(mass=jnp.where((at >= 0)[..., None], mass, layer.kept.mass))
 
 
 TOVA = Method(
     name="tova",
-    select=load_what_is_left,
+    title="TOVA",
+    help="what the newest query attends to least goes",
     eviction=Eviction(
         init=all_alive_with_mass,
         priority=latest_mass,
         observe=observe,
         attended=lambda before, newest: newest,
+        joins=True,
     ),
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import retro_jax.experiments.progress
+import retro_jax.experiments.io.progress
 from retro_jax.experiments.cli import main
 
 
@@ -23,7 +23,7 @@ def command(capsys, monkeypatch):
 
     However slow the machine is, stderr has no lines on compiling.
     """
-    monkeypatch.setattr(retro_jax.experiments.progress, "LEAST_COMPILING", 1e9)
+    monkeypatch.setattr(retro_jax.experiments.io.progress, "LEAST_COMPILING", 1e9)
 
     def run(*arguments):
         status = 0

@@ -51,6 +51,20 @@ def test_generate_from_token_ids(json_command, ids_file):
     assert again["tokens"] != values["tokens"]
 
 
+def test_generate_verifies(command, json_command, ids_file):
+    arguments = ("generate", "random:tiny", "--token-ids", ids_file, "--max-new-tokens", 9, "--page-size", 8)
+    drafts = ("--method", "quest", "--budget-tokens", 32, "--verify", 2)
+    values = json_command(*arguments, *drafts)
+    assert values["tokens"] == json_command(*arguments, "--method", "full")["tokens"]
+    metrics = values["metrics"]
+    assert metrics["checks"] * metrics["tokens_per_check"] == pytest.approx(2 * 8)  # the prompts gave two
+    assert 1 <= len(metrics["acceptance"]) <= 2
+    err = command(*arguments, *drafts)[2]
+    accepted = " ".join(f"{share:.2f}" for share in metrics["acceptance"])
+    assert f"{metrics['tokens_per_check']:.2f} tokens per check" in err
+    assert f"accepted, by position: {accepted}" in err
+
+
 def test_generated_ids_are_printed_where_there_is_no_text(command, ids_file, json_command):
     arguments = ("generate", "random:tiny", "--token-ids", ids_file, "--max-new-tokens", 5, *FAST)
     tokens = json_command(*arguments)["tokens"]
@@ -65,6 +79,8 @@ def test_generated_ids_are_printed_where_there_is_no_text(command, ids_file, jso
     [
         (("--temperature", -1), "temperature -1.0 is below 0"),
         (("--max-new-tokens", 0), "max_new_tokens 0"),
+        (("--verify", 0), "verify 0 is below 1; use None for no verification"),
+        (("--verify", 2, "--evict", "h2o", "--cache-tokens", 64), "evicts pages that the check needs"),
         (("--max-new-tokens", 5000), "take 5096 positions, random:tiny has 4096"),
         (("--capacity", 50), "the cache holds 50"),
     ],
@@ -101,8 +117,8 @@ def test_score(json_command, ids_file):
 
 def test_a_preset_gives_the_defaults_that_flags_change(json_command, ids_file):
     flags = ("--token-ids", ids_file, "--tokens", 40, "--prompt-tokens", 36, "--budget-tokens", 64)
-    values = json_command("score", "random:tiny", *flags, "--preset", "retro", "--page-size", 16)["config"]
-    assert values == json.loads(json.dumps(asdict(preset("retro", budget_tokens=64, page_size=16))))
+    values = json_command("score", "random:tiny", *flags, "--preset", "mean-key", "--page-size", 8)["config"]
+    assert values == json.loads(json.dumps(asdict(preset("mean-key", budget_tokens=64, page_size=8))))
     plain = json_command("score", "random:tiny", *flags)["config"]
     assert plain == json.loads(json.dumps(asdict(DecodeConfig(budget_tokens=64))))
 

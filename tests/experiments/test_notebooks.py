@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
-from retro_jax.experiments.transformers_export import export
-from retro_jax.experiments.window import by_query
+from retro_jax.experiments.analyses.window import by_query
+from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.models import random_params
 from retro_jax.models.presets import SIZES
 

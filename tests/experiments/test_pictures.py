@@ -9,15 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.bench_decode import latency_pictures
-from retro_jax.experiments.bench_tpu import PARTS, static_pictures
-from retro_jax.experiments.compare_plots import comparison_pictures, ladder_pictures, position_pictures
-from retro_jax.experiments.overlap import overlap_pictures
-from retro_jax.experiments.plot_files import pictures
-from retro_jax.experiments.plot_text import listed, plain, shortened, wrapped
-from retro_jax.experiments.plots import COLOURS, Curves, Line, Look, Scale, looks
-from retro_jax.experiments.report_data import Measured
-from retro_jax.experiments.report_plots import (
+from retro_jax.experiments.analyses.overlap import overlap_pictures
+from retro_jax.experiments.bench.decode import latency_pictures
+from retro_jax.experiments.bench.roofline import roofline_pictures
+from retro_jax.experiments.compare.folder import Run
+from retro_jax.experiments.compare.pictures import comparison_pictures, ladder_pictures, position_pictures
+from retro_jax.experiments.compare.sweep import Sweep, run_name
+from retro_jax.experiments.pictures.files import pictures
+from retro_jax.experiments.pictures.panels import COLOURS, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.pictures.words import listed, plain, shortened, wrapped
+from retro_jax.experiments.report.data import Measured
+from retro_jax.experiments.report.pictures import (
     budget_plot,
     excess_plot,
     exposure_plot,
@@ -25,9 +27,9 @@ from retro_jax.experiments.report_plots import (
     position_plot,
     questions_plot,
 )
-from retro_jax.experiments.results import Run
-from retro_jax.experiments.roofline import roofline_pictures
-from retro_jax.experiments.sweep import Sweep, run_name
+from retro_jax.experiments.runs.config import RunConfig
+from retro_jax.experiments.tasks.pg19 import PG19
+from retro_jax.experiments.tpu.command import PARTS, static_pictures
 
 PATH = (
     "/home/someone/.cache/huggingface/hub/models--org--Model_$with$_signs/snapshots/0e9e39f249a16976918f6564"
@@ -181,26 +183,28 @@ def test_the_ladder(drawn, excess, scale):
     assert list(found) == ["ladder.png"]
     (axes,) = drawn[-1].axes
     assert axes.get_yscale() == scale and axes.get_xscale() == "log"
-    assert len(axes.get_lines()) == len(drawn[-1].legends[0].get_texts()) > 14
+    assert len(axes.get_lines()) == len(drawn[-1].legends[0].get_texts()) > 12
 
 
 # Reports
 
 
+def methods_of(**varied):
+    return RunConfig(model=PATH, task=PG19(), **varied).configurations()
+
+
 def a_run(methods, examples=2, n=4, likelihoods=False, timings=(), **task):
     rng = np.random.default_rng(0)
     lines = []
-    for example, method in itertools.product(range(examples), methods):
-        window = re.search(r"-w(\d+)", method)
-        exposure = [1.0 + 0.1 * step for step in range(int(window[1]) if window else 1)]
-        budget = 0 if method == "full" else float(method.rpartition("-")[2])
+    for example, (method, config) in itertools.product(range(examples), methods.items()):
+        exposure = [1.0 + 0.1 * step for step in range(config.slots)]
         line = {"example": f"e{example}", "method": method, "sample": 0, "exposure": exposure}
-        line |= {"kv_bytes": 1e7 + 1e4 * budget}
+        line |= {"kv_bytes": 1e7 + 1e4 * (config.budget_tokens or 0)}
         values = rng.random(n).tolist()
         lines.append(line | ({"nll": values} if likelihoods else {"scores": values}))
     config = {"model": PATH, "task": {"name": "t", "source": "gsm8k", "n": n, "prompt_tokens": 9} | task}
-    identity = {"name": "a run", "config": config}
-    return Measured([], identity, lines, timings, [], {})
+    identity = {"name": "a run", "config": config | {"decode": {"sink_pages": 1, "score": "bounds"}}}
+    return Measured([], identity, methods, lines, timings, [], {})
 
 
 def every_plot(run):
@@ -208,20 +212,13 @@ def every_plot(run):
     return [name for plot in plots for name in plot(run, plot.__name__)]
 
 
-FEW = ["full", "quest-128", "retro-w4-128"]
-MANY = [
-    "full",
-    *(
-        f"{name}-{budget}"
-        for budget in (128, 256, 512, 0.15)
-        for name in (
-            "quest",
-            "tova",
-            "preset_quest",
-            *(f"preset_{k}-w{w}" for k in ("a", "b") for w in (2, 4, 8)),
-        )
-    ),
-]
+FEW = methods_of(budgets=(128,))
+MANY = methods_of(
+    methods=("full", "quest", "tova"),
+    presets=("quest", "paper", "retro"),
+    windows=(2, 4, 8),
+    budgets=(128, 256, 512, 0.15),
+)
 
 
 @pytest.mark.parametrize("likelihoods", [False, True])
@@ -246,8 +243,8 @@ def test_two_examples_have_no_intervals(drawn, examples, intervals):
 
 def test_a_method_without_scores_does_not_hide_the_others(drawn):
     run = a_run(FEW)
-    lines = [line | {"scores": []} if line["method"] == "quest-128" else line for line in run.lines]
-    assert position_plot(Measured([], run.identity, lines, [], [], {}), "p")
+    lines = [line | {"scores": []} if line["method"] == "quest-b128" else line for line in run.lines]
+    assert position_plot(Measured([], run.identity, FEW, lines, [], [], {}), "p")
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["full", "retro-w4"]
 
 
@@ -315,12 +312,13 @@ def test_static(drawn, chips, files):
             "chip": f"v{chip}",
             "page_size": 16,
             "context": context,
-            "method": method,
+            "method": f"{method} w={window}" if window else method,
+            "config": {"method": method, "window": window},
             "parts": [{"name": name, "layers": 2, "time": 1e-3 * (1 + chip)} for name in PARTS],
         }
         for chip in range(chips)
         for context in (1000, 131072)
-        for method in ("full", "quest", "retro w=2")
+        for method, window in (("full", None), ("quest", None), ("retro", 2))
     ]
     values = {"model": "llama3.1-8b", "budget": 0.15, "devices": 1, "batch": 1, "rows": rows}
     assert len(static_pictures(values)) == files

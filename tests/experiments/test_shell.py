@@ -15,7 +15,7 @@ import pytest
 import retro_jax
 from retro_jax import DecodeConfig
 from retro_jax.experiments import cli
-from retro_jax.experiments.commands import generate
+from retro_jax.experiments.generate import command as generate
 from retro_jax.models import wheel
 from retro_jax.models.presets import SIZES
 

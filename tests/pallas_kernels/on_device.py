@@ -25,7 +25,7 @@ from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
 from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
-from retro_jax.experiments.provenance import provenance
+from retro_jax.experiments.io.provenance import provenance
 from tests.pallas_kernels.inputs import random_retro_inputs, random_statistics, random_update
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 

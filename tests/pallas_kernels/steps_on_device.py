@@ -29,8 +29,8 @@ MODEL = ModelConfig(
 )
 WHOLE = {"budget_covers": "pages", "budget_tokens": CAPACITY}
 CONFIGS = [
-    rj.preset("retro", page_size=16, **WHOLE),
-    rj.preset("retro", **WHOLE),
+    rj.preset("mean-key", **WHOLE),
+    rj.preset("mean-key", method="retro", page_size=8, residual_pages=8, **WHOLE),
     rj.preset("paper", **WHOLE),
     rj.preset("quest", **WHOLE),
     rj.DecodeConfig(score="mean_key", page_size=32, residual_pages=4, **WHOLE),

@@ -72,6 +72,10 @@ CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24)
             r"evict 'h2o' .* method 'tova', which selects no pages; use method 'quest' or 'retro'",
         ),
         ({"evict": "streaming"}, r"evict 'streaming' is not possible; use one of tova, h2o"),
+        (
+            {"evict": "hxo", "rectify_every": 2},
+            r"rectify_every 2 .* evict 'hxo', which evicts pages .*; use method 'quest' or 'retro' without",
+        ),
         ({"evict": "h2o"}, r"cache_tokens None is below budget_floor 256; set how many tokens evict='h2o'"),
         (
             {"evict": "h2o", "budget_tokens": 512, "cache_tokens": 500},

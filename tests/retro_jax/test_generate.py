@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import itertools
 
@@ -183,18 +184,19 @@ def test_three_prompts_and_four_of_other_lengths_are_one_program():
         tiny(3),
         [row[:length].tolist() for row, length in zip(token_ids(4, 9), (2, 9, 5, 7), strict=True)],
     )
+    config = dataclasses.replace(CONFIG, score_seed=1)  # no other test has compiled its program
     before = generate_module._decode._cache_size()
-    rj.generate(model, prompts, CONFIG, 21, stop_tokens=[])  # two calls of `decode`
+    rj.generate(model, prompts, config, 21, stop_tokens=[])  # two calls of `decode`
     assert generate_module._decode._cache_size() - before == 1
     programs = [generate_module._extend._cache_size(), generate_module._decode._cache_size()]
-    result = rj.generate(model, prompts[:3], CONFIG, 21, stop_tokens=[])
+    result = rj.generate(model, prompts[:3], config, 21, stop_tokens=[])
     assert [generate_module._extend._cache_size(), generate_module._decode._cache_size()] == programs
     assert len(result.texts) == len(result.tokens) == len(result.finished) == len(result.pending) == 3
     assert result.metrics.kv_bytes.shape == (32, 3) and result.metrics.summary()["steps"] == 60
     assert result.state.length.tolist() == [22, 29, 25, 0]  # the row after the sequences stays empty
-    later = rj.generate(model, [[1], [2], [3]], CONFIG, 2, stop_tokens=[], previous=result)
+    later = rj.generate(model, [[1], [2], [3]], config, 2, stop_tokens=[], previous=result)
     assert later.state.length.tolist() == [25, 32, 28, 0]
-    alone = rj.generate(model, prompts[:1], CONFIG, 21, stop_tokens=[])
+    alone = rj.generate(model, prompts[:1], config, 21, stop_tokens=[])
     assert alone.tokens[0] == result.tokens[0]
 
 

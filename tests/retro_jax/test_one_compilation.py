@@ -57,6 +57,22 @@ def test_the_cache_is_updated_in_place(name, loop, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize
 
 
+@pytest.mark.parametrize(("name", "dtype"), (("quest", "float32"), ("retro", "bfloat16")))
+def test_drafts_and_checks_update_the_cache_in_place(name, dtype):
+    capacity = 2**19
+    model = dataclasses.replace(tiny(3).config, max_positions=capacity, dtype=dtype)
+    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
+    state = jax.eval_shape(lambda: rj.init_state(model, CONFIGS[name], 1, capacity))
+    tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def run(params, state, tokens):
+        return rj.verified_decode(params, model, CONFIGS[name], state, tokens, 4, 3)
+
+    compiled = jax.jit(run, donate_argnums=1).lower(params, state, tokens).compile()
+    pages = state.layers[0].pages
+    assert compiled.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_of_one_kind_are_lowered_once(name):
     def functions(layers):

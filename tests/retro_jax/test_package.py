@@ -1,6 +1,8 @@
+import graphlib
 import importlib
 from importlib.metadata import version
 
+import grimp
 import pytest
 
 import retro_jax
@@ -24,3 +26,11 @@ def test_a_submodule_does_not_hide_the_function_of_its_name(name, monkeypatch):
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'generat'"):
         retro_jax.generat  # noqa: B018
+
+
+def test_no_file_imports_one_that_imports_it():
+    graph = grimp.build_graph("retro_jax", cache_dir=None)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    assert "retro_jax.config" in imports["retro_jax.step"]
+    own = {name: found for name, found in imports.items() if not name.startswith("retro_jax.experiments")}
+    list(graphlib.TopologicalSorter(own).static_order())  # raises CycleError

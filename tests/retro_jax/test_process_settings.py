@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
-from tests.retro_jax.tiny import tiny, token_ids
+from tests.retro_jax.tiny import CENTROIDS, tiny, token_ids
 
 SETTINGS = {
     "x64": lambda: jax.enable_x64(True),
@@ -47,7 +47,7 @@ def test_generate_and_score(setting):
 @pytest.mark.parametrize(
     "config",
     (
-        rj.preset("retro", budget_tokens=64),
+        rj.DecodeConfig("retro", page_size=8, budget_tokens=64, **CENTROIDS),
         rj.DecodeConfig("snapkv", page_size=8, budget_tokens=32, dense_layers=1, observation=4),
     ),
 )

@@ -10,7 +10,7 @@ from tests.retro_jax.tiny import tiny, token_ids
 
 CONFIGS = {
     "retro": rj.DecodeConfig("retro", window=3, page_size=8, budget_tokens=24, dense_layers=1),
-    "preset": rj.preset("retro", budget_tokens=64),
+    "preset": rj.preset("mean-key", budget_tokens=64),
 }
 
 

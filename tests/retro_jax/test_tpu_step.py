@@ -8,8 +8,8 @@ import pytest
 
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig, init_state
-from retro_jax.experiments import tpu_compiler
-from retro_jax.experiments.tpu_compiler import compile_step
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu.compiler import compile_step
 from retro_jax.models.presets import SIZES
 
 pytestmark = [

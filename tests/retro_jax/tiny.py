@@ -19,7 +19,7 @@ CENTROIDS = {
     "residual_pages": 2,
     "budget_covers": "traffic",
 }
-"""What preset retro is made of, in small."""
+"""All that selects and loads otherwise than Quest, in small: preset mean-key, and residuals beside it."""
 
 prefill = jax.jit(rj.prefill, static_argnames=("model", "config", "capacity"))
 step = jax.jit(rj.decode_step, static_argnames=("model", "config"), donate_argnames="state")

@@ -1,6 +1,6 @@
 """How the Hopper kernels of attention cut their work: by rule, or as measured for a chip (`tuned.json`).
 
-`experiments/tune_kernels.py` measures and writes that file.
+`experiments/bench/tune_kernels.py` measures and writes that file.
 """
 
 import functools

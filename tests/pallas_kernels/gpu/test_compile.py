@@ -20,8 +20,8 @@ from pallas_kernels.attention.gpu import kernels as attention
 from pallas_kernels.gpu import DTYPES, HEAD_DIMS, PAGE_SIZES
 from pallas_kernels.selection.gpu import kernels as selection
 from pallas_kernels.update.gpu import kernels as update
-from retro_jax import DecodeConfig, decode_step, init_state, models
-from retro_jax.experiments.programs import not_cached
+from retro_jax import DecodeConfig, decode_step, init_state, models, verified_decode
+from retro_jax.experiments.machine.programs import not_cached
 from tests.pallas_kernels.inputs import shapes_of_statistics
 from tests.retro_jax.tiny import tiny
 
@@ -189,5 +189,27 @@ def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, mo
     assert {"retro_attention", "dense_attention", "score_pages", "choose_pages", "update_pages"} <= set(
         kernels
     )
+    pages = state.layers[0].pages
+    assert executable.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize
+
+
+def test_drafts_and_checks_run_through_the_kernels_and_copy_no_cache(compiled, monkeypatch):
+    """A check of 9 tokens and 7 query heads fills all rows but one of a tile."""
+    monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    model = dataclasses.replace(
+        tiny(group=7, layers=1).config, head_dim=64, dtype="bfloat16", max_positions=4096
+    )
+    config = DecodeConfig("quest", budget_tokens=128, dense_layers=0, implementation="mosaic_gpu")
+    state = jax.eval_shape(lambda: init_state(model, config, B, 4096))
+    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
+
+    def rounds(params, state, tokens):
+        return verified_decode(params, model, config, state, tokens, 2, 8)
+
+    executable, kernels = compiled(rounds, params, state, shape(B, dtype=jnp.int32), donate=1)
+    dense = kernels["dense_attention"]
+    assert_no_spills({"dense_attention": dense}, "dense_attention")
+    assert {"retro_attention", "score_pages", "choose_pages", "update_pages"} <= set(kernels)
     pages = state.layers[0].pages
     assert executable.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize

@@ -10,8 +10,8 @@ import pytest
 from pallas_kernels.attention.tpu import kernels as attention
 from pallas_kernels.attention.tpu.blocks import Blocks
 from pallas_kernels.tpu import CHIPS, HEAD_DIMS, PAGE_SIZES
-from retro_jax.experiments import tpu_compiler
-from retro_jax.experiments.tpu_compiler import compile_for
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu.compiler import compile_for
 
 pytestmark = [
     pytest.mark.skipif(

@@ -10,8 +10,8 @@ from pallas_kernels import SCORES
 from pallas_kernels.selection.tpu import kernels as selection
 from pallas_kernels.tpu import CHIPS
 from pallas_kernels.update.tpu import kernels as update
-from retro_jax.experiments import tpu_compiler
-from retro_jax.experiments.tpu_compiler import compile_for
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu.compiler import compile_for
 from tests.pallas_kernels.inputs import shapes_of_statistics
 
 pytestmark = [

@@ -1,0 +1,41 @@
+"""The flags of `bench decode`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from retro_jax.experiments.io.flags import Command, NoPrefix, common_flags
+
+CommonFlags = common_flags("method", "window")
+
+
+@dataclass(kw_only=True)
+class BenchDecodeFlags(Command):
+    """Measure the speed of decoding: methods take turns in one run, for each length of the context.
+
+    Greedy, from a context of random tokens. Times are medians of single steps, ratios medians over rounds.
+    """
+
+    contexts: tuple[int, ...] = (4096,)
+    """Tokens in the cache when decoding begins."""
+    batch: int = 1
+    """Sequences that are decoded together."""
+    methods: tuple[str, ...] = ("full", "quest", "retro")
+    """Any of full, quest, retro, streaming, tova, h2o, snapkv."""
+    presets: tuple[str, ...] = ()
+    """Presets beside them: any of quest, paper, mean-key, at the same budget."""
+    windows: tuple[int, ...] = (4,)
+    """Window sizes of RetroAttention."""
+    steps: int = 16
+    """Decode steps of one turn."""
+    rounds: int = 6
+    """Turns of each contestant."""
+    reference: Path | None = None
+    """A Python interpreter with torch and transformers, which then decodes the same weights in turn. Where
+    other programs use the CPU, set OMP_WAIT_POLICY=PASSIVE: torch's threads wait busily for each other, which
+    multiplies its times then."""
+    seed: int = 0
+    """Of the random context."""
+    out: Path | None = None
+    """JSON file for the results; it must not exist. A picture with the same name goes beside it."""
+    config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)

@@ -1,0 +1,297 @@
+"""Which operations of a decode step run through kernels: pairs of configuration and chip, without a chip.
+
+    python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md
+
+Each operation that a configuration asks for is traced for each chip, as a decode step would trace it there: a
+kernel takes it, or refuses it with the reason that the log shows.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels import (
+    GROUP_REDUCE,
+    SCORES,
+    attend_estimates,
+    choose_pages,
+    dense_attention,
+    kernels_of_device,
+    retro_attention,
+    select_pages,
+    update_pages,
+)
+from retro_jax import DecodeConfig, init_state
+from retro_jax.budget import most_pages
+from retro_jax.experiments.io.tables import markdown
+from retro_jax.models import ModelConfig
+from retro_jax.selectors import SELECTORS
+
+CHIPS: Mapping[str, AbstractDevice] = {
+    "H100, H200": AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"),
+    "v4": AbstractDevice("TPU v4", 2, "tpu"),
+    "v5e": AbstractDevice("TPU v5 lite", 1, "tpu"),
+    "v5p": AbstractDevice("TPU v5", 2, "tpu"),
+    "v6e": AbstractDevice("TPU v6 lite", 1, "tpu"),
+    "TPU7x": AbstractDevice("TPU7x", 1, "tpu"),
+}
+"""The chips that have kernels, as JAX describes them. Everything else runs through XLA."""
+PAGE_SIZES = (4, 8, 16, 32, 64, 128)
+PAGES = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration and the cache that it decodes from.
+
+    Attributes:
+      config: how to decode.
+      group: query heads of a KV head.
+      head_dim: of a key.
+      dtype: of the model and its cache.
+      pages: of the cache.
+      batch: sequences.
+    """
+
+    config: DecodeConfig
+    group: int = 4
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    pages: int = PAGES
+    batch: int = 1
+
+    @property
+    def model(self) -> ModelConfig:
+        """Of two KV heads, with a dense and a sparse layer."""
+        return ModelConfig(
+            name="pairs",
+            vocab_size=64,
+            num_layers=2,
+            num_heads=2 * self.group,
+            num_kv_heads=2,
+            head_dim=self.head_dim,
+            width=32,
+            hidden_width=64,
+            max_positions=self.capacity,
+            dtype=self.dtype,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the cache."""
+        return self.pages * self.config.page_size
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], tuple[tuple[str, Hashable], ...]]
+"""A function, its arguments as shapes, its keyword arguments."""
+
+
+def operations(case: Case) -> Iterator[tuple[str, Call]]:
+    """The operations of one decode step of a case, by what they do."""
+    config, model = case.config, case.model
+    dense, sparse = jax.eval_shape(
+        functools.partial(init_state, model, config, case.batch, case.capacity)
+    ).layers
+    B, W, N, D = case.batch, config.slots, model.num_heads, model.head_dim
+    K, P = sparse.pages.shape[1:3]
+    capacity = most_pages(config, P, D, sparse.pages.dtype.itemsize)
+
+    def shape(*sizes, dtype=model.dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def integers(*sizes):
+        return shape(*sizes, dtype=jnp.int32)
+
+    def update(layer, tokens):
+        k = v = shape(B, tokens, K, D)
+        arrays = layer.pages, layer.statistics, k, v, integers(B), shape(B, tokens, dtype=bool)
+        return _call(update_pages, *arrays)
+
+    yield "update", update(dense, 1)
+    yield "dense attention", _call(dense_attention, shape(B, 1, N, D), dense.pages, integers(B, 1))
+    yield "update", update(sparse, W)
+    places = {"page_size": config.page_size, "capacity": capacity, "sink_pages": config.sink_pages}
+    if config.score in SCORES:
+        query = shape(B, N, D), sparse.statistics, integers(B), integers(B)
+        by = {"score": config.score, "group_reduce": config.group_reduce}
+        yield "selection", _call(select_pages, *query, **by, **places)
+    else:
+        scores = shape(B, K, P, dtype=jnp.float32)
+        yield "selection", _call(choose_pages, scores, integers(B), integers(B), **places)
+    q, ids, counts = shape(B, W, N, D), integers(B, K, capacity), integers(B, K)
+    outputs = sparse.outputs.o, sparse.outputs.lse
+    arrays = q, sparse.pages, ids, counts, sparse.last_loaded, integers(B, W), *outputs
+    yield "attention", _call(retro_attention, *arrays)
+    if config.residual_pages:
+        arrays = q, sparse.statistics, sparse.block_values, sparse.last_loaded, integers(B, W), integers(B)
+        sizes = {"page_size": config.page_size, "block_pages": config.residual_pages}
+        yield "estimates", _call(attend_estimates, *arrays, **sizes)
+
+
+def _call(function, *arrays, **options) -> Call:
+    return function, arrays, tuple(sorted(options.items()))
+
+
+def on_chip(chip: str) -> Any:
+    """A context in which everything is traced for one device of an absent chip."""
+    return use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=CHIPS[chip]))
+
+
+def refusals(case: Case, chip: str) -> dict[str, str]:
+    """What of a decode step runs through XLA on a chip, and why: reasons by what the operation does."""
+    return {
+        name: reason
+        for name, call in operations(case)
+        if (reason := _refusal(chip, *_hashable(call))) is not None
+    }
+
+
+def _hashable(call: Call) -> tuple:
+    function, arrays, options = call
+    leaves, structure = jax.tree.flatten(arrays)
+    return function, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves), structure, options
+
+
+@functools.cache
+def _refusal(chip, function, leaves, structure, options) -> str | None:
+    arrays = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    with on_chip(chip):
+        traced = functools.partial(function, implementation=kernels_of_device(), **dict(options))
+        try:
+            jax.eval_shape(traced, *arrays)
+        except NotImplementedError as error:
+            return str(error.__cause__ or error).partition(" (xla);")[0]
+    return None
+
+
+def scored_by() -> Iterator[dict[str, Any]]:
+    """Every way to select and to estimate pages that a configuration allows."""
+    kinds = [
+        (score, kind)
+        for score in SELECTORS
+        for kind in SELECTORS[score].statistics or (None, "mean_key_int8")
+    ]
+    for (score, kind), reduce, residual in itertools.product(kinds, GROUP_REDUCE, (0, 8)):
+        fields = {"score": score, "statistics": kind, "group_reduce": reduce, "residual_pages": residual}
+        try:
+            config = DecodeConfig(**fields)
+        except ValueError:
+            continue
+        if kind in (None, config.kept_statistics):
+            yield fields
+
+
+def tables() -> dict[str, list[tuple[dict[str, str], Case]]]:
+    """The cases of each table by their place in it: names of rows, and the case."""
+    selections = [
+        (
+            {
+                "score": fields["score"],
+                "statistics": DecodeConfig(**fields).kept_statistics or "none",
+                "group_reduce": fields["group_reduce"],
+                "residual_pages": "more" if fields["residual_pages"] else "0",
+                "page_size": str(page_size),
+            },
+            Case(DecodeConfig(page_size=page_size, dense_layers=1, **fields)),
+        )
+        for fields in scored_by()
+        for page_size in PAGE_SIZES
+    ]
+    config = DecodeConfig(dense_layers=1)
+    windows = [
+        (
+            {"window": str(window), "group": str(group)},
+            Case(dataclasses.replace(config, window=window), group=group),
+        )
+        for window, group in itertools.product((1, 2, 4, 8, 16, 32, 64), (1, 4, 8, 71))
+    ]
+    heads = [
+        ({"dtype": dtype, "head_dim": str(dim)}, Case(config, head_dim=dim, dtype=dtype))
+        for dtype, dim in itertools.product(("bfloat16", "float32"), (64, 80, 96, 128, 256))
+    ]
+    caches = [
+        ({"pages": str(pages), "batch": str(batch)}, Case(config, pages=pages, batch=batch))
+        for pages, batch in itertools.product((8, 40, 64, 8192, 65536), (1, 64))
+    ]
+    return {
+        "Scores, statistics, reductions, residuals and page sizes": selections,
+        "Windows and groups of query heads": windows,
+        "Dtypes and head_dim": heads,
+        "Pages of the cache and sequences": caches,
+    }
+
+
+def page() -> str:
+    """The page of all tables, and of the reasons in them."""
+    parts, reasons = [_HEAD], {}
+    for title, cases in tables().items():
+        rows = []
+        for names, case in cases:
+            found = {chip: refusals(case, chip) for chip in CHIPS}
+            for chip, by_operation in found.items():
+                for reason in by_operation.values():
+                    reasons.setdefault(reason, []).append(chip)
+            rows.append((dict(names), tuple(_cell(by_operation) for by_operation in found.values())))
+        parts.append(f"## {title}\n\n" + _table(rows))
+    lines = [f"- {reason} ({', '.join(dict.fromkeys(chips))})" for reason, chips in sorted(reasons.items())]
+    parts.append("## Reasons\n\nAs in the log, where each is told once:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = f"""# Which kernels a decode step runs through
+
+Written by `python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md`, which traces every
+operation of every row for every chip, without one. A cell names what runs through XLA there, and why is told
+once in the log; "-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA
+always. Of 8-bit statistics, "update" is the statistics alone: the kernel writes the pages. Where a table does
+not say otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in bfloat16, head_dim 128, 4 query
+heads a KV head, one sequence. "all" is update, dense attention, selection and attention."""
+_ALL = ("update", "dense attention", "selection", "attention")
+
+
+def _cell(by_operation: Mapping[str, str]) -> str:
+    names = list(by_operation)
+    if set(_ALL) <= set(names):
+        names = ["all", *(name for name in names if name not in _ALL)]
+    return ", ".join(names) or "-"
+
+
+def _table(rows: Sequence[tuple[dict[str, str], tuple[str, ...]]]) -> str:
+    """Rows with equal cells are one row, chips with equal cells one column."""
+    for axis in reversed(list(rows[0][0])):
+        merged: dict[tuple, tuple[dict[str, str], tuple[str, ...]]] = {}
+        for names, cells in rows:
+            rest = (*((name, value) for name, value in names.items() if name != axis), cells)
+            if rest in merged:
+                merged[rest][0][axis] += f", {names[axis]}"
+            else:
+                merged[rest] = dict(names), cells
+        rows = list(merged.values())
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for chip, cells in zip(CHIPS, zip(*(cells for _, cells in rows), strict=True), strict=True):
+        columns.setdefault(cells, []).append(chip)
+    header = [*rows[0][0], *(", ".join(chips) for chips in columns.values())]
+    body = [[*names.values(), *(cells[index] for cells in columns)] for index, (names, _) in enumerate(rows)]
+    return markdown(header, body)
+
+
+def main(out: Path = Path("docs/kernels.md")) -> None:
+    """Write the page.
+
+    Args:
+      out: where to.
+    """
+    out.write_text(page())
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,218 @@
+"""The pictures of a comparison: excess against position and each setting that varies, and exposure."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from retro_jax.experiments.compare.folder import Run
+from retro_jax.experiments.compare.ladder import LADDER, beside_ladder, ladder
+from retro_jax.experiments.compare.sweep import NAMES, Axis, columns, constants, label, order, run_name
+from retro_jax.experiments.io.budgets import budget_fields, budget_value
+from retro_jax.experiments.io.estimates import BLOCK, estimate, running_mean
+from retro_jax.experiments.pictures.files import Layout, pictures
+from retro_jax.experiments.pictures.panels import QUEST, Curves, Line, Look, Scale, looks
+from retro_jax.experiments.pictures.words import counted, listed, shortened
+
+SPAN = 8
+"""Blocks in the running mean; texts of fewer blocks have so many points, and no errors."""
+EXCESS = Scale("excess NLL (nats per token)", shown=(0.0,))
+SWEPT = {
+    "budget": (
+        "tokens loaded by a step, per layer and KV head",
+        lambda run: run.pages_loaded * run.config.page_size,
+    ),
+    "page size": ("tokens of a page", lambda run: run.config.page_size),
+    "window": ("window w (1 is Quest)", lambda run: run.config.slots),
+}
+"""The settings that excess is drawn against: what the horizontal axis shows, and its value for a run."""
+ERROR = f"one standard error to each side, from blocks of {BLOCK} tokens"
+
+
+def comparison_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
+    """Draws a comparison.
+
+    Args:
+      identity: what the runs share, as `retro_jax.experiments.compare.comparison.identity` gives it.
+      runs: full attention and at least one other.
+
+    Returns:
+      PNG files by name: comparison.png (excess against position), excess-SETTING.png for settings that vary,
+      exposure.png, and ladder.png where the ladder was run; a number is added to the names of further files
+      where there are too many panels for one. What has nothing to show is left out.
+    """
+    found = position_pictures(identity, runs) | exposure_pictures(identity, runs)
+    for setting in SWEPT:
+        found |= sweep_pictures(identity, runs, setting)
+    return found | ladder_pictures(identity, runs)
+
+
+def position_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
+    """Draws excess negative log-likelihood against position, as running means over blocks of tokens.
+
+    Budgets, page sizes and other settings that differ have a panel for each combination. Texts of fewer than
+    `SPAN` blocks are cut into `SPAN` parts, as far as there are tokens.
+    """
+    full, others = _split(runs)
+    tokens, first = full.nll.shape[1], identity["prompt_tokens"]
+    block = min(BLOCK, max(1, tokens // SPAN))
+    span = max(1, min(SPAN, tokens // block // 4)) if block == BLOCK else 1
+    line_looks = _looks(map(_name, others))
+
+    def line(run: Run) -> Line:
+        centres, mean, error = running_mean(run.nll - full.nll, span, block)
+        return Line(_name(run), line_looks[_name(run)], first + centres, mean, mean - error, mean + error)
+
+    across = Scale(f"position (tokens), mean of {counted(span * block, 'token')} around it", whole=True)
+    panels = [
+        Curves([line(run) for run in chosen], across, EXCESS, title)
+        for title, chosen in _panels(others, columns([run.config for run in others])).items()
+    ]
+    title = f"{_model(identity)}: excess NLL over full attention against position"
+    return pictures("comparison", panels, title, _notes(identity, runs), Layout(share_y=True), ERROR)
+
+
+def exposure_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
+    """Draws exposure: a line for all windows that differ in nothing else, from the widest of them."""
+    _, others = _split(runs)
+    wide = [run for run in others if run.config.attention.scored and run.config.slots > 1]
+    line_looks = looks(map(_any_window, wide))
+
+    def line(name: str, chosen: Sequence[Run]) -> Line:
+        widest = max((run for run in chosen if _any_window(run) == name), key=lambda run: run.config.slots)
+        name = f"{name}, w = {widest.config.slots}"
+        return Line(name, line_looks[_any_window(widest)], range(len(widest.exposure)), widest.exposure)
+
+    steps = Scale("later decode steps (a window of w has w - 1)", whole=True)
+    exposure = Scale("exposure (pages attended to / loaded)")
+    panels = [
+        Curves(
+            [line(name, chosen) for name in dict.fromkeys(map(_any_window, chosen))], steps, exposure, title
+        )
+        for title, chosen in _panels(wide, columns([run.config for run in wide])).items()
+    ]
+    title = f"{_model(identity)}: what a query has attended to in the end"
+    return pictures("exposure", panels, title, _notes(identity, runs), Layout(share_y=True))
+
+
+def sweep_pictures(identity: dict, runs: Sequence[Run], setting: str) -> dict[str, bytes]:
+    """Draws excess negative log-likelihood, means over all scored tokens, against a setting of `SWEPT`.
+
+    Nothing is drawn where the setting does not vary (fewer than three windows say nothing of the window).
+    """
+    full, others = _split(runs)
+    varying = columns([run.config for run in others])
+    if setting == "window":
+        others = [run for run in others if run.config.attention.scored]
+        varies = len({run.config.slots for run in others}) > 2
+    else:
+        varies = setting in [axis.column for axis in varying]
+    if not varies:
+        return {}
+    words, value = SWEPT[setting]
+    name = _any_window if setting == "window" else _name
+    line_looks = _looks(map(name, others))
+
+    def lines(chosen: Sequence[Run]) -> list[Line]:
+        found = []
+        for known in dict.fromkeys(map(name, chosen)):
+            points = sorted((run for run in chosen if name(run) == known), key=value)
+            excess = [estimate(run.nll - full.nll) for run in points]
+            mean = np.array([point.mean for point in excess])
+            error = np.array([point.error for point in excess])
+            x = [value(run) for run in points]
+            found.append(Line(known, line_looks[known], x, mean, mean - error, mean + error))
+        return found
+
+    panels = [
+        Curves(lines(chosen), Scale(words, log=True, at_values=True), EXCESS, title)
+        for title, chosen in _panels(others, [axis for axis in varying if axis.column != setting]).items()
+    ]
+    stem = f"excess-{setting.replace(' ', '-')}"
+    title = f"{_model(identity)}: excess NLL over full attention against {setting}"
+    return pictures(stem, panels, title, _notes(identity, runs), Layout(share_y=True), ERROR)
+
+
+def ladder_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
+    """Draws excess against what a step reads: the steps of the ladder, the paper's method, further methods.
+
+    Each line is one method at several budgets; both axes are logarithmic, unless an excess is not above zero.
+    What reads more than half of what full attention does, and random selection, are left out. Nothing is
+    drawn where the ladder was not run.
+    """
+    full, others = _split(runs)
+    by_name = {run.name: run for run in others}
+    lines: dict[str, list[Run]] = {}
+    for budget in map(budget_fields, sorted({budget_value(run.config) for run in others})):
+        steps = ladder(full.config, budget)
+        parts = {f"+ {words}": config for (words, _), config in zip(LADDER[1:], steps[1:], strict=True)}
+        named = {NAMES["quest"]: steps[0]} | parts
+        for words, config in (named | beside_ladder(full.config, budget)).items():
+            if run := by_name.pop(run_name(config), None):
+                lines.setdefault(words, []).append(run)
+    if f"+ {LADDER[-1][0]}" not in lines:
+        return {}
+    for run in by_name.values():
+        if run.kv_bytes < full.kv_bytes / 2 and run.config.score != "random":
+            lines.setdefault(_name(run), []).append(run)
+    line_looks = _looks(lines)
+    drawn = []
+    for words, line in lines.items():
+        line = sorted(line, key=lambda run: run.kv_bytes)
+        excess = [estimate(run.nll - full.nll).mean for run in line]
+        drawn.append(Line(words, line_looks[words], [run.kv_bytes / 1e6 for run in line], excess))
+    panel = Curves(
+        drawn,
+        Scale("MB of keys, values and page statistics that a step reads for a text", log=True),
+        Scale(EXCESS.label, log=True),
+    )
+    title = f"{_model(identity)}: excess NLL over full attention, from Quest to preset mean-key"
+    notes = [*_notes(identity, runs), "+ adds a part to the line above"]
+    return pictures("ladder", [panel], title, notes, Layout(panel=(6.0, 4.6)))
+
+
+def _split(runs: Sequence[Run]) -> tuple[Run, list[Run]]:
+    """Full attention, and the others; without overwriting there is nothing to see but Quest."""
+    full = next(run for run in runs if run.config.method == "full")
+    return full, [run for run in runs if run is not full and run.config.overwrite]
+
+
+def _panels(runs: Sequence[Run], apart: Sequence[Axis]) -> dict[str, list[Run]]:
+    """Runs by the settings that have panels of their own, in words."""
+    panels: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: order(run.config)):
+        panels.setdefault(_settings(run, apart), []).append(run)
+    return panels
+
+
+def _settings(run: Run, axes: Sequence[Axis]) -> str:
+    return ", ".join(f"{axis.column} {axis.value(run.config)}" for axis in axes)
+
+
+def _model(identity: dict) -> str:
+    return f"{shortened(identity['model'])} ({identity['dtype']})"
+
+
+def _notes(identity: dict, runs: Sequence[Run]) -> list[str]:
+    """On how much was measured, and the settings that all runs share."""
+    texts, prompt = identity["texts"], identity["prompt_tokens"]
+    scored = counted(identity["tokens"] - prompt, "scored token") + " of each" * (len(texts) > 1)
+    settings = constants([run.config for run in runs])
+    return [
+        f"n = {counted(len(texts), 'text')} ({listed(texts)}), {scored} after a prompt of {prompt}",
+        ", ".join(f"{name} {value}" for name, value in settings.items()).capitalize(),
+    ]
+
+
+def _looks(names: Iterable[str]) -> dict[str, Look]:
+    return looks(names, {NAMES["quest"]: QUEST})
+
+
+def _name(run: Run) -> str:
+    config = run.config
+    return label(config) if config.slots == 1 else f"{label(config)}, w = {config.slots}"
+
+
+def _any_window(run: Run) -> str:
+    """The name of a run of Quest or RetroAttention without its window."""
+    return label(replace(run.config, method="retro"))

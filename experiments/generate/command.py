@@ -1,0 +1,225 @@
+"""The command `generate`: continue prompts, or chat."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from retro_jax.experiments.io.flags import Command, Configured, Flag, SamplingArguments, SamplingFlags
+from retro_jax.experiments.io.progress import Progress, Rates
+
+if TYPE_CHECKING:
+    from retro_jax import Generation, Model
+
+
+@dataclass(kw_only=True)
+class Generate(Configured, Command):
+    """Continue prompts, or chat, with full attention, Quest or RetroAttention.
+
+    The text goes to stdout as it is generated (several prompts: when all are finished), a summary to stderr.
+    """
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; give the flag again for more, which are generated as one batch."""
+    prompt_file: tuple[Path, ...] = ()
+    """UTF-8 text files to continue, as further prompts."""
+    token_ids: Path | None = None
+    """A .npy file of integers as further prompts, shape (tokens,) or (prompts, tokens)."""
+    prompt_chars: int | None = None
+    """Use only so many characters of each prompt file."""
+    chat: Flag[bool] = False
+    """Treat each prompt as a user's message, by the model's chat template; without any prompt, talk."""
+    max_new_tokens: int = 256
+    """Tokens to generate for each prompt, or in each reply."""
+    capacity: int | None = None
+    """Tokens that the cache holds; None: what is needed, or up to 4096 to talk."""
+    verify: int | None = None
+    """Draft up to so many tokens by the method, then check them by one pass of full attention, whose text
+    this then is. None: the text is the method's."""
+    sampling: SamplingArguments = field(default_factory=SamplingFlags)
+
+    def run(self) -> None:
+        """Generates, once or turn by turn."""
+        from retro_jax.experiments.generate import chat
+        from retro_jax.experiments.io.files import print_json
+        from retro_jax.experiments.io.provenance import provenance
+        from retro_jax.experiments.io.text import file_tokens, read_text
+        from retro_jax.sizes import batch_rows, cache_capacity
+        from retro_jax.verify import check_verify
+
+        config, sampling = self.config.config(), self.sampling.sampling()
+        if self.verify is not None:
+            check_verify(config, self.verify)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        prompts = [*self.prompt, *(read_text(path, chars=self.prompt_chars) for path in self.prompt_file)]
+        if self.token_ids:
+            prompts += file_tokens(self.token_ids, None).tolist()
+        if not prompts and not self.chat:
+            raise ValueError(
+                "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy "
+                "or --chat"
+            )
+        longest = max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=1)
+        capacity = self.capacity or cache_capacity(longest + self.max_new_tokens)
+        model = self.load([config], batch_rows(max(len(prompts), 1)), capacity)
+        if self.chat and model.tokenizer is None:
+            raise ValueError(f"{model.config.name} has no tokenizer, so it cannot chat; use another model")
+        if not prompts:
+            self._talk(model)
+            return
+        if self.chat:
+            prompts = [chat.first_turn(model.tokenizer, prompt) for prompt in prompts]
+        streamed = len(prompts) == 1 and model.tokenizer is not None and not self.json
+        result, rates = self._generate(model, prompts, capacity=self.capacity, streamed=streamed)
+        if self.json:
+            values = {
+                "model": self.model,
+                "config": asdict(config),
+                "sampling": asdict(sampling),
+                "verify": self.verify,
+                "texts": result.texts,
+                "tokens": result.tokens,
+                "finished": result.finished,
+                "metrics": result.metrics.summary() if result.metrics else None,
+                "seconds": rates.seconds,
+                "compile_seconds": rates.show.compile_seconds,
+                "steps_per_second": rates.per_second("decode"),
+                "provenance": provenance(),
+            }
+            print_json(values)
+        elif not streamed:
+            for number, (text, tokens) in enumerate(zip(result.texts, result.tokens, strict=True), 1):
+                print(f"--- {number} ---\n{text if model.tokenizer else ' '.join(map(str, tokens))}")
+
+    def _generate(
+        self,
+        model: "Model",
+        prompts: list,
+        capacity: int | None,
+        streamed: bool,
+        previous: "Generation | None" = None,
+    ) -> "tuple[Generation, Rates]":
+        from retro_jax import generate
+        from retro_jax.experiments.machine.memory import check_memory
+        from retro_jax.inputs import prompt_ids
+        from retro_jax.sizes import batch_rows, cache_capacity
+
+        config = self.config.config()
+        if previous is None:
+            prompts = [prompt_ids(model, prompt, index, True) for index, prompt in enumerate(prompts)]
+            room = capacity or cache_capacity(max(map(len, prompts)) + self.max_new_tokens)
+            check_memory(model.config, [config], batch_rows(len(prompts)), room, loaded=True)
+        with Progress() as show:
+            rates = Rates(show)
+
+            def stream(_: int, piece: str) -> None:
+                if sys.stdout.isatty():
+                    show.stop()
+                print(piece, end="", flush=True)
+
+            result = generate(
+                model,
+                prompts,
+                config,
+                self.max_new_tokens,
+                sampling=self.sampling.sampling(),
+                capacity=capacity,
+                stream=stream if streamed else None,
+                progress=rates,
+                previous=previous,
+                verify=self.verify,
+            )
+        if streamed:
+            print(flush=True)
+        print(_summary(result, rates), file=sys.stderr)
+        if note := _covered(result, model):
+            print(note, file=sys.stderr)
+        return result, rates
+
+    def _talk(self, model: "Model") -> None:
+        """Reads messages from stdin until it ends, on one cache while the template keeps earlier turns."""
+        from retro_jax.experiments.generate import chat
+
+        if self.json:
+            raise ValueError("--json cannot be used to talk; pass --prompt with --chat")
+        capacity = self.capacity or min(4096, model.config.max_positions)
+        messages, held, result = [], [], None
+        print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
+        while message := _read_message():
+            messages.append({"role": "user", "content": message})
+            whole = chat.prompt(model.tokenizer, messages)
+            ids = chat.continuation(whole, held)
+            if ids is None:
+                print(
+                    "The chat template makes something else of earlier turns than the cache holds; "
+                    "it is made anew.",
+                    file=sys.stderr,
+                )
+                ids, result = whole, None
+            result, _ = self._generate(model, [ids], capacity, streamed=True, previous=result)
+            held = [*whole, *result.tokens[0]]
+            messages.append({"role": "assistant", "content": result.texts[0]})
+
+
+def _read_message() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _summary(result: "Generation", rates: Rates) -> str:
+    """One line on how fast it was and what it loaded."""
+    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s{_compiling(rates)}"]
+    rate = rates.per_second("decode")
+    if rate:
+        parts.append(f"{rate * len(result.tokens):.1f} tokens/s after the first steps")
+    if result.metrics is not None:
+        metrics = result.metrics.summary()
+        parts.append(f"{metrics['kv_bytes'] / 1e6:.2f} MB of KV cache read per token")
+        if "checks" in metrics:
+            parts.append(_checks(metrics))
+        elif (exposure := metrics["exposure"][-1]) is not None:
+            parts.append(f"{metrics['pages_loaded']:.1f} pages per step and KV head, exposure {exposure:.2f}")
+    return "[" + "; ".join(parts) + "]"
+
+
+def _checks(metrics: dict) -> str:
+    """What drafts and their checks came to."""
+    accepted = " ".join(f"{share:.2f}" for share in metrics["acceptance"]) or "none drafted"
+    return (
+        f"{metrics['tokens_per_check']:.2f} tokens per check of {metrics['drafts_per_check']:.2f} drafts, "
+        f"which read {metrics['check_bytes_per_check'] / 1e6:.2f} MB and "
+        f"{metrics['draft_bytes_per_check'] / 1e6:.2f} MB; accepted, by position: {accepted}"
+    )
+
+
+def _compiling(rates: Rates) -> str:
+    """How much of the time was compiling, if any that shows."""
+    seconds = rates.show.compile_seconds
+    return f", {seconds:.1f} s of them compiling" if seconds >= 0.05 else ""
+
+
+def _covered(result: "Generation", model: "Model") -> str:
+    """A line that says so where the budget covered all of the context, so that nothing was sparse."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import pages_for
+    from retro_jax.budget import Budget, budget_pages
+
+    config, tokens = result.config, int(result.state.length.max())
+    if config.attention.dense or result.metrics is None:
+        return ""
+    itemsize = jnp.dtype(model.config.dtype).itemsize
+    (pages,) = budget_pages(
+        config, Budget.of(config, 1), jnp.array([tokens]), model.config.head_dim, itemsize
+    )
+    if pages < pages_for(tokens, config.page_size):
+        return ""
+    return (
+        f"[the budget of {int(pages) * config.page_size} tokens covers all {tokens} tokens of context, so "
+        f"{config.method!r} did what full attention does; lower --budget-tokens, or continue a longer text]"
+    )

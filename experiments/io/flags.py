@@ -1,0 +1,202 @@
+"""Flags that several commands share. Reading and showing them starts no JAX."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import tyro
+
+from retro_jax.experiments.io.files import finite
+from retro_jax.experiments.io.progress import Progress
+from retro_jax.fields import DecodeFields, SamplingFields
+from retro_jax.presets import EARLIER_NAMES, PRESETS, preset_fields
+
+if TYPE_CHECKING:
+    from retro_jax import DecodeConfig, Model, Sampling
+    from retro_jax.experiments.io.text import Texts
+
+Flag = tyro.conf.FlagCreatePairsOff
+Hidden = tyro.conf.Suppress
+
+
+@dataclass(frozen=True)
+class ConfigFlags(DecodeFields):
+    """How to decode: every field of `DecodeConfig`, checked by `config` and not while flags are read."""
+
+    def config(self, **changes) -> "DecodeConfig":
+        """Returns the configuration, with some fields replaced.
+
+        Raises:
+          ValueError: a field is out of its range, or two fields contradict each other.
+        """
+        from retro_jax import DecodeConfig
+
+        return DecodeConfig(**_values(self, DecodeFields) | changes)
+
+
+def common_flags(*hidden: str) -> type[ConfigFlags]:
+    """Returns `ConfigFlags` without the flags of some fields, in which the runs of a command differ."""
+    fixed = [
+        (field.name, Hidden[field.type], field.default)
+        for field in fields(DecodeFields)
+        if field.name in hidden
+    ]
+    return make_dataclass("CommonConfigFlags", fixed, bases=(ConfigFlags,), frozen=True)
+
+
+@dataclass(frozen=True)
+class SamplingFlags(SamplingFields):
+    """How tokens are chosen, checked by `sampling` and not while flags are read."""
+
+    def sampling(self) -> "Sampling":
+        """Returns the value.
+
+        Raises:
+          ValueError: a field is out of its range.
+        """
+        from retro_jax import Sampling
+
+        return Sampling(**_values(self, SamplingFields))
+
+
+NoPrefix = tyro.conf.arg(name="")
+ConfigArguments = Annotated[ConfigFlags, NoPrefix]
+SamplingArguments = Annotated[SamplingFlags, NoPrefix]
+
+
+@dataclass(kw_only=True)
+class Output:
+    """How any command shows its results and its errors."""
+
+    json: Flag[bool] = False
+    """Print one JSON object on stdout, and nothing else there."""
+    traceback: Flag[bool] = False
+    """Show where an error was raised, not only what it says."""
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self | None:
+        """Returns the values of flags that are not given; None: those that the fields have."""
+        return None
+
+    def show(self, values: dict, text: str) -> None:
+        """Prints values as one JSON object where that is asked for, else the text."""
+        print(json.dumps(finite(values)) if self.json else text.rstrip("\n"))
+
+
+@dataclass(kw_only=True)
+class Command(Output):
+    """A command on one model."""
+
+    model: tyro.conf.Positional[str]
+    """A preset ("smollm2-135m"), a Hugging Face hub id ("org/name") or folder, a .gguf file, or "random:NAME"
+    for seeded random weights of a named size."""
+    dtype: str | None = None
+    """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def load(
+        self, configs: "Sequence[DecodeConfig]", batch: int, capacity: int, *, together: bool = False
+    ) -> "Model":
+        """Reads the model, after downloading it where it is not cached.
+
+        Args:
+          configs: how it will decode.
+          batch: rows of the state, at least.
+          capacity: tokens of each that the cache holds, at least.
+          together: whether the caches of all configurations are held at once.
+
+        Raises:
+          ValueError: JAX does not start, or it does not fit the memory; told before the model is read
+            where its name or its config.json tells its size.
+        """
+        from retro_jax import load_model
+        from retro_jax.experiments.io.models import known_model
+        from retro_jax.experiments.machine.compile_cache import keep_programs
+        from retro_jax.experiments.machine.devices import local_devices
+        from retro_jax.experiments.machine.memory import check_memory
+
+        local_devices()
+        if known := known_model(self.model, self.dtype):
+            check_memory(known, configs, batch, capacity, together=together)
+        with Progress() as progress:
+            model = load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
+        keep_programs()
+        if not known:
+            check_memory(model.config, configs, batch, capacity, loaded=True, together=together)
+        return model
+
+
+@dataclass(kw_only=True)
+class Configured(Output):
+    """A command that decodes by one configuration, whose defaults a preset may give."""
+
+    preset: Literal[(*PRESETS, *EARLIER_NAMES)] | None = None
+    """Take the defaults of the flags below from a preset: Quest, the paper's method, or the best found at the
+    same memory traffic, mean-key, which was named retro earlier."""
+    config: ConfigArguments = field(default_factory=ConfigFlags)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self | None:
+        """Returns the defaults with the fields of the preset that the arguments name, if they do."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--preset", nargs="?")
+        name = parser.parse_known_args(list(arguments))[0].preset
+        if name not in (*PRESETS, *EARLIER_NAMES):  # an unknown one is refused where the flag is read
+            return None
+        return cls(model=tyro.MISSING, config=ConfigFlags(**preset_fields(name)))
+
+
+@dataclass(kw_only=True)
+class TextCommand(Command):
+    """A command on given text."""
+
+    text: tuple[Path, ...] = ()
+    """UTF-8 text files; several are scored as one batch."""
+    token_ids: Path | None = None
+    """Instead of text: a .npy file of integers, shape (tokens,) or (texts, tokens)."""
+    tokens: int | None = 4096
+    """Length of each text, the prompt included; None: all tokens of the shortest."""
+    prompt_tokens: int = 1024
+    """Tokens at the beginning that are read at once with full attention and not scored."""
+    skip_chars: int = 0
+    """Characters left out at the start of each text file, such as a title page."""
+    bin_tokens: int = 1024
+    """Width of the ranges of positions in the tables."""
+
+    def read(
+        self, configs: "Sequence[DecodeConfig]", copies: int = 1, *, padded: bool = True
+    ) -> "tuple[Model, Texts]":
+        """Reads the model and the texts' tokens.
+
+        Args:
+          configs: how the texts will be decoded, one after another.
+          copies: of the texts that are decoded at once.
+          padded: whether the state has the rows and the room that `score` gives it, or just what is needed.
+
+        Raises:
+          FileNotFoundError: a text is not there.
+          ValueError: the texts are not as the flags say, or do not fit the memory.
+        """
+        from retro_jax.experiments.io.text import Texts, check_sources, read_tokens
+        from retro_jax.experiments.machine.memory import check_memory
+        from retro_jax.sizes import batch_rows, cache_capacity
+
+        def sizes(texts: int, tokens: int) -> tuple[int, int]:
+            texts *= copies
+            return (batch_rows(texts), cache_capacity(tokens)) if padded else (texts, tokens)
+
+        check_sources(self.text, self.token_ids, self.tokens)
+        least = self.tokens or self.prompt_tokens + 1
+        model = self.load(configs, *sizes(max(len(self.text), 1), max(least, 1)))
+        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
+        texts = Texts(names, ids, self.prompt_tokens)
+        check_memory(model.config, configs, *sizes(*ids.shape), loaded=True)
+        return model, texts
+
+
+def _values(flags, kind: type) -> dict:
+    return {field.name: getattr(flags, field.name) for field in fields(kind)}

@@ -1,0 +1,151 @@
+"""What a run is: a model, a task, and the methods that are compared on it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from retro_jax.experiments.compare.sweep import run_name
+from retro_jax.experiments.io.budgets import budget_fields
+from retro_jax.experiments.io.flags import NoPrefix, SamplingFlags, common_flags
+from retro_jax.experiments.tasks import TASKS, AnyTask
+from retro_jax.fields import DecodeFields
+from retro_jax.presets import preset_fields
+
+if TYPE_CHECKING:
+    from retro_jax import DecodeConfig
+
+VARIED = ("method", "window", *budget_fields(DecodeFields.budget))
+"""The fields of `DecodeConfig` in which the methods of a run differ."""
+CommonFlags = common_flags(*VARIED)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run, as a value: every field can be set on the command line.
+
+    The same value gives the same examples, batches and random draws, whatever was finished before.
+    """
+
+    model: str
+    """A preset ("smollm2-135m"), a Hugging Face hub id ("org/name") or folder, or a .gguf file."""
+    task: tyro.conf.AvoidSubcommands[AnyTask]
+    """What is asked; which kind of task it is belongs to the named config."""
+    methods: tuple[str, ...] = ("full", "quest", "retro")
+    """Methods to compare on the same examples."""
+    presets: tuple[str, ...] = ()
+    """Presets of the library (quest, paper, mean-key) to compare with them, at the same budgets."""
+    windows: tuple[int, ...] = (4,)
+    """Window sizes of the methods that revise past queries; each runs with every one."""
+    budgets: tuple[float, ...] = (0.15,)
+    """Budgets of the sparse methods: up to 1 a share of the context, above it tokens."""
+    decode: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
+    sampling: Annotated[SamplingFlags, NoPrefix] = field(default_factory=SamplingFlags)
+    samples: int = 1
+    """Replies to each example; more than one needs a temperature."""
+    limit: int | None = None
+    """Use only so many examples."""
+    batch: int = 1
+    """Sequences that are decoded together; the last batch is filled up with copies."""
+    data_devices: int = 1
+    """Devices of one host over which a batch is spread."""
+    model_devices: int = 1
+    """Devices of one host over which KV heads are spread."""
+    device_gb: float | None = None
+    """Memory of each device that the run is meant for, in GB; None: not told."""
+    dtype: str | None = None
+    """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def check(self) -> None:
+        """Raises ValueError if a field is out of its range, or two contradict each other."""
+        for name in ("samples", "batch", "data_devices", "model_devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit {self.limit} is below 1; None uses every example")
+        for name in ("methods", "windows", "budgets"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name at least one")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"{self.samples} samples at temperature 0 would all be the same; set a temperature"
+            )
+        if self.batch % self.data_devices:
+            raise ValueError(f"batch {self.batch} does not divide over data_devices {self.data_devices}")
+        self.sampling.sampling()
+        self.configurations()
+        self.task.check()
+
+    def configurations(self) -> "dict[str, DecodeConfig]":
+        """How to decode, by name: full once, other methods at each budget, with each window if they revise.
+
+        Raises:
+          ValueError: a method is unknown, or a configuration is not possible.
+        """
+        fields = method_fields(self.methods, self.presets, self.windows, self.budgets)
+        found = [self.decode.config(**own) for own in fields.values()]
+        return {run_name(config): config for config in found}
+
+    @property
+    def task_name(self) -> str:
+        """The task's name in `TASKS`."""
+        return next(name for name, kind in TASKS.items() if kind is type(self.task))
+
+    def identity(self) -> dict:
+        """The values that make this run another than others, for JSON.
+
+        Where the data lies is not among them: a run keeps a digest of the examples made from it. Nor is the
+        memory of the devices.
+        """
+        values = asdict(self)
+        values["task"] = {"name": self.task_name} | values["task"]
+        values["task"].pop("data", None)
+        del values["device_gb"]
+        for name in VARIED:
+            del values["decode"][name]
+        return json.loads(json.dumps(values, default=str))
+
+
+def method_fields(
+    methods: Sequence[str], presets: Sequence[str], windows: Sequence[int], budgets: Sequence[float]
+) -> dict[str, dict]:
+    """The fields of `DecodeConfig` that a run's methods set; see `RunConfig` for the arguments.
+
+    By the labels that folders of earlier versions have: names follow from a whole configuration (`run_name`).
+
+    Raises:
+      ValueError: a method or a preset is unknown.
+    """
+    from retro_jax.methods import METHODS
+    from retro_jax.models.names import nearest
+
+    found = {}
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(
+                f"method {name!r} is unknown{nearest(name, METHODS)}; use one of {', '.join(METHODS)}"
+            )
+        method = METHODS[name]
+        if method.dense:
+            # Full attention has no sink pages to choose; 0 is within any budget.
+            found[name] = {"method": name, "sink_pages": 0}
+            continue
+        for budget in budgets:
+            for window in windows if method.revises else (None,):
+                own = {"method": name, "window": window} | budget_fields(budget)
+                found[_label(name, window, budget)] = own
+    for name in presets:
+        chosen = dict(preset_fields(name))
+        for budget in budgets:
+            for window in windows if METHODS[chosen["method"]].revises else (None,):
+                own = chosen | {"window": window} | budget_fields(budget)
+                found[_label(f"preset_{name}", window, budget)] = own
+    return found
+
+
+def _label(name: str, window: int | None, budget: float) -> str:
+    return f"{name}{'' if window is None else f'-w{window}'}-{budget:g}"

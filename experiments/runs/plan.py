@@ -1,0 +1,169 @@
+"""What a run takes: examples, tokens, steps, and memory by device, before anything is loaded or compiled."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from retro_jax import DecodeConfig
+from retro_jax.experiments.io.models import known_model
+from retro_jax.experiments.io.tables import markdown
+from retro_jax.experiments.machine.memory import check_memory, gigabytes, memory
+from retro_jax.experiments.runs.config import RunConfig
+from retro_jax.experiments.tasks import Asked, Passage, describe
+from retro_jax.models.config import ModelConfig
+from retro_jax.sizes import batch_rows, cache_capacity
+
+CHARS_PER_TOKEN = 3
+"""A cautious figure for estimates without a tokenizer: English text has about 4, digits fewer."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes; tokens are estimates from characters.
+
+    Attributes:
+      examples: how many.
+      exact: whether they were counted; else they are the published numbers, as the data is not at hand.
+      batches: of each method.
+      prompt_tokens: of the longest prompt.
+      new_tokens: that a reply may take.
+      steps: decode steps of each method, at most.
+      prefill_tokens: tokens of all prompts of each method.
+      capacity: tokens per sequence of the longest batch's cache, None where the model's size is not known.
+      weights: bytes on each device, None as above.
+      caches: bytes on each device by method, empty as above.
+    """
+
+    examples: int
+    exact: bool
+    batches: int
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    prefill_tokens: int
+    capacity: int | None
+    weights: int | None
+    caches: Mapping[str, int]
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Estimates what a run takes; reads local data, and nothing from the network.
+
+    Raises:
+      ValueError: the examples do not fit the model's positions, its heads not the mesh, or weights and cache
+        not the devices that the run is meant for.
+    """
+    task = config.task
+    if task.local:
+        found = task.examples(config.sampling.seed, config.limit)
+        prompts = [
+            example.prompt_tokens if isinstance(example, Passage) else len(example.prompt) // CHARS_PER_TOKEN
+            for example in found
+        ]
+        news = [
+            sum(map(len, example.cues + example.answers)) // CHARS_PER_TOKEN
+            if isinstance(example, Asked)
+            else example.max_new_tokens
+            for example in found
+        ]
+        examples, longest, new, prefill = len(found), max(prompts), max(news), sum(prompts)
+    else:
+        nominal = task.nominal()
+        examples = min(nominal.examples, config.limit or nominal.examples)
+        longest, new = nominal.prompt_chars // CHARS_PER_TOKEN, nominal.new_tokens
+        prefill = examples * longest
+    batches = -(-examples * config.samples // config.batch)
+    model = known_model(config.model, config.dtype)
+    capacity, weights, caches = None, None, {}
+    if model:
+        if longest + new > model.max_positions:
+            raise ValueError(
+                f"an example takes about {longest + new} positions, {model.name} has {model.max_positions}; "
+                "make the task's examples or replies shorter"
+            )
+        capacity = cache_capacity(longest + new, model.max_positions)
+        rows = batch_rows(config.batch, config.data_devices)
+        parts = {
+            label: memory(model, decode, rows, capacity, config.data_devices, config.model_devices)
+            for label, decode in config.configurations().items()
+        }
+        weights = next(iter(parts.values())).weights
+        caches = {label: part.state for label, part in parts.items()}
+        if config.device_gb:
+            held = weights + max(caches.values())
+            check_fits("weights and cache take", held, "--device-gb", config.device_gb * 1e9)
+    return Plan(
+        examples=examples,
+        exact=task.local,
+        batches=batches,
+        prompt_tokens=longest,
+        new_tokens=new,
+        steps=batches * new,
+        prefill_tokens=prefill * config.samples,
+        capacity=capacity,
+        weights=weights,
+        caches=caches,
+    )
+
+
+def check_memory_of(config: RunConfig, model: ModelConfig, tokens: int, loaded: bool = False) -> None:
+    """Raises ValueError if the run does not fit the memory that this machine's devices have left.
+
+    Args:
+      config: the run.
+      model: its model's configuration.
+      tokens: of the longest row.
+      loaded: whether the weights lie in memory already.
+    """
+    check_memory(
+        model,
+        list(config.configurations().values()),
+        batch_rows(config.batch, config.data_devices),
+        cache_capacity(tokens, model.max_positions),
+        loaded=loaded,
+        data_devices=config.data_devices,
+        model_devices=config.model_devices,
+    )
+
+
+def check_fits(what: str, needed: int, name: str, limit: float) -> None:
+    """Raises ValueError if `what` takes more bytes of a device than a limit of this name."""
+    if needed > limit:
+        raise ValueError(
+            f"{what} {gigabytes(needed)} on each device, over {name} {gigabytes(limit)}; use more devices "
+            "(--model-devices, --data-devices), a smaller --batch, or another --dtype"
+        )
+
+
+def plan_values(config: RunConfig, plan: Plan) -> dict:
+    """The plan as JSON values."""
+    return {"config": config.identity(), "methods": list(config.configurations()), "plan": asdict(plan)}
+
+
+def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]) -> str:
+    """The plan in words and a table."""
+    kind = "made or read" if plan.exact else "as published; the data is not at hand"
+    devices = config.data_devices * config.model_devices
+    weights = "size not known" if plan.weights is None else f"{gigabytes(plan.weights)} on each device"
+    lines = [
+        f"model     {config.model}, {devices} device{'s' * (devices > 1)} "
+        f"({config.data_devices} for the batch x {config.model_devices} for heads)",
+        f"task      {describe(config.task)}",
+        f"examples  {plan.examples} ({kind}), {config.samples} "
+        f"repl{'y' if config.samples == 1 else 'ies'} each, "
+        f"in {plan.batches} batches of {config.batch}",
+        f"length    prompts of up to about {plan.prompt_tokens} tokens, replies of up to {plan.new_tokens}",
+        f"weights   {weights}",
+        "",
+    ]
+    body = [
+        [
+            label,
+            str(plan.prefill_tokens),
+            str(plan.steps),
+            gigabytes(plan.caches[label]) if plan.caches else "",
+            gigabytes(plan.caches[label] + plan.weights) if plan.caches else "",
+        ]
+        for label in configs
+    ]
+    header = ["method", "prompt tokens", "decode steps at most", "cache per device", "with weights"]
+    return "\n".join([*lines, markdown(header, body)])

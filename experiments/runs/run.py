@@ -1,0 +1,173 @@
+"""The command `run`: a named configuration, with any field changed, through to its results."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+
+from retro_jax import Model, load_model, make_mesh, shard_params
+from retro_jax.experiments.io.folders import digest
+from retro_jax.experiments.io.models import known_model
+from retro_jax.experiments.io.progress import Progress, Rates
+from retro_jax.experiments.io.provenance import provenance
+from retro_jax.experiments.machine.compile_cache import keep_programs
+from retro_jax.experiments.machine.devices import local_devices
+from retro_jax.experiments.machine.programs import release
+from retro_jax.experiments.runs.command import RunFlags
+from retro_jax.experiments.runs.compile import check_programs, compile_run, programs_text
+from retro_jax.experiments.runs.config import RunConfig
+from retro_jax.experiments.runs.folder import RunFolder, run_identity
+from retro_jax.experiments.runs.plan import check_memory_of, make_plan, plan_text, plan_values
+from retro_jax.experiments.runs.work import Row, check_positions, decode_batch, encode, make_batches
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Run(RunFlags):
+    """The command, with its work."""
+
+    def run(self) -> None:
+        """Runs what the folder does not have yet."""
+        self.config.check()
+        if self.dry_run or self.compile:
+            self._show()
+            return
+        if self.distributed:
+            jax.distributed.initialize()  # before anything else asks for a device
+        local_devices()
+        plan = make_plan(self.config)
+        examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
+        told = digest([asdict(example) for example in examples])
+        identity = run_identity(self.name, self.config.identity(), self.config.configurations(), told)
+        code = digest(identity)
+        out = self.out or Path("runs") / f"{self.name}-{code}"
+        RunFolder.check(out, identity)
+        if known := known_model(self.config.model, self.config.dtype):
+            check_memory_of(self.config, known, plan.prompt_tokens + plan.new_tokens)
+        with stop_on_sigterm() as stopping, _mesh(self.config):
+            model = _load(self.config)
+            rows = [
+                encode(model.tokenizer, example, sample)
+                for example in examples
+                for sample in range(self.config.samples)
+            ]
+            check_positions(model.config, rows)
+            check_memory_of(self.config, model.config, max(row.tokens for row in rows), loaded=True)
+            with RunFolder(out, identity, jax.process_index()) as folder:
+                finished = work(self.config, model, rows, folder, code, stopping)
+        if not finished:
+            print(f"retro-jax: stopped by SIGTERM; the same command continues {out}", file=sys.stderr)
+            sys.exit(TERMINATED)
+        results = len(folder.done())
+        shown = f"{results} results: {out}\nTables and plots: retro-jax report {out} --out page.md"
+        self.show({"folder": str(out), "results": results}, shown)
+
+    def _show(self) -> None:
+        """Prints the plan, with its compiled programs where they are asked for."""
+        plan = make_plan(self.config)
+        programs = compile_run(self.config, plan) if self.compile else []
+        text = plan_text(self.config, plan, self.config.configurations())
+        if programs:
+            text += f"\n\n{programs_text(programs, self.config)}"
+        self.show(plan_values(self.config, plan) | {"programs": [asdict(each) for each in programs]}, text)
+        if programs:
+            check_programs(programs, self.config)
+
+
+def work(
+    config: RunConfig,
+    model: Model,
+    rows: list[Row],
+    folder: RunFolder,
+    code: str,
+    stopping: Callable[[], bool],
+) -> bool:
+    """Decodes every batch by every method that is not finished; returns whether it came to the end.
+
+    Args:
+      config: the run.
+      model: on the mesh, if there is one.
+      rows: all replies to be made.
+      folder: opened.
+      code: the run's digest, kept with each result.
+      stopping: asked before each batch.
+    """
+    configs, done = config.configurations(), folder.done()
+    jobs = [
+        (batch, label) for batch in make_batches(rows, config.batch) for label in configs
+    ]  # methods by turns, so that a run that is stopped can be compared
+    start = {"config": code, "replies": len(rows)} | provenance()  # the report tells what is missing
+    folder.note(f"provenance-{folder.process}.jsonl", start)
+    for number, (batch, label) in enumerate(jobs):
+        missing = [
+            index for index, row in enumerate(batch) if (row.example.id, label, row.sample) not in done
+        ]
+        if not missing or number % jax.process_count() != jax.process_index():
+            continue
+        if stopping():
+            return False
+        with Progress(f"{number + 1}/{len(jobs)} {label}: ") as show:
+            rates, start = Rates(show), time.perf_counter()
+            results = decode_batch(
+                model, configs[label], config.task, batch, config.batch, config.sampling.sampling(), rates
+            )
+        folder.append(
+            [
+                {
+                    "example": batch[index].example.id,
+                    "method": label,
+                    "sample": batch[index].sample,
+                    "config": code,
+                    "seed": config.sampling.seed,
+                }
+                | results[index]
+                for index in missing
+            ]
+        )
+        timing = {"method": label, "batch": config.batch, "seconds": time.perf_counter() - start}
+        context = max(row["prompt_tokens"] + row["tokens"] / 2 for row in results)
+        rate = rates.per_second("decode")
+        folder.note(
+            f"timings-{folder.process}.jsonl", timing | {"context": context, "steps_per_second": rate}
+        )
+        release()  # the next method's programs are other ones
+    return True
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM is only noted; yields what tells whether it came."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _mesh(config: RunConfig) -> contextlib.AbstractContextManager:
+    """The mesh that a run names, on this host's devices; nothing for one device of one host."""
+    if config.data_devices * config.model_devices == 1 and jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_mesh(config.data_devices, config.model_devices, jax.local_devices()))
+
+
+def _load(config: RunConfig) -> Model:
+    """The model, its weights on the current mesh: read into the host's memory first, for its size.
+
+    Raises:
+      ValueError: it has no tokenizer, or does not divide over the mesh.
+    """
+    keep_programs()
+    mesh = jax.sharding.get_mesh()
+    host = contextlib.nullcontext() if mesh.empty else jax.default_device(jax.local_devices(backend="cpu")[0])
+    with Progress() as progress, host:
+        model = load_model(config.model, dtype=config.dtype, revision=config.revision, progress=progress)
+    if model.tokenizer is None:
+        raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
+    return model if mesh.empty else replace(model, params=shard_params(model.params, model.config, mesh))

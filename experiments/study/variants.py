@@ -1,0 +1,65 @@
+"""What a study runs: the paper's method, what it could repair at most, its rival, and preset mean-key."""
+
+from collections.abc import Mapping
+
+from retro_jax.experiments.compare.ladder import LADDER, PAPER_WINDOWS
+from retro_jax.presets import PRESETS
+
+QUEST, SINK, EXACT = "Quest", "Quest, a sink page", ", exact cache"
+PRESET = "preset mean-key"
+RECTIFIED = (8, 16, 32, 64)
+METHODS = {"tova": "TOVA", "streaming": "StreamingLLM"}
+"""Methods that keep what they chose once, by their names in print."""
+WINDOW = 4
+"""That of the rows which add a window to something else."""
+
+
+def revised(window: int, sink: bool = False) -> str:
+    """Returns the name of RetroAttention as in the paper, with a sink page or without."""
+    return f"RetroAttention, w = {window}" + ", a sink page" * sink
+
+
+def rectified(every: int) -> str:
+    """Returns the name of Quest with a sink page and a dense pass every so many tokens."""
+    return f"{SINK}, rectified every {every} tokens"
+
+
+def _ladder() -> dict[str, Mapping[str, object]]:
+    found, fields = {}, PRESETS["quest"]
+    for words, part in LADDER:
+        fields = {**fields, **part}
+        found[f"+ {words}"] = fields
+    return dict(list(found.items())[2:-1])  # its ends are PRESET and Quest, whose sink page has a row as well
+
+
+def _beyond() -> dict[str, Mapping[str, object]]:
+    """Preset mean-key and two with more parts: each alone, with a window, and with an exact cache."""
+    found = {}
+    for words, part in (
+        ("", {}),
+        (", pages of 8", {"page_size": 8}),
+        (", pages of 8, a residual", {"page_size": 8, "residual_pages": 8}),
+    ):
+        fields = {**PRESETS["mean-key"], **part}
+        found[PRESET + words] = fields
+        found[f"{PRESET}{words}, w = {WINDOW}"] = {**fields, "method": "retro", "window": WINDOW}
+        found[PRESET + words + EXACT] = {**fields, "rectify_every": 1}
+    return found
+
+
+def variants() -> dict[str, Mapping[str, object]]:
+    """Returns the fields of `DecodeConfig` beside the budget that each variant sets, by its name."""
+    quest = PRESETS["quest"]
+    sink = {**quest, "sink_pages": 1}
+    return {
+        QUEST: quest,
+        **{revised(w): {**PRESETS["paper"], "window": w} for w in PAPER_WINDOWS},
+        QUEST + EXACT: {**quest, "rectify_every": 1},
+        SINK: sink,
+        revised(WINDOW, sink=True): {**sink, "method": "retro", "window": WINDOW},
+        SINK + EXACT: {**sink, "rectify_every": 1},
+        **{rectified(every): {**sink, "rectify_every": every} for every in RECTIFIED},
+        **_ladder(),
+        **_beyond(),
+        **{words: {"method": name, "sink_pages": 1} for name, words in METHODS.items()},
+    }

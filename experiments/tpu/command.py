@@ -1,0 +1,207 @@
+"""`retro-jax bench tpu-static`: decode steps on TPUs, predicted on a machine without one."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pallas_kernels.tpu import CHIPS
+from retro_jax import DecodeConfig
+from retro_jax.experiments.io.flags import Output
+from retro_jax.experiments.io.folders import check_new, write_results
+from retro_jax.experiments.io.progress import Progress
+from retro_jax.experiments.io.provenance import provenance
+from retro_jax.experiments.io.tables import markdown, rounded
+from retro_jax.experiments.pictures.files import Layout, pictures
+from retro_jax.experiments.pictures.panels import Bars, Scale
+from retro_jax.experiments.pictures.words import counted
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu.model import decode_step
+from retro_jax.models.names import nearest
+from retro_jax.models.presets import SIZES
+
+PARTS = ("weights", "dense attention", "selection", "attention", "update")
+
+
+@dataclass(kw_only=True)
+class BenchTpuStatic(Output):
+    """Predict decode steps on TPUs from bytes and from the compiler's schedules. Needs libtpu, but no TPU.
+
+    A lower bound: sums over devices, launches, stalls within a schedule and small operations are left out.
+    """
+
+    model: str = "llama3.1-8b"
+    """Name of a size, such as "llama3.1-8b" or "qwen2.5-32b"."""
+    chips: tuple[str, ...] = tuple(CHIPS)
+    """Of v4, v5e, v5p, v6e and tpu7x."""
+    contexts: tuple[int, ...] = (32768, 131072)
+    """Tokens in the cache."""
+    page_sizes: tuple[int, ...] | None = None
+    """Tokens per page; None: what is recommended for each chip."""
+    windows: tuple[int, ...] = (1, 2, 4, 8)
+    """Of RetroAttention; 1 is Quest, which always runs, as does full attention."""
+    budget: float = 0.15
+    """Share of the context that a step may load per layer and KV head."""
+    devices: int = 4
+    """Over which KV heads and weights are spread."""
+    batch: int = 1
+    """Sequences that are decoded together."""
+    out: Path | None = None
+    """Folder for table.md, results.json and steps.png; it must not exist."""
+
+    def run(self) -> None:
+        """Compiles what is needed, predicts, writes and prints the tables."""
+        check_new(self.out)
+        self._check()
+        cases = [
+            (CHIPS[chip], size, context, window)
+            for chip in self.chips
+            for size in self.page_sizes or (CHIPS[chip].page_size,)
+            for context in self.contexts
+            for window in (0, *sorted({1, *self.windows}))
+        ]
+        rows = []
+        with Progress() as progress:
+            for done, case in enumerate(cases, start=1):
+                rows.append(self._row(*case))
+                progress("decode steps", done, len(cases))
+        values = {
+            "model": self.model,
+            "budget": self.budget,
+            "devices": self.devices,
+            "batch": self.batch,
+            "rows": rows,
+            "provenance": provenance(),
+        }
+        report = static_report(values)
+        if self.out is not None:
+            write_results(self.out, values, report, static_pictures(values))
+        self.show(values, report)
+
+    def _check(self) -> None:
+        if not tpu_compiler.installed():
+            raise ValueError(
+                "the TPU compiler is not installed; it comes with JAX for TPUs: pip install 'jax[tpu]'"
+            )
+        for name, values, known in (("model", (self.model,), SIZES), ("chips", self.chips, CHIPS)):
+            for value in values:
+                if value not in known:
+                    raise ValueError(
+                        f"--{name} {value!r} is unknown{nearest(value, known)}; use {', '.join(known)}"
+                    )
+        if min(self.devices, self.batch, *self.windows, *self.contexts) < 1:
+            raise ValueError("--devices, --batch, --windows and --contexts must be 1 or more")
+
+    def _row(self, chip, page_size, context, window) -> dict:
+        """A method's step; window 0 is full attention."""
+        method = {0: "full", 1: "quest"}.get(window, "retro")
+        config = DecodeConfig(method, window=window or None, budget=self.budget, page_size=page_size)
+        parts = decode_step(SIZES[self.model], config, chip, context, self.devices, self.batch)
+        return {
+            "chip": chip.name,
+            "page_size": page_size,
+            "context": context,
+            "method": f"retro w={window}" if window > 1 else method,
+            "config": asdict(config),
+            "parts": [asdict(part) for part in parts],
+            "seconds": sum(part.layers * part.time for part in parts),
+        }
+
+
+def _of(row: dict, name: str) -> dict | None:
+    return next((part for part in row["parts"] if part["name"] == name), None)
+
+
+def _milliseconds(row: dict, name: str) -> str:
+    part = _of(row, name)
+    return "" if part is None else rounded(1e3 * part["layers"] * part["time"])
+
+
+def _binding(row: dict) -> str:
+    """What most of the step's time is bound by."""
+    seconds = {}
+    for part in row["parts"]:
+        seconds[part["binds"]] = seconds.get(part["binds"], 0.0) + part["layers"] * part["time"]
+    return max(seconds, key=seconds.get)
+
+
+def static_report(values: dict) -> str:
+    """Returns the results as Markdown: the steps, and sparse attention against its bandwidth time.
+
+    Args:
+      values: as in results.json.
+    """
+    steps, kernels = [], []
+    quest = {}
+    for row in values["rows"]:
+        place = row["chip"], row["page_size"], row["context"]
+        if row["config"]["method"] == "quest":
+            quest[place] = row
+        times = [_milliseconds(row, name) for name in PARTS]
+        steps.append([*map(str, place), row["method"], *times, rounded(1e3 * row["seconds"]), _binding(row)])
+        part = _of(row, "attention")
+        if part is not None:
+            over_quest = part["time"] / _of(quest[place], "attention")["time"]
+            kernels.append(
+                [
+                    *map(str, place),
+                    row["method"],
+                    f"{part['bytes'] / 1e6:.2f}",
+                    str(part["bundles"]),
+                    rounded(1e6 * part["memory"]),
+                    rounded(1e6 * part["time"]),
+                    f"{part['time'] / part['memory']:.2f}",
+                    f"{over_quest:.3f}",
+                    part["binds"],
+                ]
+            )
+    where = ["chip", "page", "context", "method"]
+    parts = [
+        f"# Predicted decode steps, {values['model']}",
+        f"bfloat16, budget {values['budget']}, batch {values['batch']}, devices that share "
+        f"the KV heads: {values['devices']}. Milliseconds a step in all layers, a lower bound from bytes and "
+        "compiled schedules: sums over devices, launches, stalls and small operations are not in it.",
+        markdown([*where, *PARTS, "step", "bound by"], steps),
+        "Attention of one sparse layer on one device: what it reads (MB), bundles that a TensorCore "
+        "issues, the time of its bytes at the bandwidth of HBM, and the predicted time with the latency "
+        "of the first copy (microseconds).",
+        markdown(
+            [*where, "MB", "bundles", "bytes us", "us", "us / bytes us", "/ Quest", "bound by"],
+            kernels,
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def static_pictures(values: dict) -> dict[str, bytes]:
+    """Draws the parts of every step, a panel per context and page size of a chip.
+
+    Args:
+      values: as in results.json.
+
+    Returns:
+      PNG files by name.
+    """
+    chips = list(dict.fromkeys((row["chip"], row["page_size"]) for row in values["rows"]))
+    panels = []
+    for context in dict.fromkeys(row["context"] for row in values["rows"]):
+        for chip, page_size in chips:
+            place = chip, page_size, context
+            rows = [row for row in values["rows"] if (row["chip"], row["page_size"], row["context"]) == place]
+            decode = [row["config"] for row in rows]
+            names = [f"w={c['window']}" if c["method"] == "retro" else c["method"] for c in decode]
+            heights = {
+                name: [
+                    1e3 * part["layers"] * part["time"] if (part := _of(row, name)) else 0.0 for row in rows
+                ]
+                for name in PARTS
+            }
+            title = f"{chip}, pages of {page_size}, {context / 1024:g}k tokens"
+            panels.append(Bars(names, heights, Scale("ms a step"), title))
+    notes = [
+        f"n = {counted(len(values['rows']), 'step')}, none measured: lower bounds from bytes and schedules",
+        f"bfloat16, budget {values['budget']}, batch {values['batch']}, devices {values['devices']}",
+        "w: window of RetroAttention",
+    ]
+    across = min(5, len(chips))
+    layout = Layout(across, across * max(1, 10 // across), panel=(3.0, 2.8))
+    title = f"{values['model']}: parts of a decode step, predicted"
+    return pictures("steps", panels, title, notes, layout)

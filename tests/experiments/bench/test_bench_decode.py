@@ -1,0 +1,139 @@
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import retro_jax.experiments.bench.decode
+from retro_jax.experiments.bench.decode import BenchDecode, agreement, results, speed_table, take_turns
+from retro_jax.experiments.bench.transformers_export import export
+from retro_jax.methods import METHODS
+from retro_jax.models import Model, ModelConfig, RopeScaling, random_params
+
+SHORT = ("--contexts", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32)
+
+
+class Clock:
+    """A contestant whose every step takes the same time."""
+
+    def __init__(self, name, milliseconds, turns):
+        self.name, self.milliseconds, self.turns = name, milliseconds, turns
+
+    def steps(self, count):
+        self.turns.append(self.name)
+        return [self.milliseconds] * count, [[0]] * count
+
+
+def test_contestants_take_turns_in_changing_order():
+    turns = []
+    contestants = [Clock(name, 1.0, turns) for name in "abc"]
+    milliseconds, tokens = take_turns(contestants, rounds=3, steps=2, progress=lambda *_: None)
+    assert "".join(turns) == "abc" + "abc" + "bca" + "cab"  # warm-up first
+    assert milliseconds["b"] == [[1.0, 1.0]] * 3
+    assert len(tokens["b"]) == 3 + 3 * 2
+
+
+def test_ratios_are_medians_over_rounds():
+    found = results({"a": [[2.0, 2.0, 90.0], [4.0, 4.0, 4.0]], "b": [[1.0, 1.0, 1.0], [4.0, 4.0, 80.0]]})
+    assert found["a"]["ms_per_step"] == 4.0
+    assert found["a"]["time_over"] == {"a": 1.0, "b": 1.5}  # rounds: 2/1 and 4/4
+    assert found["b"]["time_over"]["a"] == 0.75
+
+
+def test_agreement():
+    assert agreement([[1], [2], [3]], [[1], [2], [4]]) == 2
+    assert agreement([[1], [2]], [[1], [2]]) == 2
+
+
+def test_speed_table():
+    found = results({"full": [[10.0]], "retro": [[25.0]]})
+    found["full"]["kv_bytes"], found["retro"]["kv_bytes"] = 2.5e6, None
+    lines = speed_table(found, batch=2).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "2.50", "1.00", "0.40"]
+    assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "", "2.50", "1.00"]
+
+
+def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
+    out = tmp_path / "more" / "bench.json"
+    released = []
+    monkeypatch.setattr(retro_jax.experiments.bench.decode, "release", lambda: released.append(True))
+    flags = ("--methods", "full", "retro", "--windows", 2, "--page-size", 8, "--out", out)
+    values = json_command("bench", "decode", "random:tiny", *SHORT, *flags, "--contexts", 40, 80)
+    assert [measured["context"] for measured in values["contexts"]] == [40, 80]
+    assert len(released) == 2  # the programs of many contexts do not pile up
+    for measured in values["contexts"]:
+        assert list(measured["contestants"]) == ["full", "retro w=2"]
+        assert [len(turns) for turns in measured["milliseconds"].values()] == [2, 2]
+        assert all(row["ms_per_step"] > 0 for row in measured["contestants"].values())
+        assert measured["reference"] is None
+    short, long = (
+        {name: row["kv_bytes"] for name, row in measured["contestants"].items()}
+        for measured in values["contexts"]
+    )
+    # 4 layers, 2 KV heads of 16 channels, float32; after 40 + 3 + 4 tokens.
+    assert short["full"] == 47 * 4 * 2 * (2 * 16 * 4)
+    assert long["full"] == 87 * 4 * 2 * (2 * 16 * 4)
+    assert long["retro w=2"] < long["full"]
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    line = failure("bench", "decode", "random:tiny", *SHORT, "--out", out)
+    assert "is not overwritten" in line
+
+
+def test_all_methods_and_windows_can_take_turns():
+    names = BenchDecode(model="m", methods=tuple(METHODS), windows=(2, 8)).configurations()
+    assert list(names) == ["full", "quest", "retro w=2", "retro w=8", "streaming", "tova", "h2o", "snapkv"]
+    assert [config.slots for config in names.values()] == [1, 1, 2, 8, 1, 1, 1, 1]
+
+
+def test_bench_refuses(failure, tmp_path):
+    assert "must be 1 or more" in failure("bench", "decode", "random:tiny", "--steps", 0)
+    arguments = ("bench", "decode", "random:tiny", *SHORT, "--reference")
+    assert "name an interpreter" in failure(*arguments, tmp_path / "python")
+    assert "add full to --methods" in failure(*arguments, tmp_path / "python", "--methods", "quest")
+    assert "method 'best' is unknown" in failure("bench", "decode", "random:tiny", "--methods", "best")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script")
+def test_reference_that_fails_says_why(failure, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no torch' >&2\nexit 1\n")
+    python.chmod(0o755)
+    line = failure("bench", "decode", "random:tiny", *SHORT, "--reference", python)
+    assert "--reference failed: ModuleNotFoundError: no torch" in line
+
+
+def small(**features):
+    config = ModelConfig("small", 64, 2, 4, 2, 8, 32, 48, max_positions=128, **features)
+    return Model(config, random_params(config, jax.random.key(0)), None)
+
+
+def test_export_refuses_what_it_does_not_cover(tmp_path):
+    with pytest.raises(ValueError, match=r"scales its rotary embedding \(linear\)"):
+        export(small(rope_scaling=RopeScaling("linear", factor=2.0)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True, "tie_embeddings": True}]
+)
+def test_an_exported_model_is_read_back(tmp_path, features):
+    from retro_jax.models import load_model
+
+    model = small(**features)
+    export(model, tmp_path)
+    read = load_model(str(tmp_path))
+    assert read.config.qkv_bias == model.config.qkv_bias
+    for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(read.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_transformers_decode_the_same_tokens(json_command):
+    python = os.environ.get("RETRO_JAX_REFERENCE_PYTHON")
+    if not python or not Path(python).exists():
+        pytest.skip("RETRO_JAX_REFERENCE_PYTHON names no interpreter with torch and transformers")
+    values = json_command("bench", "decode", "random:tiny", *SHORT, "--reference", python)
+    (measured,) = values["contexts"]
+    assert measured["reference"].startswith("transformers ")
+    assert measured["reference_agrees_for_steps"] == 7

@@ -1,0 +1,47 @@
+"""A decode step ends on no chip in anything but kernels, or refusals in words that the log tells once."""
+
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dispatch
+from retro_jax import DecodeConfig, decode_step, init_state, models, preset
+from retro_jax.experiments.bench.kernel_pairs import CHIPS, Case, on_chip, refusals, scored_by, tables
+
+PAGE = Path("docs/kernels.md").read_text()
+
+
+@pytest.mark.parametrize("page_size", [8, 16])
+def test_every_way_to_select_is_taken_or_refused_on_a_hopper_gpu(page_size):
+    """Whole refusals are lines of the page."""
+    for fields in scored_by():
+        config = DecodeConfig(page_size=page_size, dense_layers=1, **fields)
+        for reason in refusals(Case(config), "H100, H200").values():
+            assert f"- {reason} (" in PAGE
+
+
+def test_the_page_has_all_tables_and_chips():
+    for title in tables():
+        assert f"## {title}" in PAGE
+    for chip in CHIPS:
+        assert chip in PAGE
+
+
+@pytest.mark.parametrize("chip", ["H100, H200", "v5e"])
+def test_a_whole_step_of_the_best_preset_with_residuals_logs_each_refusal_once(chip, caplog):
+    case = Case(preset("mean-key", residual_pages=8, dense_layers=1))
+    dispatch._warn_once.cache_clear()
+    model = case.model
+    state = jax.eval_shape(lambda: init_state(model, case.config, 1, case.capacity))
+    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((1,), jnp.int32)
+    with on_chip(chip), caplog.at_level(logging.WARNING):
+        jax.eval_shape(
+            lambda *args: decode_step(args[0], model, case.config, *args[1:]), params, state, tokens
+        )
+    expected = sorted(f"{reason}; using the XLA reference" for reason in refusals(case, chip).values())
+    assert len(expected) == 3
+    assert sorted(record.message for record in caplog.records) == expected

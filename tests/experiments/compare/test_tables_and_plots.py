@@ -1,0 +1,185 @@
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from retro_jax import DecodeConfig
+from retro_jax.experiments.compare.comparison import rows
+from retro_jax.experiments.compare.folder import Run
+from retro_jax.experiments.compare.pictures import sweep_pictures
+from retro_jax.experiments.compare.sweep import Sweep, order, quest_of, run_name
+from retro_jax.experiments.compare.tables import comparison_report, comparison_table
+from retro_jax.experiments.io.estimates import Estimate
+
+IDENTITY = {
+    "model": "m",
+    "dtype": "float32",
+    "texts": ["a", "b"],
+    "tokens": 640,
+    "prompt_tokens": 128,
+    "config": {"budget_floor": 256, "cache_tokens": None},
+}
+
+
+@pytest.fixture
+def runs():
+    """Full attention is noise; Quest is 0.2 above it, windows 2 and 4 are 0.15 and 0.1."""
+    rng = np.random.default_rng(0)
+    full = rng.normal(3.0, 1.0, size=(2, 512))
+    excess = {"full": 0.0, "quest": 0.2, 2: 0.15, 4: 0.1}
+    found = []
+    for config in Sweep((2, 4), (64,), sink_pages=(0, 1), no_overwrite=True).configurations(DecodeConfig()):
+        added = excess[config.method] if config.method != "retro" else excess[config.window]
+        exposure = np.array([np.nan]) if config.method == "full" else 1.0 + 0.1 * np.arange(config.slots)
+        nll = full + (added if config.overwrite else 0.2)
+        found.append(Run(run_name(config), config, nll, exposure, 4.0, 2.5e6, 1.0, {}))
+    return found
+
+
+def names(common=None, **values):
+    return [run_name(config) for config in Sweep(**values).configurations(common or DecodeConfig())]
+
+
+def test_configurations():
+    assert names(windows=(1, 8, 2, 2)) == ["full", "quest", "retro-w2", "retro-w8"]
+    with pytest.raises(ValueError, match="window 0 is below 1"):
+        names(windows=(0,))
+    with pytest.raises(ValueError, match="--page-sizes needs at least one value"):
+        names(page_sizes=())
+
+
+def test_configurations_of_other_methods_scores_and_evictions():
+    common = DecodeConfig(cache_tokens=512)
+    more = {"methods": ("tova", "snapkv"), "scores": ("bounds", "mean_key"), "evict": ("h2o",)}
+    assert names(common, **more) == [
+        "full",
+        "quest",
+        "retro-w4",
+        "quest-mean_key",
+        "retro-w4-mean_key",
+        "quest-evict_h2o",
+        "retro-w4-evict_h2o",
+        "quest-evict_h2o-mean_key",
+        "retro-w4-evict_h2o-mean_key",
+        "tova",
+        "snapkv",
+    ]
+    configs = Sweep(**more).configurations(common)
+    assert {config.kept_statistics for config in configs if config.score == "mean_key"} == {"mean_key"}
+    with pytest.raises(ValueError, match=r"--methods has 'quest'; use streaming, tova, h2o, snapkv"):
+        names(methods=("quest",))
+
+
+def test_a_sweep_runs_every_combination_and_full_attention_once():
+    swept = {"budgets": (256, 0.25), "page_sizes": (16, 32), "group_reduces": ("mean", "max")}
+    configs = Sweep(**swept, methods=("streaming",)).configurations(DecodeConfig(page_size=64))
+    assert len(configs) == 1 + 8 * 3 and len({run_name(config) for config in configs}) == len(configs)
+    assert {run_name(c) for c in configs} >= {"quest-b256", "retro-w4-b0.25-p32-max", "streaming-b0.25-max"}
+    last = next(config for config in configs if run_name(config) == "retro-w4-b256-p32-max")
+    assert (last.budget_tokens, last.page_size, last.group_reduce) == (256, 32, "max")
+    assert quest_of(last) in configs and quest_of(last).page_size == 32
+    in_order = sorted(configs, key=order)
+    assert in_order[0].method == "full"
+    assert [config.budget_tokens for config in in_order[1:]] == [256] * 12 + [None] * 12
+
+
+def test_runs_with_and_without_rectification_have_an_order():
+    configs = Sweep(rectify=(8, 1), evict=("h2o",)).configurations(DecodeConfig(cache_tokens=512))
+    in_order = sorted(reversed(configs), key=order)
+    assert in_order[0].method == "full"
+    assert [(c.evict, c.rectify_every) for c in in_order[1::2]] == [
+        (None, None),
+        (None, 1),
+        (None, 8),
+        ("h2o", None),
+    ]
+
+
+def test_rows_compare_with_the_quest_of_their_sink_pages(runs):
+    found = {row.run.name: row for row in rows(runs, [(128, 384), (384, 640)], 128)}
+    assert found["full"].excess == Estimate(0.0, 0.0)
+    assert found["full"].ratio is None
+    row = found["retro-w4-b64"]
+    assert row.excess.mean == pytest.approx(0.1)
+    assert [part.mean for part in row.by_position] == pytest.approx([0.1, 0.1])
+    assert row.ratio.mean == pytest.approx(0.5)
+    assert row.quest_difference == pytest.approx(0.1)
+    assert found["retro-w4-b64-sinks0-no_overwrite"].quest_difference == pytest.approx(0.0, abs=1e-12)
+
+
+def test_rows_of_one_text(runs):
+    one, two = (rows(runs, [(128, 640)], 128, text)[0].nll.mean for text in (0, 1))
+    assert one == pytest.approx(runs[0].nll[0].mean())
+    assert two == pytest.approx(runs[0].nll[1].mean())
+    assert one != two
+
+
+def test_comparison_table(runs):
+    lines = comparison_table(rows(runs, [(128, 640)], 128), [(128, 640)]).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    head = [
+        "method",
+        "w",
+        "sink pages",
+        "NLL",
+        "excess NLL",
+        "128-639",
+        "of Quest's",
+        "exposure",
+        "KV MB/step",
+    ]
+    assert cells[0] == head
+    assert cells[2][0:3] == ["full", "", ""]
+    assert [line[0:3] for line in cells[4:7]] == [
+        ["Retro", "2", "0"],
+        ["Retro", "4", "0"],
+        ["Retro (no overwriting)", "4", "0"],
+    ]
+    assert cells[5][4].startswith("0.1000")
+    assert cells[5][6].startswith("0.500")
+    assert cells[5][7:] == ["1.30", "2.50"]
+
+
+def test_report_has_every_text(runs):
+    report = comparison_report(IDENTITY, runs, 256)
+    assert "## a\n" in report
+    assert "## b\n" in report
+    assert "128-383" in report
+    assert "Settings: budget 64, page size 16, group reduce mean, budget_floor 256." in report
+    assert "In retro-w4-b64-no_overwrite no token's value differs from Quest's by more than" in report
+
+
+def curves(runs, setting, monkeypatch):
+    """What is drawn against a setting: panel titles, and each line's points by panel and name."""
+    titles, drawn = [], {}
+
+    def savefig(figure, *_, **__):
+        for panel in figure.axes:
+            titles.append(panel.get_title("left"))
+            for line in panel.get_lines():
+                if not line.get_label().startswith("_"):
+                    drawn[titles[-1], line.get_label()] = line.get_xydata().tolist()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    assert sweep_pictures(IDENTITY, runs, setting)
+    return titles, drawn
+
+
+def test_excess_against_budget(monkeypatch):
+    found = []
+    for config in Sweep((1, 4), (64, 128), sink_pages=(0, 1)).configurations(DecodeConfig()):
+        pages = 4.0 if config.budget_tokens == 64 else 8.0
+        nll = np.full((1, 256), 3.0 if config.method == "full" else 3.0 + 1 / pages / config.slots)
+        found.append(Run(run_name(config), config, nll, np.ones(1), pages, 1e6, 1.0, {}))
+    titles, drawn = curves(found[::-1], "budget", monkeypatch)
+    assert titles == ["sink pages 0", "sink pages 1"]
+    assert list(drawn) == [(title, name) for title in titles for name in ("Quest", "Retro, w = 4")]
+    assert drawn["sink pages 1", "Quest"] == [[64, 0.25], [128, 0.125]]
+    assert drawn["sink pages 0", "Retro, w = 4"] == [[64, 0.0625], [128, 0.03125]]
+    assert sweep_pictures(IDENTITY, found, "page size") == {}
+    assert sweep_pictures(IDENTITY, found, "window") == {}
+
+
+def test_excess_against_window(runs, monkeypatch):
+    _, drawn = curves(runs, "window", monkeypatch)
+    assert [x for x, _ in drawn["sink pages 0", "Retro"]] == [1, 2, 4]
+    assert [y for _, y in drawn["sink pages 0", "Retro"]] == pytest.approx([0.2, 0.15, 0.1])

@@ -1,0 +1,125 @@
+"""Predicted decode steps: what they are made of, from given schedules; and a real schedule of selection."""
+
+import json
+
+import pytest
+
+from pallas_kernels.tpu import CHIPS
+from retro_jax import DecodeConfig
+from retro_jax.experiments.cli import main
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu import model as tpu_model
+from retro_jax.experiments.tpu import selection as tpu_selection
+from retro_jax.experiments.tpu.schedule import Schedule, parse
+from retro_jax.experiments.tpu.selection import SelectionSchedule, measure
+from retro_jax.models.presets import SIZES
+
+MODEL = SIZES["llama3.1-8b"]
+SLOW = Schedule(block=3000, item=200, pages=32, spills=0)
+FAST = Schedule(block=10, item=2, pages=32, spills=0)
+SELECTION = SelectionSchedule(block=500, chunk=142, search_chunk=47, search_pass=63, places=362, once=365)
+
+
+@pytest.fixture
+def scheduled(monkeypatch):
+    """Schedules of a fast kernel for a window of 1 and a slow one beyond."""
+    monkeypatch.setattr(tpu_compiler, "installed", lambda: True)
+    monkeypatch.setattr(
+        tpu_model, "_schedule", lambda chip, size, dim, group, window, dense: FAST if window == 1 else SLOW
+    )
+    monkeypatch.setattr(tpu_model, "_selection", lambda chip, **_: SELECTION)
+
+
+def parts_of(config, **changes):
+    arguments = {"chip": CHIPS["v5e"], "context": 32768, "devices": 1, "batch": 1} | changes
+    return {part.name: part for part in tpu_model.decode_step(MODEL, config, **arguments)}
+
+
+def test_full_attention_reads_weights_and_the_whole_cache(scheduled):
+    parts = parts_of(DecodeConfig("full", page_size=32))
+    assert parts.keys() == {"weights", "dense attention", "update"}
+    assert parts["dense attention"].layers == MODEL.num_layers
+    assert parts["dense attention"].bytes == 32768 * 2 * 8 * 128 * 2
+    parameters = 8_030_261_248 - 128256 * 4096  # without the embedding
+    assert parts["weights"].bytes == pytest.approx(2 * parameters, rel=1e-6)
+    assert parts["weights"].time == pytest.approx(2 * parameters / 819e9, rel=1e-6)
+
+
+def test_sparse_attention_reads_its_budget_and_statistics(scheduled):
+    parts = parts_of(DecodeConfig("quest", page_size=32, budget=0.125))
+    pages = 32768 // 8 // 32
+    assert parts["attention"].bytes == pages * 32 * 2 * 8 * 128 * 2
+    assert parts["selection"].bytes == 1024 * 2 * 8 * 128 * 2
+    assert parts["attention"].layers == parts["selection"].layers == MODEL.num_layers - 2
+    assert parts["attention"].binds == "memory"
+    slow = parts_of(DecodeConfig("retro", window=4, page_size=32, budget=0.125))["attention"]
+    assert slow.bytes == parts["attention"].bytes
+    assert slow.binds == "issue"
+    assert slow.bundles == 8 * (pages // 32 * SLOW.block + SLOW.item)
+
+
+def test_devices_and_cores_share_the_heads(scheduled):
+    config = DecodeConfig("quest", page_size=32)
+    one, four = parts_of(config), parts_of(config, devices=4)
+    two_cores = parts_of(config, chip=CHIPS["v4"])
+    assert four["attention"].bytes * 4 == one["attention"].bytes == two_cores["attention"].bytes
+    assert four["weights"].bytes == one["weights"].bytes // 4
+    assert two_cores["attention"].bundles * 2 == one["attention"].bundles
+
+
+def test_the_command_writes_its_results_once(scheduled, tmp_path, capsys):
+    flags = ["bench", "tpu-static", "--chips", "v5e", "--contexts", "32768", "--out", str(tmp_path / "out")]
+    main(flags)
+    assert "| v5e" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["full", "quest", "retro w=2", "retro w=4", "retro w=8"]
+    assert [row["config"]["window"] for row in rows] == [None, 1, 2, 4, 8]
+    assert (tmp_path / "out" / "steps.png").read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        assert row["seconds"] == pytest.approx(sum(p["layers"] * p["time"] for p in row["parts"]))
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "is not overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chips", "v9"], "--chips 'v9' is unknown; use v4, v5e"),
+        (["--model", "gpt"], "--model 'gpt' is unknown"),
+        (["--devices", "3"], "8 KV heads of llama3.1-8b do not divide over 3 devices"),
+        (["--contexts", "1000"], "1000 tokens is not a multiple of pages of 16"),
+        (["--windows", "0"], "must be 1 or more"),
+    ],
+)
+def test_bad_flags_are_named(scheduled, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        main(["bench", "tpu-static", *flags])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_the_compiler_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(tpu_compiler, "installed", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["bench", "tpu-static"])
+    assert "pip install 'jax[tpu]'" in capsys.readouterr().err
+
+
+def test_the_longest_search_is_counted():
+    pages, selected = 4096, 600
+    expected = 365 + 4 * 142 + 11 * (63 + 4 * 47) + 5 * 362
+    assert SELECTION.choice(pages, selected) == expected
+
+
+def test_a_schedule_with_other_loops_is_refused():
+    with pytest.raises(RuntimeError, match="other loops than expected"):
+        measure(parse("   0x1 LB: > {}\n   0x2 LB: >> {}\n   0x3   :  {}\n"))
+
+
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test")
+@pytest.mark.timeout(240)
+def test_selection_has_the_loops_that_are_counted():
+    schedule = tpu_selection.selection("v5e", block=256, heads=8, group=4, dim=128)
+    assert min(vars(schedule).values()) > 0
+    choice = schedule.choice(8192, 1229) / CHIPS["v5e"].clock
+    assert 2e-6 < choice < 20e-6  # beside 41 us that the statistics of 8 heads take to arrive

@@ -1,0 +1,88 @@
+"""Counting of bundles, and what the attention kernel costs on each chip at the page size that suits it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.tpu import CHIPS
+from retro_jax.experiments.tpu import compiler as tpu_compiler
+from retro_jax.experiments.tpu import schedule as tpu_schedule
+from retro_jax.experiments.tpu.schedule import Schedule, measure, parse, predict
+
+SCHEDULE = """
+= control target key start
+LH: loop header
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %s2 = sadd.s32 1, %s1 }
+   0x2   : > { %9 = sbr.rel (%p1) target = $region9 }
+   0x3   : > {}
+   0x4   : > {}
+   0x5   : > {}
+   0x6   : > {}
+   0x7 LB: >> { %v1 = vmatmul.mubr.bf16 %v2 }
+   0x8   : >> { %s3 = sld [smem:[#allocation3]]  ;;  %1 = sst [smem:[#allocation7_spill]] %s3 }
+   0x9   : >> { %8 = sbr.rel (%p2) target = $region8 }
+   0xa   : >> {}
+   0xb   : >> {}
+   0xc   : >> {}
+   0xd   : >> {}
+   0xe   : >> { %4 = dma.done.wait %s4, 48 }
+   0xf LB: >>> { %v5 = vst [vmem:[%s5]] %v1 }
+  0x10   : >>> { %7 = sbr.rel (!%p3) target = $region7 }
+  0x11 PF: >> { %s6 = sadd.s32 1, %s3 } /* Start/End empty region 8 :: Start region 5 */
+  0x12   : >> { %6 = sbr.rel (!%p4) target = $region6 }
+  0x13 PF: > { %s7 = sadd.s32 1, %s2 } /* Start/End empty region 9 */
+  0x14   :  { %5 = sbr.rel (!%p5) target = $region5 }
+"""
+
+
+def test_bundles_of_a_block_and_of_an_item():
+    """Of the ten bundles of the loop over blocks one is issued once an item, beside seven around the loop."""
+    assert measure(parse(SCHEDULE), pages=4) == Schedule(block=9, item=8, pages=4, spills=1)
+
+
+def test_the_longer_of_issuing_and_reading_binds():
+    schedule = Schedule(block=100, item=50, pages=4, spills=0)
+    few = predict("v5e", schedule, pages=9, page_bytes=8, items=2)
+    assert few.issue == pytest.approx(2 * (3 * 100 + 50) / 1.5e9)
+    assert few.memory == pytest.approx(2 * 9 * 8 / 819e9)
+    assert few.time == few.issue + few.start
+    many = predict("v5e", schedule, pages=9, page_bytes=1 << 20, items=2)
+    assert many.time == many.memory + many.start
+
+
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test")
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("chip", "page_size"), [("v5e", 16), ("v6e", 32), ("tpu7x", 64)])
+def test_attention_is_bound_by_memory(chip, page_size):
+    """Llama-3.1-8B, 15% of 128k tokens: within 1.25 of the time to read, and a window of 4 costs nothing."""
+    pages = -(-131072 * 15 // 100 // page_size)
+    times = []
+    for window in (1, 4):
+        schedule = tpu_schedule.attention(chip, page_size, window)
+        prediction = predict(chip, schedule, pages, page_size * 512, items=8)
+        assert prediction.time < 1.25 * prediction.memory
+        times.append(prediction.time)
+    assert times[1] < 1.03 * times[0]
+
+
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test")
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_costs_are_those_that_were_committed(chip):
+    """A change that moves them writes them anew: python -m retro_jax.experiments.tpu.schedule costs."""
+    committed = json.loads(Path(__file__).with_name("tpu_costs.json").read_text())
+    assert tpu_schedule.costs(chip) == committed[chip]
+
+
+def test_a_compiler_that_fails_is_reported():
+    with pytest.raises(RuntimeError, match=r"no schedule of retro_attention by .*page_size.*"):
+        tpu_schedule.dump(
+            "retro_jax.experiments.tpu.schedule:compile_attention",
+            "retro_attention",
+            chip="v5e",
+            page_size=8,
+            window=1,
+            context=1024,
+        )
