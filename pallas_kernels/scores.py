@@ -49,6 +49,31 @@ each head's scores become attention weights, see `attention_weights`."""
 def register_score(score: PageScore) -> None:
     """Makes a score of pages known by its name, here and to `DecodeConfig`.
 
+    A statistic of three vectors, and a score of the page's bound or of twice its mean key's logit:
+
+        import jax.numpy as jnp
+        import retro_jax as rj
+        from pallas_kernels import HIGHEST, LOWEST, MEAN, PageScore, PageStatistic, PageVector
+
+        def bound_or_mean(q, vectors):
+            low, high, mean = jnp.moveaxis(vectors, -2, 0)
+            def dot(q, keys):
+                return jnp.einsum("...gd,...pd->...gp", q, keys)
+            bound = dot(jnp.minimum(q, 0), low) + dot(jnp.maximum(q, 0), high)
+            return jnp.maximum(bound, 2 * dot(q, mean))
+
+        parts = PageVector(LOWEST), PageVector(HIGHEST), PageVector(MEAN)
+        rj.register_statistic(PageStatistic("bounds_mean", parts))
+        rj.register_score(PageScore("bound_or_mean", ("bounds_mean",), function=bound_or_mean))
+        config = rj.DecodeConfig(score="bound_or_mean", budget_tokens=128)
+
+    A name means its score for the rest of the process, as compiled programs are told apart by it. Of several
+    processes that share a mesh, each registers it. A test that is to leave nothing behind registers within
+    `unittest.mock.patch.dict` of `SCORES` and `STATISTICS`, under names of its own.
+
+    Args:
+      score: whose name is `DecodeConfig.score` from now on.
+
     Raises:
       ValueError: the name is taken; it reads no statistic or an unknown one; it has not just one of
         `coefficients` and `function`, or that one makes arrays of other shapes or dtypes.

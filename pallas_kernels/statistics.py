@@ -159,6 +159,8 @@ STATISTICS: Mapping[str, PageStatistic] = {}
 def register_statistic(statistic: PageStatistic) -> None:
     """Makes a kind of page statistic known by its name, here and to `DecodeConfig`.
 
+    See `pallas_kernels.register_score` for an example.
+
     Args:
       statistic: of any number of vectors. Kernels compute one or two of keys while they write; the others,
         and those of 8 bits, run through the reference.

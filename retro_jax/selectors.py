@@ -66,8 +66,23 @@ def _random(rules, layer, query, allowed):
     return jnp.vectorize(number)(query.positions[:, None, None], jnp.arange(K)[:, None], jnp.arange(P))
 
 
-SELECTORS: Mapping[str, Selector] = {
-    **{score: _by_statistics(score) for score in SCORES},
+_OF_KEYS = {
     "oracle": Selector(statistics=(), scores=_oracle, vectors=lambda page_size: page_size),
     "random": Selector(statistics=(), scores=_random, vectors=lambda page_size: 0),
 }
+
+
+class _Selectors(Mapping):
+    """Those of page statistics, registered ones included, and the others."""
+
+    def __getitem__(self, score):
+        return _OF_KEYS[score] if score in _OF_KEYS else _by_statistics(score)
+
+    def __iter__(self):
+        return iter((*SCORES, *_OF_KEYS))
+
+    def __len__(self):
+        return len(SCORES) + len(_OF_KEYS)
+
+
+SELECTORS: Mapping[str, Selector] = _Selectors()
