@@ -20,7 +20,7 @@ from pallas_kernels.attention.reference import fold_rows, unfold_rows
 from pallas_kernels.attention.tpu.blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
 from pallas_kernels.attention.tpu.page_stream import PageStream
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import operation
+from pallas_kernels.operation import before_launch, operation
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 MAX_ROWS = 128
@@ -116,6 +116,7 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
     vmem = vmem_bytes(blocks, S, D, pages.dtype.itemsize, rows, cached is not None)
     smem = smem_bytes(blocks, B, W, K, P, None if selection is None else capacity)
     check_memory(name, target, vmem=vmem, smem=smem)
+    before_launch()
     cores = target.cores if B * K % target.cores == 0 else 1
     steps = B * K // cores
 

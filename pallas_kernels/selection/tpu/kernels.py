@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.operation import check_supported, operation
+from pallas_kernels.operation import before_launch, check_supported, operation
 from pallas_kernels.scores import GROUP_REDUCE, SCORES, check_kernel
 from pallas_kernels.selection.tpu.choice import CHUNK, choose, scratch_of
 from pallas_kernels.statistics import Statistics
@@ -60,6 +60,7 @@ def select_pages(
         + 2 * (_bytes((SUBLANES, places), jnp.int32) + _bytes((heads * N // K, D), q.dtype)),
         smem=8 * B + 4096,
     )
+    before_launch()
 
     newest = positions // page_size
     counts = jnp.minimum(budgets, newest + 1)

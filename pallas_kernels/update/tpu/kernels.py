@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import operation
+from pallas_kernels.operation import before_launch, operation
 from pallas_kernels.statistics import STATISTICS, PageStatistic, Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
@@ -57,6 +57,7 @@ def update_pages(
     together = _sequences_per_step(B, sequence_bytes, target)
     smem = 4 * (SUBLANES * _padded(B, LANES) + _padded(B, SUBLANES) * _padded(T, LANES))
     check_memory("update_pages", target, vmem=together * sequence_bytes, smem=smem)
+    before_launch()
 
     positions = start[:, None] + jnp.arange(T)
     end = jnp.max(jnp.where(write, positions + 1, 0), axis=1)
