@@ -237,6 +237,14 @@ def random_page_ids(
 
 
 def _attention(case: Case, dims: Dimensions, implementation, sets: int, calls: int, seed: int):
+    attend = partial(retro_attention, implementation=implementation)
+    return attention_calls(case, dims, attend, sets, calls, seed)
+
+
+def attention_calls(
+    case: Case, dims: Dimensions, attend: Callable[..., Any], sets: int, calls: int, seed: int
+) -> Callable[[int], Any]:
+    """As `prepare`, for a case of attention by a function with the arguments of `retro_attention`."""
     B, K, W, P = case.batch, dims.kv_heads, case.window, case.pages(dims)
     rng, keys = np.random.default_rng(seed), random_keys(seed)
     pages = [_pages(next(keys), case, dims) for _ in range(sets)]
@@ -251,7 +259,7 @@ def _attention(case: Case, dims: Dimensions, implementation, sets: int, calls: i
     last_loaded = [jnp.array(start) for _ in range(calls)]
     cached_o = normal(next(keys), (B, W - 1, dims.heads, dims.head_dim), "float32")
     cached_lse = normal(next(keys), (B, W - 1, dims.heads), "float32")
-    step = jax.jit(partial(retro_attention, implementation=implementation), donate_argnums=4)
+    step = jax.jit(attend, donate_argnums=4)
 
     def call(index: int):
         turn = index % sets

@@ -61,3 +61,9 @@ def test_the_nearest_tuned_entry_is_taken(tuned):
     assert choose(128, 16, batch=8, num_pages=2048) == blocks.Blocks(2, 4, 4)
     assert choose(64, 16, capacity=256).stages == 6
     assert choose(128, 32, capacity=256).stages not in (2, 6)  # no entry: the rule
+
+
+def test_a_given_cut_is_taken_instead_of_a_tuned_one(tuned):
+    tuned(entry(16, 2048, 2))
+    q, pages = jnp.zeros((1, 4, 32, 128), jnp.bfloat16), jnp.zeros((1, 8, 64, 2, 16, 128), jnp.bfloat16)
+    assert blocks.choose_blocks(q, pages, 64, (8, 3, 1, 2)) == blocks.Blocks(8, 3, 8, warpgroups=1)
