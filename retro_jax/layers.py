@@ -116,7 +116,7 @@ def dense_layer(
     if cache.kept is None:
         o = dense_attention(q, pages, positions, implementation=implementation)
     else:
-        o = attend_pages(q, pages, positions, cache.kept.alive)
+        o = attend_pages(q, pages, positions, cache.kept.alive, implementation=implementation)
         if config.eviction.observe:
             cache = cache.replace(kept=config.eviction.observe(_rules(config, cache), cache, q, positions))
     x = transformer.attention_output(layer, x, o)
@@ -248,6 +248,7 @@ def settle(
             settled,
             block_pages=config.residual_pages,
             count=-(-tokens // size),
+            implementation=config.implementation,
         )
     )
 

@@ -41,6 +41,7 @@ def _by_statistics(score: str) -> Selector:
             page_size=rules.page_size,
             score=score,
             group_reduce=rules.group_reduce,
+            implementation=rules.implementation,
         )
 
     return Selector(SCORES[score].statistics, scores, lambda page_size: 0)
@@ -49,7 +50,12 @@ def _by_statistics(score: str) -> Selector:
 def _oracle(rules, layer, query, allowed):
     """The attention that the newest query would give to each page if it saw all of them."""
     return attention_mass(
-        query.q[:, None], layer.pages, query.positions[:, None], allowed, group_reduce=rules.group_reduce
+        query.q[:, None],
+        layer.pages,
+        query.positions[:, None],
+        allowed,
+        group_reduce=rules.group_reduce,
+        implementation=rules.implementation,
     )
 
 

@@ -30,6 +30,7 @@ from pallas_kernels import (
     refresh_statistics,
     retro_attention,
     select_pages,
+    settle_blocks,
     update_pages,
 )
 from pallas_kernels.operation import Accepted, only_asked
@@ -144,6 +145,8 @@ def _operations(case: Case) -> Iterator[tuple[str, Call]]:
     arrays = q, sparse.pages, ids, counts, sparse.last_loaded, integers(B, W), *outputs
     yield "attention", _call(retro_attention, *arrays)
     if config.residual_pages:
+        arrays = sparse.block_values, sparse.pages, integers(B), integers(B)
+        yield "block values", _call(settle_blocks, *arrays, block_pages=config.residual_pages, count=1)
         arrays = q, sparse.statistics, sparse.block_values, sparse.last_loaded, integers(B, W), integers(B)
         sizes = {"page_size": config.page_size, "block_pages": config.residual_pages}
         yield "estimates", _call(attend_estimates, *arrays, **sizes)

@@ -111,3 +111,28 @@ def choose_pages(
         capacity=capacity,
         sink_pages=sink_pages,
     )
+
+
+def page_scores(
+    q: Float[Array, "B N D"],
+    statistics: Statistics,
+    positions: Int[Array, " B"],
+    *,
+    page_size: int,
+    score: str,
+    group_reduce: str,
+    implementation: str | None = None,
+) -> Float[Array, "B K P"]:
+    """The score of every page for the newest query, from its statistics; see `select_pages`."""
+    return dispatch(
+        "page_scores",
+        implementation,
+        {"xla": reference.page_scores},
+        (by_sequence(1, 1, None), *by_sequence(1)),
+        q,
+        statistics,
+        positions,
+        page_size=page_size,
+        score=score,
+        group_reduce=group_reduce,
+    )

@@ -40,7 +40,7 @@ def page_scores(
     score: str,
     group_reduce: str,
 ) -> Float[Array, "B K P"]:
-    """The score of every page for the newest query, from its statistics; see `select_pages`."""
+    """See `pallas_kernels.selection.api.page_scores`."""
     B, N, D = q.shape
     K, P = statistics.values.shape[1:3]
     scores = SCORES[score].compute(q.reshape(B, K, N // K, D), statistics)

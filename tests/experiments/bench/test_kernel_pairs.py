@@ -32,5 +32,5 @@ def test_a_whole_step_of_the_best_preset_with_residuals_logs_each_refusal_once(c
             lambda *args: decode_step(args[0], model, case.config, *args[1:]), params, state, tokens
         )
     expected = sorted(f"{reason}; using the XLA reference" for reason in refusals(case, chip).values())
-    assert len(expected) == 3
+    assert len(expected) == 4
     assert sorted(record.message for record in caplog.records) == expected
