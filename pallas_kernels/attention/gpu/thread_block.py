@@ -52,9 +52,13 @@ class ThreadBlock:
     """
 
     def __init__(self, refs: tuple, blocks: Blocks, dense: bool, interpret: bool):
+        # Arguments: q[B, W, K, G, D], pages[B, K, P * 2 * S, D], positions[B, W]; page_ids[B, K, C],
+        # counts[B, K], last_loaded[B, K, P].
         self.q, self.pages, self.positions, *refs = refs
         if not dense:
             self.ids, self.counts, self.last_loaded, *refs = refs
+        # Outputs: o[B, K, splits, R8, D], lse[B, K, splits, 64]. Scratch: three tiles of queries and outputs
+        # [64, D], stages[stages, 2 * pages * S, D], maxima and sums[2, 64].
         self.o, self.lse, self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *barriers = refs
         self.q_loaded, self.q_ready, self.ready, self.free, self.other_done = barriers
         self.blocks, self.dense, self.interpret = blocks, dense, interpret

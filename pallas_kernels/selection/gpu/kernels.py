@@ -103,7 +103,17 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
     coefficients = SCORES[score].coefficients
     stages = _stages(group, Z, D)
 
-    def body(q_ref, statistics_ref, positions_ref, scores_ref, q_smem, c_smem, s_smem, q_ready, ready):
+    def body(
+        q_ref,  # [B, K, G, D]
+        statistics_ref,  # [B, K, P, Z * D]
+        positions_ref,  # [B]
+        scores_ref,  # [B, K, tiles, 64]
+        q_smem,  # [heads, D]
+        c_smem,  # [heads, Z * D]: coefficients
+        s_smem,  # [stages, 64, Z * D]
+        q_ready,
+        ready,
+    ):
         b, head, part = (lax.axis_index(axis) for axis in ("sequence", "head", "part"))
         newest = _page_of(positions_ref[b], page_size)
         mine = lax.div(tiles - 1 - part, jnp.int32(parts)) + 1
@@ -182,7 +192,16 @@ def _choose(scores, positions, budgets, page_size, capacity, sink_pages, parts, 
     layout = plgpu.Layout.WG_STRIDED((chunk, TILE_ROWS), vec_size=4)
     share = -(-tiles // parts)
 
-    def body(scores_ref, positions_ref, budgets_ref, ids_ref, counts_ref, scores_smem, warps_smem, ready):
+    def body(
+        scores_ref,  # [B, K, tiles, 64]
+        positions_ref,  # [B], as budgets
+        budgets_ref,
+        ids_ref,  # [B, K, C]
+        counts_ref,  # [B, K]
+        scores_smem,  # [tiles, 64]
+        warps_smem,  # [4]
+        ready,
+    ):
         b, head, part = (lax.axis_index(axis) for axis in ("sequence", "head", "part"))
         for start in range(0, tiles, 256):
             here = pl.ds(start, min(256, tiles - start))

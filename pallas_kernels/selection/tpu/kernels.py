@@ -67,7 +67,17 @@ def select_pages(
     # One vector per page: pages become the rows, which is how XLA lays the array out.
     operand = statistics if Z == 2 else statistics.reshape(B, K, P, D)
 
-    def body(newest_ref, counts_ref, q_ref, statistics_ref, ids_ref, keys_ref, *refs):
+    def body(
+        newest_ref,  # [B]
+        counts_ref,  # [B]
+        q_ref,  # [1, 1, heads * G, D]
+        statistics_ref,  # [1, heads, block, 2, D], or of one vector [1, heads, block, D]
+        ids_ref,  # [1, 1, heads, places]
+        keys_ref,  # [tiles * 8, 128], as chosen and upto
+        chosen_ref,
+        upto_ref,
+        ranks_ref,  # [heads, 128, tiles]
+    ):
         b, step = pl.program_id(0), pl.program_id(2)
         first = step * block
 
@@ -85,7 +95,8 @@ def select_pages(
 
         @pl.when(step == pl.num_programs(2) - 1)
         def _():
-            choose(ids_ref.at[0, 0], keys_ref, *refs, newest_ref[b], counts_ref[b], heads, sink_pages)
+            scratch_refs = keys_ref, chosen_ref, upto_ref, ranks_ref
+            choose(ids_ref.at[0, 0], *scratch_refs, newest_ref[b], counts_ref[b], heads, sink_pages)
 
     def statistics_block(b, group, step, newest_ref, _):
         step = jnp.minimum(step, lax.div(jnp.maximum(newest_ref[b], 0), jnp.int32(block)))
