@@ -138,7 +138,7 @@ def _merge(o, lse, cached_o, cached_lse, shape, interpret):
         return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
     def body(o_ref, lse_ref, *refs):
-        # o[B, K, splits, R8, D], lse[B, K, splits, 64]; cached and merged ones [B, slots, N, D], [B, slots, N].
+        # o[B, K, splits, R8, D], lse[B, K, splits, 64]; cached and merged: [B, slots, N, D], [B, slots, N].
         if cached:
             cached_o_ref, cached_lse_ref, *refs = refs
         merged_ref, merged_lse_ref = refs
