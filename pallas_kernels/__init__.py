@@ -1,9 +1,10 @@
 """The operations of a decode step on pages of keys and values.
 
 Each folder is one operation: `api.py` holds the public function, which checks its arguments and
-dispatches; `reference.py` its definition in plain `jnp`, which is also the CPU path. A kernel for an
-accelerator lies beside them under the name of its backend and is right when it equals the reference.
-Callers see only the functions below; nothing here knows of models or decode loops.
+dispatches; `reference.py` its definition in plain `jnp`, which is also the CPU path. The kernels for a kind
+of chip lie below them in `gpu/` or `tpu/`, which know nothing of each other, and are right when they equal
+the reference; facts about chips are in `gpu.py` and `tpu.py` here. Callers see only the functions below;
+nothing here knows of models or decode loops.
 
 Axes: B batch, T tokens, W window slots, N query heads, K KV heads, G = N/K, D head_dim, P pages of the
 cache, C selected pages (static capacity), S page_size, Z vectors per page of the statistics.
@@ -13,6 +14,7 @@ together, so one copy brings both. Layers are separate arrays: a kernel aliases 
 and updates it in place, which a slice of a stacked cache would not allow.
 """
 
+from pallas_kernels import metadata  # noqa: F401  (makes its statistics and scores known)
 from pallas_kernels.attention import (
     attend_estimates,
     attend_pages,
@@ -25,17 +27,35 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
 from pallas_kernels.layout import KEYS, VALUES, pages_for
-from pallas_kernels.selection import GROUP_REDUCE, SCORES, choose_pages, page_scores, select_pages
-from pallas_kernels.statistics import STATISTICS, Statistics
+from pallas_kernels.scores import GROUP_REDUCE, SCORES, PageScore, register_score
+from pallas_kernels.selection import choose_pages, page_scores, select_pages
+from pallas_kernels.statistics import (
+    HIGHEST,
+    LOWEST,
+    MEAN,
+    STATISTICS,
+    Fold,
+    PageStatistic,
+    PageVector,
+    Statistics,
+    register_statistic,
+)
 from pallas_kernels.update import refresh_statistics, update_pages
 
 __all__ = [
     "GROUP_REDUCE",
+    "HIGHEST",
     "IMPLEMENTATIONS",
     "KEYS",
+    "LOWEST",
+    "MEAN",
     "SCORES",
     "STATISTICS",
     "VALUES",
+    "Fold",
+    "PageScore",
+    "PageStatistic",
+    "PageVector",
     "Statistics",
     "attend_estimates",
     "attend_pages",
@@ -47,6 +67,8 @@ __all__ = [
     "page_scores",
     "pages_for",
     "refresh_statistics",
+    "register_score",
+    "register_statistic",
     "retro_attention",
     "select_pages",
     "selected_mass",

@@ -2,11 +2,35 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_only_asked = ContextVar("only_asked", default=False)
+
+
+class Accepted(Exception):
+    """Raised in place of its launch by a kernel that was only asked whether it takes its arguments."""
+
+
+@contextmanager
+def only_asked() -> Iterator[None]:
+    """A context in which no kernel is traced: it refuses its arguments as ever, or raises `Accepted`."""
+    token = _only_asked.set(True)
+    try:
+        yield
+    finally:
+        _only_asked.reset(token)
+
+
+def before_launch() -> None:
+    """What a kernel calls when it has refused what it does not take."""
+    if _only_asked.get():
+        raise Accepted
 
 
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,3 +75,9 @@ def check_supported(kernel: str, **values: tuple[Any, tuple]) -> None:
             raise NotImplementedError(
                 f"{name} {say(value)} has no {kernel} kernel ({', '.join(map(say, supported))})"
             )
+
+
+def check_registered(what: str, name: str, known: Mapping[str, Any]) -> None:
+    """Raises ValueError if something's name is taken by another, or is none."""
+    if not name or name in known:
+        raise ValueError(f"{what} has a name that is taken or empty; choose another than {', '.join(known)}")

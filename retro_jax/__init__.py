@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pallas_kernels import register_score, register_statistic
     from retro_jax.config import DecodeConfig, preset
     from retro_jax.decode import Decoded, decode, teacher_force
     from retro_jax.drafts import Acceptance, VerifiedMetrics
@@ -61,6 +62,8 @@ __all__ = [
     "prefill",
     "preset",
     "register_method",
+    "register_score",
+    "register_statistic",
     "score",
     "shard_params",
     "shard_state",
@@ -70,6 +73,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "pallas_kernels": ("register_score", "register_statistic"),
     "retro_jax.models": ("Model", "load_model"),
     "retro_jax.config": ("DecodeConfig", "preset"),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),

@@ -104,7 +104,6 @@ def dense_layer(
         v,
         start,
         valid,
-        kind=config.kept_statistics or "min_max",
         implementation=implementation,
     )
     cache = cache.replace(pages=pages, statistics=statistics)
@@ -117,7 +116,7 @@ def dense_layer(
     if cache.kept is None:
         o = dense_attention(q, pages, positions, implementation=implementation)
     else:
-        o = attend_pages(q, pages, positions, cache.kept.alive)
+        o = attend_pages(q, pages, positions, cache.kept.alive, implementation=implementation)
         if config.eviction.observe:
             cache = cache.replace(kept=config.eviction.observe(_rules(config, cache), cache, q, positions))
     x = transformer.attention_output(layer, x, o)
@@ -164,7 +163,6 @@ def sparse_layer(
         v,
         slots.start,
         write,
-        kind=config.kept_statistics or "min_max",
         implementation=config.implementation,
     )
     cache = cache.replace(pages=pages, statistics=statistics)
@@ -250,6 +248,7 @@ def settle(
             settled,
             block_pages=config.residual_pages,
             count=-(-tokens // size),
+            implementation=config.implementation,
         )
     )
 

@@ -41,6 +41,7 @@ def _by_statistics(score: str) -> Selector:
             page_size=rules.page_size,
             score=score,
             group_reduce=rules.group_reduce,
+            implementation=rules.implementation,
         )
 
     return Selector(SCORES[score].statistics, scores, lambda page_size: 0)
@@ -49,7 +50,12 @@ def _by_statistics(score: str) -> Selector:
 def _oracle(rules, layer, query, allowed):
     """The attention that the newest query would give to each page if it saw all of them."""
     return attention_mass(
-        query.q[:, None], layer.pages, query.positions[:, None], allowed, group_reduce=rules.group_reduce
+        query.q[:, None],
+        layer.pages,
+        query.positions[:, None],
+        allowed,
+        group_reduce=rules.group_reduce,
+        implementation=rules.implementation,
     )
 
 
@@ -66,8 +72,23 @@ def _random(rules, layer, query, allowed):
     return jnp.vectorize(number)(query.positions[:, None, None], jnp.arange(K)[:, None], jnp.arange(P))
 
 
-SELECTORS: Mapping[str, Selector] = {
-    **{score: _by_statistics(score) for score in SCORES},
+_OF_KEYS = {
     "oracle": Selector(statistics=(), scores=_oracle, vectors=lambda page_size: page_size),
     "random": Selector(statistics=(), scores=_random, vectors=lambda page_size: 0),
 }
+
+
+class _Selectors(Mapping):
+    """Those of page statistics, registered ones included, and the others."""
+
+    def __getitem__(self, score):
+        return _OF_KEYS[score] if score in _OF_KEYS else _by_statistics(score)
+
+    def __iter__(self):
+        return iter((*SCORES, *_OF_KEYS))
+
+    def __len__(self):
+        return len(SCORES) + len(_OF_KEYS)
+
+
+SELECTORS: Mapping[str, Selector] = _Selectors()

@@ -309,7 +309,6 @@ def _keep_in_layer(
             cache.pages,
             start,
             jnp.arange(rows) < counts[:, None],
-            kind=config.kept_statistics,
             implementation="xla",  # of the few pages that hold these tokens
         )
         cache = cache.replace(statistics=statistics)

@@ -27,11 +27,10 @@ from retro_jax import models
 
 OPTIMIZED = (
     "test_bench_decode",
-    "test_cuda_compile",
+    "test_compile",
+    "test_compile_selection",
     "test_one_compilation",
     "test_smollm2",
-    "test_tpu_compile",
-    "test_tpu_compile_selection",
     "test_tpu_step",
 )
 """Modules that look at what was compiled, time it, or run it for long."""

@@ -15,6 +15,14 @@ PLANTED = {
     "nothing else imports experiments": ("retro_jax/sizes.py", "retro_jax.experiments.machine.devices"),
     "rooms of experiments": ("experiments/tasks/base.py", "retro_jax.experiments.bench.device_time"),
     "no circles": ("experiments/machine/devices.py", "retro_jax.experiments.machine.memory"),
+    "the kernels of one kind of chip know nothing of another's": (
+        "pallas_kernels/attention/tpu/kernels.py",
+        "pallas_kernels.attention.gpu.blocks",
+    ),
+    "of an operation only its api imports kernels": (
+        "pallas_kernels/selection/reference.py",
+        "pallas_kernels.update.gpu.kernels",
+    ),
 }
 """An import that breaks each contract: the file, and what it must not import."""
 

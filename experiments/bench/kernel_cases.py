@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import (
     SCORES,
     STATISTICS,
+    Statistics,
     dense_attention,
     pages_for,
     retro_attention,
@@ -236,6 +237,14 @@ def random_page_ids(
 
 
 def _attention(case: Case, dims: Dimensions, implementation, sets: int, calls: int, seed: int):
+    attend = partial(retro_attention, implementation=implementation)
+    return attention_calls(case, dims, attend, sets, calls, seed)
+
+
+def attention_calls(
+    case: Case, dims: Dimensions, attend: Callable[..., Any], sets: int, calls: int, seed: int
+) -> Callable[[int], Any]:
+    """As `prepare`, for a case of attention by a function with the arguments of `retro_attention`."""
     B, K, W, P = case.batch, dims.kv_heads, case.window, case.pages(dims)
     rng, keys = np.random.default_rng(seed), random_keys(seed)
     pages = [_pages(next(keys), case, dims) for _ in range(sets)]
@@ -250,7 +259,7 @@ def _attention(case: Case, dims: Dimensions, implementation, sets: int, calls: i
     last_loaded = [jnp.array(start) for _ in range(calls)]
     cached_o = normal(next(keys), (B, W - 1, dims.heads, dims.head_dim), "float32")
     cached_lse = normal(next(keys), (B, W - 1, dims.heads), "float32")
-    step = jax.jit(partial(retro_attention, implementation=implementation), donate_argnums=4)
+    step = jax.jit(attend, donate_argnums=4)
 
     def call(index: int):
         turn = index % sets
@@ -301,9 +310,7 @@ def _update(case: Case, dims: Dimensions, implementation, sets: int, calls: int,
     room = case.pages(dims) - pages_for(case.tokens + dims.page_size - 1, dims.page_size) + 1
     order = np.resize(rng.permutation(room), (calls, case.batch))
     starts = [jnp.asarray(pages * dims.page_size + case.first_token(dims), jnp.int32) for pages in order]
-    step = jax.jit(
-        partial(update_pages, kind=UPDATED_STATISTICS, implementation=implementation), donate_argnums=(0, 1)
-    )
+    step = jax.jit(partial(update_pages, implementation=implementation), donate_argnums=(0, 1))
 
     def call(index: int):
         turn = index % sets
@@ -322,10 +329,10 @@ def _queries(key: Array, case: Case, dims: Dimensions) -> Float[Array, "B W N D"
     return normal(key, (case.batch, case.window, dims.heads, dims.head_dim), dims.dtype)
 
 
-def _statistics(key: Array, case: Case, dims: Dimensions, kind: str) -> Float[Array, "B K P Z D"]:
+def _statistics(key: Array, case: Case, dims: Dimensions, kind: str) -> Statistics:
     vectors = STATISTICS[kind].vectors
     values = normal(key, (case.batch, dims.kv_heads, case.pages(dims), vectors, dims.head_dim), dims.dtype)
     if kind != "min_max":
-        return values
+        return Statistics(values, kind=kind)
     signs = jnp.array([-1, 1], dims.dtype)[:, None]  # the lower bound first
-    return jnp.abs(values) * signs
+    return Statistics(jnp.abs(values) * signs, kind=kind)

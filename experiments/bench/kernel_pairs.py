@@ -2,7 +2,7 @@
 
     python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md
 
-Each operation that a configuration asks for is traced for each chip, as a decode step would trace it there: a
+Each operation that a configuration asks for is asked for on each chip, as a decode step would ask there: a
 kernel takes it, or refuses it with the reason that the log shows.
 """
 
@@ -22,14 +22,18 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels import (
     GROUP_REDUCE,
     SCORES,
+    STATISTICS,
     attend_estimates,
     choose_pages,
     dense_attention,
     kernels_of_device,
+    refresh_statistics,
     retro_attention,
     select_pages,
+    settle_blocks,
     update_pages,
 )
+from pallas_kernels.operation import Accepted, only_asked
 from retro_jax import DecodeConfig, init_state
 from retro_jax.budget import most_pages
 from retro_jax.experiments.io.tables import markdown
@@ -95,8 +99,13 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], tuple[tuple[str, Hashable], ..
 """A function, its arguments as shapes, its keyword arguments."""
 
 
-def operations(case: Case) -> Iterator[tuple[str, Call]]:
+@functools.cache
+def operations(case: Case) -> tuple[tuple[str, Call], ...]:
     """The operations of one decode step of a case, by what they do."""
+    return tuple(_operations(case))
+
+
+def _operations(case: Case) -> Iterator[tuple[str, Call]]:
     config, model = case.config, case.model
     dense, sparse = jax.eval_shape(
         functools.partial(init_state, model, config, case.batch, case.capacity)
@@ -112,13 +121,17 @@ def operations(case: Case) -> Iterator[tuple[str, Call]]:
         return shape(*sizes, dtype=jnp.int32)
 
     def update(layer, tokens):
+        """Statistics that kernels do not compute while they write are an operation of their own."""
+        write, kept = (integers(B), shape(B, tokens, dtype=bool)), layer.statistics
         k = v = shape(B, tokens, K, D)
-        arrays = layer.pages, layer.statistics, k, v, integers(B), shape(B, tokens, dtype=bool)
-        return _call(update_pages, *arrays, kind=config.kept_statistics or "min_max")
+        fused = kept is not None and STATISTICS[kept.kind].fused
+        yield "update", _call(update_pages, layer.pages, kept if fused else None, k, v, *write)
+        if kept is not None and not fused:
+            yield "update", _call(refresh_statistics, kept, layer.pages, *write)
 
-    yield "update", update(dense, 1)
+    yield from update(dense, 1)
     yield "dense attention", _call(dense_attention, shape(B, 1, N, D), dense.pages, integers(B, 1))
-    yield "update", update(sparse, W)
+    yield from update(sparse, W)
     places = {"page_size": config.page_size, "capacity": capacity, "sink_pages": config.sink_pages}
     if config.score in SCORES:
         query = shape(B, N, D), sparse.statistics, integers(B), integers(B)
@@ -132,6 +145,8 @@ def operations(case: Case) -> Iterator[tuple[str, Call]]:
     arrays = q, sparse.pages, ids, counts, sparse.last_loaded, integers(B, W), *outputs
     yield "attention", _call(retro_attention, *arrays)
     if config.residual_pages:
+        arrays = sparse.block_values, sparse.pages, integers(B), integers(B)
+        yield "block values", _call(settle_blocks, *arrays, block_pages=config.residual_pages, count=1)
         arrays = q, sparse.statistics, sparse.block_values, sparse.last_loaded, integers(B, W), integers(B)
         sizes = {"page_size": config.page_size, "block_pages": config.residual_pages}
         yield "estimates", _call(attend_estimates, *arrays, **sizes)
@@ -148,11 +163,12 @@ def on_chip(chip: str) -> Any:
 
 def refusals(case: Case, chip: str) -> dict[str, str]:
     """What of a decode step runs through XLA on a chip, and why: reasons by what the operation does."""
-    return {
-        name: reason
-        for name, call in operations(case)
-        if (reason := _refusal(chip, *_hashable(call))) is not None
-    }
+    found: dict[str, str] = {}
+    for name, call in operations(case):
+        reason = _refusal(chip, *_hashable(call))
+        if reason is not None:
+            found.setdefault(name, reason)
+    return found
 
 
 def _hashable(call: Call) -> tuple:
@@ -164,13 +180,15 @@ def _hashable(call: Call) -> tuple:
 @functools.cache
 def _refusal(chip, function, leaves, structure, options) -> str | None:
     arrays = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    with on_chip(chip):
-        traced = functools.partial(function, implementation=kernels_of_device(), **dict(options))
+    with on_chip(chip), only_asked():
+        asked = functools.partial(function, implementation=kernels_of_device(), **dict(options))
         try:
-            jax.eval_shape(traced, *arrays)
+            jax.eval_shape(asked, *arrays)
+        except Accepted:
+            return None
         except NotImplementedError as error:
             return str(error.__cause__ or error).partition(" (xla);")[0]
-    return None
+    raise AssertionError(f"{function.__name__} neither took its arguments nor refused them")
 
 
 def scored_by() -> Iterator[dict[str, Any]]:
@@ -249,8 +267,8 @@ def page() -> str:
 
 _HEAD = f"""# Which kernels a decode step runs through
 
-Written by `python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md`, which traces every
-operation of every row for every chip, without one. A cell names what runs through XLA there, and why is told
+Written by `python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md`, which asks for every
+operation of every row on every chip, without one. A cell names what runs through XLA there, and why is told
 once in the log; "-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA
 always. Of 8-bit statistics, "update" is the statistics alone: the kernel writes the pages. Where a table does
 not say otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in bfloat16, head_dim 128, 4 query

@@ -1,4 +1,4 @@
-"""Measures how attention is best cut on this chip, for `pallas_kernels/attention/tuned.json`.
+"""Measures how attention is best cut on this chip, for `pallas_kernels/attention/gpu/tuned.json`.
 
     python -m retro_jax.experiments.bench.tune_kernels --out tuned.json
 
@@ -6,25 +6,22 @@ Every candidate that fits is timed on every case; the fastest of each head_dim, 
 """
 
 import itertools
-import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import tyro
 
 from pallas_kernels import kernels_of_device
-from pallas_kernels.attention import blocks
-from pallas_kernels.hopper import TILE_ROWS, chip
+from pallas_kernels.attention.gpu import blocks, kernels
+from pallas_kernels.gpu import TILE_ROWS, chip
 from retro_jax.experiments.bench.device_time import device_time
 from retro_jax.experiments.bench.kernel_cases import (
     Case,
     Dimensions,
+    attention_calls,
     device_memory,
     parse_case,
-    prepare,
     sets_for,
 )
 from retro_jax.experiments.io.files import write_json
@@ -66,22 +63,17 @@ class Tune:
             print(f"{dim} {page_size} {text}: {best} {microseconds:.1f} us", file=sys.stderr, flush=True)
         write_json(self.out, {"entries": entries, "provenance": provenance()})
 
-    def _time(self, case: Case, dims: Dimensions, cut: tuple[int, int, int, int]) -> float:
-        with tempfile.TemporaryDirectory(prefix="retro-jax-tune-") as folder:
-            tuned, blocks.TUNED = blocks.TUNED, Path(folder) / "tuned.json"
-            blocks.TUNED.write_text(json.dumps({"entries": [_entry(case, dims, cut)]}))
-            blocks._entries.cache_clear()
-            jax.clear_caches()  # an operation that was traced keeps the sizes that it was traced with
-            try:
-                sets = sets_for(case.rotated(dims), case.footprint(dims), self.calls + 3, device_memory())
-                call = prepare(case, dims, "mosaic_gpu", sets, self.calls + 3, seed=0)
-                return device_time(call, self.calls, warm_up=3).busy_us
-            finally:
-                blocks.TUNED = tuned
-                blocks._entries.cache_clear()
+    def _time(self, case: Case, dims: Dimensions, cut: blocks.Cut) -> float:
+        def attend(q, pages, page_ids, *rest):
+            sizes = blocks.choose_blocks(q, pages, page_ids.shape[-1], cut)
+            return kernels.retro_attention(q, pages, page_ids, *rest, blocks=sizes)
+
+        sets = sets_for(case.rotated(dims), case.footprint(dims), self.calls + 3, device_memory())
+        call = attention_calls(case, dims, attend, sets, self.calls + 3, seed=0)
+        return device_time(call, self.calls, warm_up=3).busy_us
 
 
-def candidates(head_dim: int, page_size: int) -> list[tuple[int, int, int, int]]:
+def candidates(head_dim: int, page_size: int) -> list[blocks.Cut]:
     """Returns pages of a stage, stages, computing warpgroups and waves that fit the shared memory.
 
     Args:
@@ -101,7 +93,7 @@ def candidates(head_dim: int, page_size: int) -> list[tuple[int, int, int, int]]
     return found
 
 
-def _entry(case: Case, dims: Dimensions, cut: tuple[int, int, int, int]) -> dict:
+def _entry(case: Case, dims: Dimensions, cut: blocks.Cut) -> dict:
     pages, stages, warpgroups, waves = cut
     return {
         "chip": chip(),

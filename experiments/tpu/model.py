@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.tpu_blocks import LATENCY, choose_blocks
-from pallas_kernels.selection.mosaic_tpu import heads_per_step, pages_per_block
+from pallas_kernels.attention.tpu.blocks import LATENCY, choose_blocks
+from pallas_kernels.selection.tpu.kernels import heads_per_step, pages_per_block
 from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.tpu import CHIPS, Chip
 from retro_jax import DecodeConfig, models
@@ -63,7 +63,7 @@ def _schedule(chip: str, page_size: int, head_dim: int, group: int, window: int,
 
 def compile_dense(chip: str, page_size: int, head_dim: int, group: int, kv_heads: int = 8) -> None:
     """Compiles dense attention of one sequence for a chip, in bfloat16."""
-    from pallas_kernels.attention.mosaic_tpu import dense_attention
+    from pallas_kernels.attention.tpu.kernels import dense_attention
 
     P = _SCHEDULED_CONTEXT // page_size
     tpu_compiler.compile_for(

@@ -155,8 +155,8 @@ def compile_attention(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.attention.mosaic_tpu import retro_attention
-    from pallas_kernels.attention.tpu_blocks import Blocks
+    from pallas_kernels.attention.tpu.blocks import Blocks
+    from pallas_kernels.attention.tpu.kernels import retro_attention
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -181,7 +181,7 @@ def compile_attention(
 @functools.cache
 def attention(chip: str, page_size: int, window: int, context: int = 32768, **arguments) -> Schedule:
     """The schedule of retrospective attention; arguments as those of `compile_attention`."""
-    from pallas_kernels.attention.tpu_blocks import choose_blocks
+    from pallas_kernels.attention.tpu.blocks import choose_blocks
 
     arguments = {"chip": chip, "page_size": page_size, "window": window, "context": context, **arguments}
     bundles = dump("retro_jax.experiments.tpu.schedule:compile_attention", "retro_attention", **arguments)
@@ -206,7 +206,7 @@ class Prediction:
 
 def predict(chip: str, schedule: Schedule, pages: int, page_bytes: int, items: int) -> Prediction:
     """The time of attention to `pages` pages of each of `items` items on one core of a chip."""
-    from pallas_kernels.attention.tpu_blocks import LATENCY
+    from pallas_kernels.attention.tpu.blocks import LATENCY
 
     blocks = -(-pages // schedule.pages)
     issue = items * (blocks * schedule.block + schedule.item) / CHIPS[chip].clock
@@ -215,7 +215,7 @@ def predict(chip: str, schedule: Schedule, pages: int, page_bytes: int, items: i
 
 def costs(chip: str) -> dict:
     """What attention of a window of 4 costs at a chip's own page size: bundles, and bytes of memory."""
-    from pallas_kernels.attention.tpu_blocks import choose_blocks, vmem_bytes
+    from pallas_kernels.attention.tpu.blocks import choose_blocks, vmem_bytes
 
     page_size, window, context, group, head_dim = CHIPS[chip].page_size, 4, 32768, 4, 128
     schedule = attention(chip, page_size, window)

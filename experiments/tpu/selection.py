@@ -99,7 +99,8 @@ def compile_selection(chip: str, block: int, heads: int, group: int, dim: int) -
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.selection.mosaic_tpu import select_pages
+    from pallas_kernels import Statistics
+    from pallas_kernels.selection.tpu.kernels import select_pages
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -114,7 +115,7 @@ def compile_selection(chip: str, block: int, heads: int, group: int, dim: int) -
         block=block,
     )
     position = shape(1, dtype=jnp.int32)
-    statistics = shape(1, heads, _PAGES, 2, dim)
+    statistics = Statistics(shape(1, heads, _PAGES, 2, dim))
     tpu_compiler.compile_for(chip, select, shape(1, heads * group, dim), statistics, position, position)
 
 

@@ -1,9 +1,12 @@
 """Public functions of attention over pages."""
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.attention import mass, reference, residual
+from pallas_kernels.attention.gpu import kernels as mosaic_gpu
+from pallas_kernels.attention.tpu import kernels as mosaic_tpu
 from pallas_kernels.dispatch import by_sequence, dispatch
+from pallas_kernels.statistics import Statistics
 
 
 def retro_attention(
@@ -105,4 +108,179 @@ def dense_attention(
         q,
         pages,
         positions,
+    )
+
+
+def attend_pages(
+    q: Float[Array, "B T N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    positions: Int[Array, "B T"],
+    allowed: Bool[Array, "B K P"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "B T N D"]:
+    """Dense attention, or causal attention over the `allowed` pages only.
+
+    Runs block by block up to the last position in use, so that the cost follows the context and not the
+    capacity of the cache.
+    """
+    return dispatch(
+        "attend_pages",
+        implementation,
+        {"xla": reference.attend_pages},
+        (by_sequence(2, 1, None, 1), *by_sequence(2)),
+        q,
+        pages,
+        positions,
+        allowed,
+    )
+
+
+def attention_mass(
+    q: Float[Array, "B T N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    positions: Int[Array, "B T"],
+    allowed: Bool[Array, "B K P"],
+    *,
+    group_reduce: str,
+    implementation: str | None = None,
+) -> Float[Array, "B K P"]:
+    """The attention that T queries give to each page, summed over the queries; reads every key.
+
+    Runs block by block, twice: for the queries' log-sum-exp, then for their weights. Nothing of the size of
+    T times the context is ever in memory.
+
+    Args:
+      q: queries, rotary embedding applied.
+      pages: keys and values of one layer; what lies beyond a query's position may hold anything.
+      positions: each query's position; a query at -1 gives nothing.
+      allowed: pages that may be attended to; the others get 0.
+      group_reduce: name in `GROUP_REDUCE`.
+      implementation: see `pallas_kernels.dispatch`.
+    """
+    return dispatch(
+        "attention_mass",
+        implementation,
+        {"xla": mass.attention_mass},
+        (by_sequence(2, 1, None, 1), *by_sequence(1)),
+        q,
+        pages,
+        positions,
+        allowed,
+        group_reduce=group_reduce,
+    )
+
+
+def selected_mass(
+    q: Float[Array, "B N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    page_ids: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    positions: Int[Array, " B"],
+    *,
+    group_reduce: str,
+    implementation: str | None = None,
+) -> Float[Array, "B K P"]:
+    """The attention that the newest query gives to each of the selected pages, which alone are read.
+
+    Args:
+      q: the newest query of every head, rotary embedding applied.
+      pages: keys and values of one layer.
+      page_ids: the selected pages, as `retro_attention` takes them.
+      counts: how many there are; the mass of all others is 0.
+      positions: the newest position.
+      group_reduce: name in `GROUP_REDUCE`.
+      implementation: see `pallas_kernels.dispatch`.
+    """
+    return dispatch(
+        "selected_mass",
+        implementation,
+        {"xla": mass.selected_mass},
+        (by_sequence(1, 1, 1, 1, None), *by_sequence(1)),
+        q,
+        pages,
+        page_ids,
+        counts,
+        positions,
+        group_reduce=group_reduce,
+    )
+
+
+def settle_blocks(
+    block_values: Float[Array, "B K blocks D"],
+    pages: Float[Array, "B K P 2 S D"],
+    first: Int[Array, " B"],
+    settled: Int[Array, " B"],
+    *,
+    block_pages: int,
+    count: int,
+    implementation: str | None = None,
+) -> Float[Array, "B K blocks D"]:
+    """The mean values of blocks, computed from their pages where they have settled.
+
+    Args:
+      block_values: one mean value for every `block_pages` pages; unsettled ones have no meaning.
+      pages: keys and values of one layer.
+      first: the block of this token position is the first to look at; may be negative.
+      settled: tokens that will not change again.
+      block_pages: pages in a block.
+      count: blocks to look at.
+      implementation: see `pallas_kernels.dispatch`.
+    """
+    return dispatch(
+        "settle_blocks",
+        implementation,
+        {"xla": residual.settle_blocks},
+        (by_sequence(1, 1, None, None), *by_sequence(1)),
+        block_values,
+        pages,
+        first,
+        settled,
+        block_pages=block_pages,
+        count=count,
+    )
+
+
+def attend_estimates(
+    q: Float[Array, "B W N D"],
+    statistics: Statistics,
+    block_values: Float[Array, "B K blocks D"],
+    last_loaded: Int[Array, "B K P"],
+    positions: Int[Array, "B W"],
+    settled: Int[Array, " B"],
+    *,
+    page_size: int,
+    block_pages: int,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B W N D"], Float[Array, "B W N"]]:
+    """Attention to the estimates of all pages in settled blocks that are not in a slot's union.
+
+    Args:
+      q: queries of the window's slots, oldest first, rotary embedding applied.
+      statistics: mean keys.
+      block_values: see `settle_blocks`.
+      last_loaded: the position whose step loaded the page last, this step's loads included: a page is in the
+        union of the slot at position p if it was loaded at p or later.
+      positions: each slot's position, -1 for a slot without a query.
+      settled: tokens older than every query of the window.
+      page_size: S.
+      block_pages: pages in a block.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      o and lse, as `retro_attention` returns them: 0 and -inf where there is nothing to estimate.
+    """
+    return dispatch(
+        "attend_estimates",
+        implementation,
+        {"xla": residual.attend_estimates},
+        (by_sequence(2, 1, 1, 1, None, None), by_sequence(2, 2)),
+        q,
+        statistics,
+        block_values,
+        last_loaded,
+        positions,
+        settled,
+        page_size=page_size,
+        block_pages=block_pages,
     )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.reference import fold_rows, tokens_of_pages
 from pallas_kernels.layout import KEYS
-from pallas_kernels.selection.scores import GROUP_REDUCE
+from pallas_kernels.scores import GROUP_REDUCE
 
 _BLOCK_TOKENS = 1024
 
@@ -24,18 +24,7 @@ def attention_mass(
     *,
     group_reduce: str,
 ) -> Float[Array, "B K P"]:
-    """The attention that T queries give to each page, summed over the queries; reads every key.
-
-    Runs block by block, twice: for the queries' log-sum-exp, then for their weights. Nothing of the size of
-    T times the context is ever in memory.
-
-    Args:
-      q: queries, rotary embedding applied.
-      pages: keys and values of one layer; what lies beyond a query's position may hold anything.
-      positions: each query's position; a query at -1 gives nothing.
-      allowed: pages that may be attended to; the others get 0.
-      group_reduce: name in `GROUP_REDUCE`.
-    """
+    """See `pallas_kernels.attention.api.attention_mass`."""
     (B, T, N, _), (K, P, _, S, _) = q.shape, pages.shape[1:]
     block = min(max(_BLOCK_TOKENS // S, 1), P)
     rows = fold_rows(q, K)
@@ -76,16 +65,7 @@ def selected_mass(
     *,
     group_reduce: str,
 ) -> Float[Array, "B K P"]:
-    """The attention that the newest query gives to each of the selected pages, which alone are read.
-
-    Args:
-      q: the newest query of every head, rotary embedding applied.
-      pages: keys and values of one layer.
-      page_ids: the selected pages, as `retro_attention` takes them.
-      counts: how many there are; the mass of all others is 0.
-      positions: the newest position.
-      group_reduce: name in `GROUP_REDUCE`.
-    """
+    """See `pallas_kernels.attention.api.selected_mass`."""
     (B, N, D), (K, P, _, S, _) = q.shape, pages.shape[1:]
     C = page_ids.shape[2]
     ids = jnp.clip(page_ids, 0, P - 1)

@@ -125,11 +125,7 @@ def attend_pages(
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"] | None = None,
 ) -> Float[Array, "B T N D"]:
-    """Dense attention, or causal attention over the `allowed` pages only.
-
-    Runs block by block up to the last position in use, so that the cost follows the context and not the
-    capacity of the cache.
-    """
+    """See `pallas_kernels.attention.api.attend_pages`."""
     B, T, N, _ = q.shape
     K, P, _, S, D = pages.shape[1:]
     block = min(max(_BLOCK_TOKENS // S, 1), P)

@@ -24,9 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.reference import attend, fold_rows, rows_of_slots, unfold_rows
-from pallas_kernels.dispatch import by_sequence, dispatch
 from pallas_kernels.layout import VALUES
-from pallas_kernels.statistics import Quantized, Statistics
+from pallas_kernels.statistics import Statistics
 
 
 def settle_blocks(
@@ -38,16 +37,7 @@ def settle_blocks(
     block_pages: int,
     count: int,
 ) -> Float[Array, "B K blocks D"]:
-    """The mean values of blocks, computed from their pages where they have settled.
-
-    Args:
-      block_values: one mean value for every `block_pages` pages; unsettled ones have no meaning.
-      pages: keys and values of one layer.
-      first: the block of this token position is the first to look at; may be negative.
-      settled: tokens that will not change again.
-      block_pages: pages in a block.
-      count: blocks to look at.
-    """
+    """See `pallas_kernels.attention.api.settle_blocks`."""
     B, _, blocks, _ = block_values.shape
     S = pages.shape[4]
     size = block_pages * S
@@ -70,55 +60,16 @@ def attend_estimates(
     *,
     page_size: int,
     block_pages: int,
-    implementation: str | None = None,
 ) -> tuple[Float[Array, "B W N D"], Float[Array, "B W N"]]:
-    """Attention to the estimates of all pages in settled blocks that are not in a slot's union.
-
-    Args:
-      q: queries of the window's slots, oldest first, rotary embedding applied.
-      statistics: mean keys.
-      block_values: see `settle_blocks`.
-      last_loaded: the position whose step loaded the page last, this step's loads included: a page is in the
-        union of the slot at position p if it was loaded at p or later.
-      positions: each slot's position, -1 for a slot without a query.
-      settled: tokens older than every query of the window.
-      page_size: S.
-      block_pages: pages in a block.
-      implementation: see `pallas_kernels.dispatch`.
-
-    Returns:
-      o and lse, as `retro_attention` returns them: 0 and -inf where there is nothing to estimate.
-    """
-    return dispatch(
-        "attend_estimates",
-        implementation,
-        {"xla": _attend_estimates},
-        (by_sequence(2, 1, 1, 1, None, None), by_sequence(2, 2)),
-        q,
-        statistics,
-        block_values,
-        last_loaded,
-        positions,
-        settled,
-        page_size=page_size,
-        block_pages=block_pages,
-    )
-
-
-def _attend_estimates(
-    q, statistics, block_values, last_loaded, positions, settled, *, page_size, block_pages
-):
+    """See `pallas_kernels.attention.api.attend_estimates`."""
     W, N = q.shape[1:3]
     K, P = last_loaded.shape[1:]
-    if isinstance(statistics, Quantized):
-        statistics = statistics.at_float32()
-
     slot = positions[:, None, :, None]  # [B, 1, W, 1]
     complete = settled // (block_pages * page_size) * block_pages
     missed = (last_loaded[:, :, None] < slot) & (jnp.arange(P) < complete[:, None, None, None])
     o, lse = attend(
         fold_rows(q, K),
-        statistics[:, :, :, 0],
+        statistics.at_float32()[:, :, :, 0],
         jnp.repeat(block_values, block_pages, axis=2)[:, :, :P],
         rows_of_slots(missed, N // K),
     )

@@ -1,7 +1,5 @@
 """Which pages the newest query loads."""
 
-from pallas_kernels.selection.api import choose_pages, select_pages
-from pallas_kernels.selection.reference import page_scores
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
+from pallas_kernels.selection.api import choose_pages, page_scores, select_pages
 
-__all__ = ["GROUP_REDUCE", "SCORES", "choose_pages", "page_scores", "select_pages"]
+__all__ = ["choose_pages", "page_scores", "select_pages"]

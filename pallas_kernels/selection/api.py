@@ -1,12 +1,13 @@
 """Public functions of page selection."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
-from pallas_kernels.selection import mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
-from pallas_kernels.statistics import STATISTICS, Statistics
+from pallas_kernels.scores import GROUP_REDUCE, SCORES
+from pallas_kernels.selection import reference
+from pallas_kernels.selection.gpu import kernels as mosaic_gpu
+from pallas_kernels.selection.tpu import kernels as mosaic_tpu
+from pallas_kernels.statistics import Statistics, statistic_of
 
 
 def select_pages(
@@ -52,13 +53,14 @@ def select_pages(
         raise ValueError(f"score {score!r} is unknown; use one of {', '.join(SCORES)}")
     if group_reduce not in GROUP_REDUCE:
         raise ValueError(f"group_reduce {group_reduce!r} is unknown; use one of {', '.join(GROUP_REDUCE)}")
-    kv_heads, pages, vectors = jax.tree.leaves(statistics)[0].shape[1:4]
+    kind = statistic_of(statistics).name
+    kv_heads, pages = statistics.values.shape[1:3]
     if q.shape[1] % kv_heads:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {kv_heads} KV heads")
     readable = SCORES[score].statistics
-    if vectors not in [STATISTICS[kind].vectors for kind in readable]:
+    if kind not in readable:
         raise ValueError(
-            f"{vectors} vectors per page were given; score {score!r} reads {' or '.join(readable)} statistics"
+            f"{kind!r} statistics were given; score {score!r} reads {' or '.join(readable)} statistics"
         )
     if not 1 <= capacity <= pages:
         raise ValueError(f"capacity {capacity} is not within 1..{pages}, the pages of the cache")
@@ -108,4 +110,29 @@ def choose_pages(
         page_size=page_size,
         capacity=capacity,
         sink_pages=sink_pages,
+    )
+
+
+def page_scores(
+    q: Float[Array, "B N D"],
+    statistics: Statistics,
+    positions: Int[Array, " B"],
+    *,
+    page_size: int,
+    score: str,
+    group_reduce: str,
+    implementation: str | None = None,
+) -> Float[Array, "B K P"]:
+    """The score of every page for the newest query, from its statistics; see `select_pages`."""
+    return dispatch(
+        "page_scores",
+        implementation,
+        {"xla": reference.page_scores},
+        (by_sequence(1, 1, None), *by_sequence(1)),
+        q,
+        statistics,
+        positions,
+        page_size=page_size,
+        score=score,
+        group_reduce=group_reduce,
     )

@@ -1,11 +1,10 @@
 """Page selection in plain `jnp`: the definition, and the path on the CPU."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES, attention_weights
+from pallas_kernels.scores import GROUP_REDUCE, SCORES, attention_weights
 from pallas_kernels.statistics import Statistics
 
 
@@ -41,9 +40,9 @@ def page_scores(
     score: str,
     group_reduce: str,
 ) -> Float[Array, "B K P"]:
-    """The score of every page for the newest query, from its statistics; see `select_pages`."""
+    """See `pallas_kernels.selection.api.page_scores`."""
     B, N, D = q.shape
-    K, P = jax.tree.leaves(statistics)[0].shape[1:3]
+    K, P = statistics.values.shape[1:3]
     scores = SCORES[score].compute(q.reshape(B, K, N // K, D), statistics)
     if group_reduce == "mass":
         before = jnp.arange(P) < (positions // page_size)[:, None, None, None]

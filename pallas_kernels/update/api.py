@@ -1,14 +1,12 @@
 """Public functions of the page update."""
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch
-from pallas_kernels.statistics import STATISTICS, Quantized, Statistics
-from pallas_kernels.update import mosaic_gpu, mosaic_tpu, reference
-
-FUSED = ("min_max", "mean_key")
-"""Statistics that kernels compute while they write. Those of other kinds follow in a pass of their own."""
+from pallas_kernels.statistics import Statistics, statistic_of
+from pallas_kernels.update import reference
+from pallas_kernels.update.gpu import kernels as mosaic_gpu
+from pallas_kernels.update.tpu import kernels as mosaic_tpu
 
 
 def update_pages(
@@ -19,7 +17,6 @@ def update_pages(
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     *,
-    kind: str = "min_max",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
     """Write keys and values of T consecutive positions, over what was there.
@@ -35,27 +32,18 @@ def update_pages(
       start: position of the first of the T tokens; may be negative where the first ones are not written.
       write: which of them to write. A sequence without any is left as it is. The last one written must
         be the last token of the sequence.
-      kind: name in `STATISTICS`; without statistics it does not matter.
       implementation: see `pallas_kernels.dispatch`.
 
     Returns:
       The new pages and statistics.
 
     Raises:
-      ValueError: unknown kind, or statistics of another number of vectors.
+      TypeError: `statistics` are no `Statistics`.
+      ValueError: they are of an unknown kind, or have arrays of another kind.
     """
-    if kind not in STATISTICS:
-        raise ValueError(f"statistics {kind!r} are unknown; use one of {', '.join(STATISTICS)}")
-    vectors = STATISTICS[kind].vectors if statistics is None else jax.tree.leaves(statistics)[0].shape[3]
-    if vectors != STATISTICS[kind].vectors:
-        raise ValueError(f"{vectors} vectors per page were given; {kind!r} has {STATISTICS[kind].vectors}")
-    if statistics is not None and isinstance(statistics, Quantized) != STATISTICS[kind].quantized:
-        raise ValueError(f"{type(statistics).__name__} statistics were given for {kind!r}")
-    if statistics is not None and kind not in FUSED:
-        pages, _ = update_pages(pages, None, k, v, start, write, kind=kind, implementation=implementation)
-        return pages, refresh_statistics(
-            statistics, pages, start, write, kind=kind, implementation=implementation
-        )
+    if statistics is not None and not statistic_of(statistics).fused:
+        pages, _ = update_pages(pages, None, k, v, start, write, implementation=implementation)
+        return pages, refresh_statistics(statistics, pages, start, write, implementation=implementation)
     return dispatch(
         "update_pages",
         implementation,
@@ -71,7 +59,6 @@ def update_pages(
         v,
         start,
         write,
-        kind=kind,
     )
 
 
@@ -81,7 +68,6 @@ def refresh_statistics(
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     *,
-    kind: str,
     implementation: str | None = None,
 ) -> Statistics:
     """The statistics of every page that a write touched, computed anew from the page.
@@ -93,11 +79,10 @@ def refresh_statistics(
       pages: its keys and values, those that were written included.
       start: position of the first of the T tokens; may be negative where the first ones are not written.
       write: which of them were written. A sequence without any is left as it is.
-      kind: name in `STATISTICS`.
       implementation: see `pallas_kernels.dispatch`.
     """
     return dispatch(
-        f"refresh_statistics of {kind!r}",
+        f"refresh_statistics of {statistic_of(statistics).name!r}",
         implementation,
         {"xla": reference.refresh_statistics},
         (by_sequence(1, 1, None, None), *by_sequence(1)),
@@ -105,5 +90,4 @@ def refresh_statistics(
         pages,
         start,
         write,
-        kind=kind,
     )

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.layout import KEYS
-from pallas_kernels.statistics import STATISTICS, Statistics, quantize
+from pallas_kernels.statistics import STATISTICS, Statistics
 
 
 def update_pages(
@@ -15,8 +14,6 @@ def update_pages(
     v: Float[Array, "B T K D"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
-    *,
-    kind: str,
 ) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
     """See `pallas_kernels.update.api.update_pages`."""
     B, T = write.shape
@@ -27,7 +24,7 @@ def update_pages(
     entry = jnp.stack([k, v], axis=3).astype(pages.dtype)
     pages = pages.at[sequence, :, page, :, position % S].set(entry, mode="drop")
     if statistics is not None:
-        statistics = refresh_statistics(statistics, pages, start, write, kind=kind)
+        statistics = refresh_statistics(statistics, pages, start, write)
     return pages, statistics
 
 
@@ -36,8 +33,6 @@ def refresh_statistics(
     pages: Float[Array, "B K P 2 S D"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
-    *,
-    kind: str,
 ) -> Statistics:
     """The statistics of the pages that a write touched, computed anew from the pages; see `update_pages`."""
     B, T = write.shape
@@ -46,11 +41,10 @@ def refresh_statistics(
     position = start[:, None] + jnp.arange(T)
     end = jnp.max(jnp.where(write, position + 1, 0), axis=1)[:, None]
     touched = start[:, None] // S + jnp.arange((T + S - 2) // S + 1)
-    keys = pages[sequence, :, jnp.clip(touched, 0, P - 1), KEYS]  # [B, touched, K, S, D]
+    read = pages[sequence, :, jnp.clip(touched, 0, P - 1)]  # [B, touched, K, 2, S, D]
     valid = touched[..., None] * S + jnp.arange(S) < end[..., None]
-    fresh = STATISTICS[kind].compute(keys, jnp.broadcast_to(valid[:, :, None], keys.shape[:-1]))
-    if STATISTICS[kind].quantized:
-        fresh = quantize(fresh)
+    statistic = STATISTICS[statistics.kind]
+    fresh = statistic.keep(statistic.compute(read, jnp.broadcast_to(valid[:, :, None], (*read.shape[:3], S))))
     touched = jnp.where((touched >= 0) & (touched * S < end), touched, P)
     return jax.tree.map(
         lambda kept, new: kept.at[sequence, :, touched].set(new, mode="drop"), statistics, fresh

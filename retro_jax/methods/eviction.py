@@ -86,7 +86,13 @@ def remember(
     if eviction.attended is None:
         return kept
     mass = selected_mass(
-        query.q, layer.pages, page_ids, counts, query.positions, group_reduce=rules.group_reduce
+        query.q,
+        layer.pages,
+        page_ids,
+        counts,
+        query.positions,
+        group_reduce=rules.group_reduce,
+        implementation=rules.implementation,
     )
     loaded = members(page_ids, counts, kept.alive.shape[2])
     return kept.replace(mass=jnp.where(loaded, eviction.attended(kept.mass, mass), kept.mass))

@@ -25,7 +25,8 @@ def heavy_or_recent(rules, kept, query, limits):
 
 def observe(rules, layer, q, positions):
     """Adds the attention that all queries of the prompt give."""
-    mass = attention_mass(q, layer.pages, positions, layer.kept.alive, group_reduce=rules.group_reduce)
+    by = {"group_reduce": rules.group_reduce, "implementation": rules.implementation}
+    mass = attention_mass(q, layer.pages, positions, layer.kept.alive, **by)
     return layer.kept.replace(mass=layer.kept.mass + mass)
 
 

@@ -44,7 +44,8 @@ def observe(rules, layer, q, positions):
     last = new[:, None] + jnp.arange(rules.observation)
     at = jnp.take_along_axis(at, last, axis=1)
     queries = jnp.take_along_axis(queries, last[..., None, None], axis=1)
-    mass = attention_mass(queries, layer.pages, at, kept.alive, group_reduce=rules.group_reduce)
+    by = {"group_reduce": rules.group_reduce, "implementation": rules.implementation}
+    mass = attention_mass(queries, layer.pages, at, kept.alive, **by)
 
     some = new > 0
     prompt = Prompt(

@@ -28,6 +28,7 @@ def observe(rules, layer, q, positions):
         at,
         layer.kept.alive,
         group_reduce=rules.group_reduce,
+        implementation=rules.implementation,
     )
     return layer.kept.replace(mass=jnp.where((at >= 0)[..., None], mass, layer.kept.mass))
 

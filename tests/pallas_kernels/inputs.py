@@ -1,8 +1,46 @@
 """Random inputs of the operations: ragged lengths, NaN wherever nothing was written."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import STATISTICS, Statistics
+
 PAGES = 12
+
+
+def shapes_of_statistics(kind, pages, dim, dtype=jnp.bfloat16):
+    """Statistics of pages [B, K, P], as shapes; None for no kind."""
+    dtype = jnp.dtype(dtype).name
+    return kind and jax.eval_shape(functools.partial(STATISTICS[kind].zeros, pages, dim, dtype))
+
+
+def random_statistics(rng, lengths, page_size, heads, pages, kind, dim, dtype):
+    """Statistics of sequences of `lengths` tokens: some pages alike, NaN beyond the newest."""
+    vectors = STATISTICS[kind].vectors
+    values = np.sort(rng.standard_normal((len(lengths), heads, pages, vectors, dim)), axis=3)
+    alike = pages // 5
+    values[:, :, alike : 2 * alike] = values[:, :, 2 * alike : 3 * alike]
+    for b, length in enumerate(lengths):
+        values[b, :, -(-length // page_size) :] = np.nan
+    return Statistics(jnp.asarray(values, dtype), kind=kind)
+
+
+def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_pages=PAGES):
+    """Arguments of `update_pages` whose last token is the sequence's last; NaN where none is written."""
+    start = np.asarray(lengths, np.int32) - tokens
+    write = start[:, None] + np.arange(tokens) >= 0
+    k, v = rng.standard_normal((2, len(lengths), tokens, heads, dim))
+    k[~write], v[~write] = np.nan, np.nan
+    pages = random_cache(rng, lengths, page_size, heads, dim, num_pages)
+    statistics = None
+    if kind:
+        values = rng.standard_normal((*pages.shape[:3], STATISTICS[kind].vectors, dim))
+        statistics = Statistics(jnp.asarray(values, dtype), kind=kind)
+    pages, k, v = (jnp.asarray(array, dtype) for array in (pages, k, v))
+    return [pages, statistics, k, v, jnp.asarray(start), jnp.asarray(write)]
 
 
 def random_cache(rng, lengths, page_size, heads=2, dim=8, num_pages=PAGES):

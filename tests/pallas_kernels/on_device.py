@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hopper, kernels_of_device, tpu
+from pallas_kernels import gpu, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
+from pallas_kernels.scores import GROUP_REDUCE, SCORES
 from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES
 from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
 from retro_jax.experiments.io.provenance import provenance
-from tests.pallas_kernels.inputs import random_cache, random_retro_inputs
+from tests.pallas_kernels.inputs import random_retro_inputs, random_statistics, random_update
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 
 B, K = 5, 2
@@ -35,7 +35,7 @@ KERNELS = kernels_of_device()
 if KERNELS is None:
     sys.exit(f"there are no kernels for {jax.devices()[0].device_kind}")
 attention, selection, update = (getattr(api, KERNELS) for api in (attention_api, selection_api, update_api))
-SUPPORTED = hopper if KERNELS == "mosaic_gpu" else tpu
+SUPPORTED = gpu if KERNELS == "mosaic_gpu" else tpu
 
 
 def relative(got, expected):
@@ -117,18 +117,15 @@ class Select:
     def inputs(self, rng):
         dim, page_size, group = self.sizes
         pages = 680
-        vectors = 2 if self.score == "bounds" else 1
         positions = rng.integers(0, pages * page_size, B).astype(np.int32)
-        statistics = np.sort(rng.standard_normal((B, K, pages, vectors, dim)), axis=3)
-        statistics[:, :, 100:110] = statistics[:, :, 110:120]  # ties
-        for b, position in enumerate(positions):
-            statistics[b, :, position // page_size + 1 :] = np.nan
+        kind = SCORES[self.score].statistics[0]
+        statistics = random_statistics(rng, positions + 1, page_size, K, pages, kind, dim, self.dtype)
         budgets = np.minimum(rng.integers(2, 201, B), positions // page_size + 1).astype(np.int32)
         budgets[rng.integers(B)] = 0
         q = rng.standard_normal((B, K * group, dim))
         return (
             jnp.asarray(q, self.dtype),
-            jnp.asarray(statistics, self.dtype),
+            statistics,
             jnp.asarray(positions),
             jnp.asarray(budgets),
         )
@@ -152,28 +149,22 @@ class Update:
     def __init__(self, dim, page_size, tokens, kind, dtype):
         self.name = f"update_pages D={dim} S={page_size} T={tokens} {kind} {jnp.dtype(dtype).name}"
         self.sizes, self.kind, self.dtype = (dim, page_size, tokens), kind, dtype
-        self.kernel = jax.jit(functools.partial(update.update_pages, kind=kind))
-        self.reference = jax.jit(functools.partial(update_reference.update_pages, kind=kind))
+        self.kernel = jax.jit(update.update_pages)
+        self.reference = jax.jit(update_reference.update_pages)
 
     def inputs(self, rng):
         dim, page_size, tokens = self.sizes
         pages = 1024 // page_size
         lengths = rng.integers(1, pages * page_size + 1, B)
-        cache = random_cache(rng, lengths, page_size, K, dim, pages)
-        vectors = 2 if self.kind == "min_max" else 1
-        statistics = rng.standard_normal((B, K, pages, vectors, dim))
-        k, v = rng.standard_normal((2, B, tokens, K, dim))
-        start = (lengths - tokens).astype(np.int32)
-        write = start[:, None] + np.arange(tokens) >= 0
-        write[rng.integers(B)] = False
-        arrays = [jnp.asarray(array, self.dtype) for array in (cache, statistics, k, v)]
-        return *arrays, jnp.asarray(start), jnp.asarray(write)
+        inputs = random_update(rng, lengths, tokens, page_size, K, dim, self.kind, self.dtype, pages)
+        inputs[5] = inputs[5].at[rng.integers(B)].set(False)
+        return inputs
 
     def errors(self, inputs, got, expected):
         equal = np.array_equal(
             np.asarray(got[0], np.float32), np.asarray(expected[0], np.float32), equal_nan=True
         )
-        return relative(got[1], expected[1]), equal
+        return relative(got[1].values, expected[1].values), equal
 
 
 def configurations():

@@ -42,8 +42,8 @@ def distance(got, expected, scores, sizes, forced=()):
 
 
 def scores_and_sizes(q, statistics, score, group_reduce):
-    """Scores[B, K, P] in float64 of q[B, N, D] and statistics[B, K, P, Z, D]; sums of their terms' sizes."""
-    q, statistics = np.asarray(q, np.float64), np.asarray(statistics, np.float64)
+    """Scores[B, K, P] in float64 of q[B, N, D] and statistics; sums of their terms' sizes."""
+    q, statistics = np.asarray(q, np.float64), np.asarray(statistics.values, np.float64)
     q = q.reshape(len(q), statistics.shape[1], -1, q.shape[-1])
     weights = np.stack([np.minimum(q, 0), np.maximum(q, 0)], 3) if score == "bounds" else q[:, :, :, None]
     reduce = {"mean": np.mean, "max": np.max}[group_reduce]

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch as dispatch_module
-from pallas_kernels import hopper, tpu
+from pallas_kernels import gpu, tpu
 from pallas_kernels.dispatch import by_sequence, dispatch
 
 
@@ -108,7 +108,7 @@ def test_which_kernels_an_absent_device_has(absent, kernels):
     with jax.sharding.use_abstract_mesh(mesh):
         assert dispatch_module.kernels_of_device() == kernels
         if kernels == "mosaic_gpu":
-            assert (hopper.chip(), hopper.num_multiprocessors()) == ("H100", 132)
+            assert (gpu.chip(), gpu.num_multiprocessors()) == ("H100", 132)
 
 
 @pytest.mark.parametrize("kind", ["TPU v3", "TPU8i", "TPU of tomorrow"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pallas_kernels import Statistics
 from tests.pallas_kernels.page_sets import ROUNDING, distance, largest_distance, scores_and_sizes
 
 SCORES = np.array([9.0, 5.0, 3.0 + 4e-7, 3.0, 3.0 + 1e-3, -4.0, np.nan])
@@ -43,10 +44,11 @@ def test_a_forced_page_is_not_the_last_one_whatever_it_scores():
 def test_a_wrong_page_of_any_head_is_found(group_reduce):
     rng = np.random.default_rng(0)
     B, K, P, D, S = 2, 2, 12, 16, 4
-    q, statistics = rng.standard_normal((B, K * 3, D)), rng.standard_normal((B, K, P, 1, D))
+    q, values = rng.standard_normal((B, K * 3, D)), rng.standard_normal((B, K, P, 1, D))
+    statistics = Statistics(values, kind="mean_key")
     arguments = {"page_size": S, "score": "mean_key", "group_reduce": group_reduce, "sink_pages": 1}
     heads = q.reshape(B, K, 3, D)
-    expected = getattr(np.einsum("bkgd,bkpzd->bkgp", heads, statistics), group_reduce)(2)
+    expected = getattr(np.einsum("bkgd,bkpzd->bkgp", heads, statistics.values), group_reduce)(2)
     scores, sizes = scores_and_sizes(q, statistics, "mean_key", group_reduce)
     np.testing.assert_allclose(scores, expected)
     assert (sizes > np.abs(scores)).all()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import Statistics
 from tests.pallas_kernels import oracle
 
 HEADS, GROUP, SIZE, PAGES, DIM, WINDOW, TOKENS = 2, 3, 4, 16, 8, 4, 47
@@ -81,7 +82,7 @@ def test_after_any_page_sets_the_output_is_the_union_and_estimates_of_the_rest(b
         cached_o, cached_lse = o[:, 1:], lse[:, 1:]
         estimates = pallas_kernels.attend_estimates(
             own,
-            jnp.float32(mean_keys),
+            Statistics(jnp.float32(mean_keys), kind="mean_key"),
             values,
             last_loaded,
             jnp.asarray(positions)[None],
@@ -110,7 +111,7 @@ def test_nothing_is_estimated_where_everything_was_loaded():
     _, q, _, mean_keys, values = inputs(1)
     o, lse = pallas_kernels.attend_estimates(
         jnp.float32(q),
-        jnp.float32(mean_keys),
+        Statistics(jnp.float32(mean_keys), kind="mean_key"),
         values,
         jnp.full((1, HEADS, PAGES), TOKENS - 1),
         jnp.asarray(POSITIONS)[None],

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels.selection import mosaic_gpu, mosaic_tpu
-from pallas_kernels.statistics import quantize
+from pallas_kernels import STATISTICS, Statistics
+from pallas_kernels.selection.gpu import kernels as mosaic_gpu
+from pallas_kernels.selection.tpu import kernels as mosaic_tpu
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.page_sets import distance
 
@@ -45,7 +46,7 @@ def test_selection_equals_the_oracle(seed, score, group_reduce, sink_pages, budg
     budgets = np.array([budget, budget - 1 if budget > sink_pages + 1 else budget, 0], np.int32)
     page_ids, counts = pallas_kernels.select_pages(
         jnp.float32(q),
-        jnp.float32(vectors),
+        Statistics(jnp.float32(vectors), kind=kind),
         jnp.asarray(positions),
         jnp.asarray(budgets),
         page_size=PAGE_SIZE,
@@ -81,23 +82,26 @@ def test_selection_equals_the_oracle(seed, score, group_reduce, sink_pages, budg
 def test_eight_bit_mean_keys_select_as_their_values_do():
     rng = np.random.default_rng(1)
     q = jnp.float32(rng.standard_normal((2, HEADS * GROUP, DIM)))
-    eight = quantize(jnp.float32(rng.standard_normal((2, HEADS, PAGES, 1, DIM))))
+    eight = STATISTICS["mean_key_int8"].keep(jnp.float32(rng.standard_normal((2, HEADS, PAGES, 1, DIM))))
     fields = {"page_size": PAGE_SIZE, "capacity": 4, "score": "mean_key", "group_reduce": "mass"}
     arguments = jnp.array([33, 17]), jnp.array([4, 3])
     got = pallas_kernels.select_pages(q, eight, *arguments, **fields)
-    want = pallas_kernels.select_pages(q, eight.at_float32(), *arguments, **fields)
+    want = pallas_kernels.select_pages(
+        q, Statistics(eight.at_float32(), kind="mean_key"), *arguments, **fields
+    )
     assert selected(*got) == selected(*want)
 
 
 @pytest.mark.parametrize(("kernels", "name"), ((mosaic_gpu, "Mosaic GPU"), (mosaic_tpu, "Mosaic TPU")))
 def test_kernels_refuse_what_only_the_reference_selects_by(kernels, name):
     q, vectors = jnp.zeros((1, 2, 64)), jnp.zeros((1, 2, 128, 1, 64))
+    exact, eight = (STATISTICS[kind].keep(vectors) for kind in ("mean_key", "mean_key_int8"))
     fields = {"page_size": 16, "capacity": 4, "score": "mean_key", "sink_pages": 1}
     arguments = jnp.array([33]), jnp.array([4])
     with pytest.raises(NotImplementedError, match=f"statistics 8-bit has no {name} kernel"):
-        kernels.select_pages(q, quantize(vectors), *arguments, group_reduce="mean", **fields)
+        kernels.select_pages(q, eight, *arguments, group_reduce="mean", **fields)
     with pytest.raises(NotImplementedError, match=rf"group_reduce mass has no {name} kernel \(mean, max\)"):
-        kernels.select_pages(q, vectors, *arguments, group_reduce="mass", **fields)
+        kernels.select_pages(q, exact, *arguments, group_reduce="mass", **fields)
 
 
 def test_the_mean_over_the_group_and_the_maximum_choose_differently():
@@ -107,7 +111,7 @@ def test_the_mean_over_the_group_and_the_maximum_choose_differently():
     def best(group_reduce):
         ids, counts = pallas_kernels.select_pages(
             q,
-            keys,
+            Statistics(keys, kind="mean_key"),
             jnp.array([4]),
             jnp.array([2]),
             page_size=1,
@@ -123,7 +127,7 @@ def test_the_mean_over_the_group_and_the_maximum_choose_differently():
 
 
 def test_bad_arguments_are_refused():
-    q, vectors = jnp.ones((1, 2, 4)), jnp.ones((1, 2, 3, 2, 4))
+    q, vectors = jnp.ones((1, 2, 4)), Statistics(jnp.ones((1, 2, 3, 2, 4)))
     fields = {"page_size": 4, "capacity": 2}
     arguments = (q, vectors, jnp.array([3]), jnp.array([2]))
     with pytest.raises(ValueError, match="score 'l2' is unknown; use one of bounds, mean_key"):

@@ -198,7 +198,8 @@ def test_what_lies_beyond_a_sequence_is_never_read(method, window, fields):
             values = jnp.where(blocks[:, None, :, None], jnp.nan, layer.block_values)
             statistics = layer.statistics.replace(scales=scales)
             return layer.replace(pages=pages, statistics=statistics, block_values=values)
-        return layer.replace(pages=pages, statistics=jnp.where(unused, jnp.nan, layer.statistics))
+        values = jnp.where(unused, jnp.nan, layer.statistics.values)
+        return layer.replace(pages=pages, statistics=layer.statistics.replace(values=values))
 
     poisoned = jax.tree.map(jnp.copy, clean.replace(layers=tuple(map(poison, clean.layers))))
     assert np.isnan(poisoned.layers[-1].pages).any()
@@ -290,7 +291,7 @@ def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
     def stand_in(name, reference):
         def kernel(*args, **kwargs):
             seen.add(
-                (name, next(array for array in args if array.ndim >= 5).shape[:2])
+                (name, next(array for array in jax.tree.leaves(args) if array.ndim >= 5).shape[:2])
             )  # of pages, statistics
             return reference(*args, **kwargs)
 

@@ -1,8 +1,11 @@
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
 
+import retro_jax as rj
+from pallas_kernels import SCORES, PageScore
 from retro_jax import preset
 from retro_jax.experiments.compare import comparison, ladder, tables
 from retro_jax.experiments.compare import pictures as compare_plots
@@ -66,6 +69,17 @@ def test_resume_runs_only_what_is_missing(json_command, ids_file, tmp_path, scor
     second = run(json_command, ids_file, out)
     assert scored == [("retro", 2, 1)]
     assert second["pooled"] == first["pooled"]
+
+
+def test_a_score_from_outside_is_compared(json_command, ids_file, tmp_path):
+    twice = PageScore("twice_the_mean", ("mean_key",), lambda q: [2 * q])
+    with mock.patch.dict(SCORES):
+        rj.register_score(twice)
+        more = ("--windows", 1, "--scores", "mean_key", "twice_the_mean")
+        values = run(json_command, ids_file, tmp_path / "out", *more)
+    pooled = {row["run"]: row["nll"] for row in values["pooled"]}
+    assert list(pooled) == ["full", "quest-b32-p8-mean_key", "quest-b32-p8-twice_the_mean"]
+    assert pooled["quest-b32-p8-twice_the_mean"] == pooled["quest-b32-p8-mean_key"] != pooled["full"]
 
 
 def test_more_sink_pages_add_runs(json_command, ids_file, tmp_path, scored):

@@ -2,29 +2,31 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.selection import mosaic_tpu, reference
-from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
-from tests.pallas_kernels.tpu_interpreter import INTERPRET, run
+from pallas_kernels import Statistics
+from pallas_kernels.selection.tpu import kernels as mosaic_tpu
+from tests.pallas_kernels.equality import SCORED, assert_same_selection
+from tests.pallas_kernels.inputs import random_statistics, shapes_of_statistics
+from tests.pallas_kernels.page_sets import ROUNDING
+from tests.pallas_kernels.tpu.interpreter import INTERPRET, run
 
 pytestmark = pytest.mark.timeout(120)
 S = 16
-
-
-def random_statistics(rng, lengths, heads, pages, score, dim):
-    """Statistics[B, K, P, Z, D] of sequences of `lengths` tokens: some pages alike, NaN beyond the newest."""
-    vectors = 2 if score == "bounds" else 1
-    statistics = np.sort(rng.standard_normal((len(lengths), heads, pages, vectors, dim)), axis=3)
-    alike = pages // 5
-    statistics[:, :, alike : 2 * alike] = statistics[:, :, 2 * alike : 3 * alike]
-    for b, length in enumerate(lengths):
-        statistics[b, :, -(-length // S) :] = np.nan
-    return statistics
+SIZES = itertools.cycle(  # reduction, group, sink pages, KV heads, pages, head_dim, dtype
+    [
+        ("mean", 3, 1, 2, 152, 64, jnp.bfloat16),
+        ("mean", 1, 2, 9, 130, 64, jnp.bfloat16),
+        ("max", 9, 0, 3, 300, 128, jnp.bfloat16),
+        ("max", 4, 1, 2, 256, 128, jnp.float32),
+        ("max", 1, 2, 1, 40, 256, jnp.float32),
+    ]
+)
 
 
 def assert_selects_what_the_reference_does(
@@ -36,35 +38,28 @@ def assert_selects_what_the_reference_does(
     ids, counts = run(mosaic_tpu.select_pages, *inputs, **arguments)
     for name in ("block", "interpret"):
         arguments.pop(name, None)
-    expected = jax.jit(functools.partial(reference.select_pages, **arguments))(*inputs)
-    assert ids.shape == expected[0].shape
     for row, count in zip(
         np.asarray(ids).reshape(-1, ids.shape[-1]), np.asarray(counts).ravel(), strict=True
     ):
         assert (np.diff(row[:count]) > 0).all()
-    arguments.pop("capacity")
-    assert largest_distance((ids, counts), expected, *inputs[:3], **arguments) <= rounding
+    assert_same_selection((ids, counts), inputs, rounding=rounding, **arguments)
 
 
 @pytest.mark.parametrize(
-    ("score", "group_reduce", "group", "sink_pages", "heads", "pages", "dim", "dtype"),
-    [
-        ("bounds", "mean", 3, 1, 2, 152, 64, jnp.bfloat16),
-        ("bounds", "max", 9, 0, 3, 300, 128, jnp.bfloat16),
-        ("mean_key", "mean", 1, 2, 9, 130, 64, jnp.bfloat16),
-        ("bounds", "max", 1, 2, 1, 40, 256, jnp.float32),
-        ("mean_key", "max", 4, 1, 2, 256, 128, jnp.float32),
-    ],
+    ("score", "kind", "group_reduce", "group", "sink_pages", "heads", "pages", "dim", "dtype"),
+    [(*scored, *next(SIZES)) for scored in (*SCORED, *SCORED, SCORED[0])],
 )
-def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, heads, pages, dim, dtype):
+def test_selection_equals_the_reference(
+    score, kind, group_reduce, group, sink_pages, heads, pages, dim, dtype
+):
     rng = np.random.default_rng(group)
     lengths = [pages * S - 5, pages * S // 2 + 1, 3, pages * S]
     budgets = [pages // 3, pages, 1, 0]
     q = jnp.asarray(rng.standard_normal((4, heads * group, dim)), dtype)
-    statistics = random_statistics(rng, lengths, heads, pages, score, dim)
+    statistics = random_statistics(rng, lengths, S, heads, pages, kind, dim, dtype)
     assert_selects_what_the_reference_does(
         q,
-        jnp.asarray(statistics, dtype),
+        statistics,
         lengths,
         budgets,
         score=score,
@@ -76,10 +71,9 @@ def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, 
 def test_more_pages_than_one_chunk_or_block_and_more_places_than_a_tile():
     rng = np.random.default_rng(0)
     lengths = [1299 * S + 2, 700 * S]
-    statistics = random_statistics(rng, lengths, 1, 1300, "bounds", 64)
+    statistics = random_statistics(rng, lengths, S, 1, 1300, "min_max", 64, jnp.bfloat16)
     q = jnp.asarray(rng.standard_normal((2, 2, 64)), jnp.bfloat16)
     arguments = {"score": "bounds", "group_reduce": "mean", "sink_pages": 1, "block": 256}
-    statistics = jnp.asarray(statistics, jnp.bfloat16)
     assert_selects_what_the_reference_does(q, statistics, lengths, [333, 45], **arguments)
 
 
@@ -88,7 +82,7 @@ def test_two_cores_share_the_sequences():
     lengths = [200 * S, 2, 77 * S + 1, 150 * S]
     assert_selects_what_the_reference_does(
         jnp.asarray(rng.standard_normal((4, 4, 64)), jnp.bfloat16),
-        jnp.asarray(random_statistics(rng, lengths, 2, 200, "mean_key", 64), jnp.bfloat16),
+        random_statistics(rng, lengths, S, 2, 200, "mean_key", 64, jnp.bfloat16),
         lengths,
         [40, 1, 30, 150],
         score="mean_key",
@@ -104,7 +98,7 @@ def test_ties_go_to_the_lower_page():
     scores = np.stack([np.full(160, 0.5), scores, scores])[:, None, :, None, None]
     assert_selects_what_the_reference_does(
         jnp.ones((3, 1, 64), jnp.bfloat16),
-        jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16),
+        Statistics(jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16), kind="mean_key"),
         [150 * S, 160 * S, 160 * S],
         [37, 30, 110],
         score="mean_key",
@@ -118,7 +112,7 @@ def test_selection_refuses_what_it_does_not_support():
     def select(dim=64, pages=40, page_size=16, dtype=jnp.bfloat16):
         return mosaic_tpu.select_pages(
             jnp.zeros((1, 2, dim), dtype),
-            jax.ShapeDtypeStruct((1, 2, pages, 2, dim), dtype),
+            shapes_of_statistics("min_max", (1, 2, pages), dim, dtype),
             jnp.zeros(1, jnp.int32),
             jnp.ones(1, jnp.int32),
             page_size=page_size,

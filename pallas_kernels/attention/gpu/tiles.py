@@ -5,7 +5,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import TILE_ROWS
+from pallas_kernels.gpu import TILE_ROWS
 
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 """The layout of a value per row of a tile."""

@@ -16,11 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.page_stream import PageStream
 from pallas_kernels.attention.reference import fold_rows, unfold_rows
-from pallas_kernels.attention.tpu_blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
+from pallas_kernels.attention.tpu.blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
+from pallas_kernels.attention.tpu.page_stream import PageStream
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import operation
+from pallas_kernels.operation import before_launch, operation
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 MAX_ROWS = 128
@@ -116,6 +116,7 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
     vmem = vmem_bytes(blocks, S, D, pages.dtype.itemsize, rows, cached is not None)
     smem = smem_bytes(blocks, B, W, K, P, None if selection is None else capacity)
     check_memory(name, target, vmem=vmem, smem=smem)
+    before_launch()
     cores = target.cores if B * K % target.cores == 0 else 1
     steps = B * K // cores
 
@@ -180,22 +181,20 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
 
 def _attend_to_item(*refs, cached, dense, blocks, group):
     """The kernel's body: all pages of one item, merged with the cached output."""
+    # Scalars: positions[B, W] and counts[B, K].
     positions, *refs = refs
-    counts = None
-    if not dense:
-        counts, *refs = refs
+    counts, *refs = (None, *refs) if dense else refs
+    # Of this item: q[1, 1, rows, D], and its cached output and log-sum-exp[1, 1, rows, 1].
     q_ref, *refs = refs
-    if cached:
-        cached_o, cached_lse, *refs = refs
+    cached_o, cached_lse, *refs = refs if cached else (None, None, *refs)
+    # In HBM: pages[B, K, P, 2, S, D], page_ids[B, K, C] and last_loaded[B, K, P], as it comes.
     pages, *refs = refs
-    if not dense:
-        page_ids, _, *refs = refs
+    page_ids, _, *refs = (None, None, *refs) if dense else refs
+    # Outputs, shaped as the inputs: this item's, and in HBM last_loaded as it goes. Then scratch.
     o_ref, lse_ref, *refs = refs
-    if dense:
-        stream = PageStream(pages, positions, None, refs, blocks)
-    else:
-        last_loaded, *refs = refs
-        stream = PageStream(pages, positions, (page_ids, counts, last_loaded), refs, blocks)
+    last_loaded, *scratch = (None, *refs) if dense else refs
+    selection = None if dense else (page_ids, counts, last_loaded)
+    stream = PageStream(pages, positions, selection, scratch, blocks)
 
     rows, D = q_ref.shape[2:]
     limit = _positions_of_rows(positions, stream.item.b, rows, group)

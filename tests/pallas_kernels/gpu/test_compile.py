@@ -15,12 +15,14 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.attention import mosaic_gpu as attention
-from pallas_kernels.hopper import DTYPES, HEAD_DIMS, PAGE_SIZES
-from pallas_kernels.selection import mosaic_gpu as selection
-from pallas_kernels.update import mosaic_gpu as update
+from pallas_kernels import SCORES
+from pallas_kernels.attention.gpu import kernels as attention
+from pallas_kernels.gpu import DTYPES, HEAD_DIMS, PAGE_SIZES
+from pallas_kernels.selection.gpu import kernels as selection
+from pallas_kernels.update.gpu import kernels as update
 from retro_jax import DecodeConfig, decode_step, init_state, models, verified_decode
 from retro_jax.experiments.machine.programs import not_cached
+from tests.pallas_kernels.inputs import shapes_of_statistics
 from tests.retro_jax.tiny import tiny
 
 pytestmark = [
@@ -140,11 +142,9 @@ def test_selection(compiled, dim, pages, score, group_reduce, group):
         group_reduce=group_reduce,
         sink_pages=1,
     )
-    vectors = 2 if score == "bounds" else 1
+    statistics = shapes_of_statistics(SCORES[score].statistics[0], (B, K, pages), dim)
     scalars = shape(B, dtype=jnp.int32)
-    _, kernels = compiled(
-        function, shape(B, K * group, dim), shape(B, K, pages, vectors, dim), scalars, scalars
-    )
+    _, kernels = compiled(function, shape(B, K * group, dim), statistics, scalars, scalars)
     assert_no_spills(kernels, "score_pages", "choose_pages")
     assert_tma_and_wgmma(kernels["score_pages"][0])
 
@@ -155,11 +155,11 @@ def test_selection(compiled, dim, pages, score, group_reduce, group):
 )
 def test_update(compiled, dim, page_size, tokens, kind):
     pages = shape(B, K, 256, 2, page_size, dim)
-    statistics = shape(B, K, 256, 2 if kind == "min_max" else 1, dim)
+    statistics = shapes_of_statistics(kind, (B, K, 256), dim)
     k = v = shape(B, tokens, K, dim)
     write = shape(B, tokens, dtype=jnp.bool_)
     executable, kernels = compiled(
-        functools.partial(update.update_pages, kind=kind),
+        update.update_pages,
         pages,
         statistics,
         k,
@@ -170,7 +170,7 @@ def test_update(compiled, dim, page_size, tokens, kind):
     )
     assert_no_spills(kernels, "update_pages")
     memory = executable.memory_analysis()
-    assert memory.alias_size_in_bytes == 2 * (pages.size + statistics.size)
+    assert memory.alias_size_in_bytes == 2 * (pages.size + statistics.values.size)
     assert memory.temp_size_in_bytes < pages.size // 8
 
 

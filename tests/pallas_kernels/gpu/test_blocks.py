@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import blocks
-from pallas_kernels.hopper import HEAD_DIMS, PAGE_SIZES, TILE_ROWS
+from pallas_kernels.attention.gpu import blocks
+from pallas_kernels.gpu import HEAD_DIMS, PAGE_SIZES, TILE_ROWS
 
 
 def choose(dim, page_size, batch=1, num_pages=256, capacity=None, window=4, heads=8, group=4):
@@ -61,3 +61,9 @@ def test_the_nearest_tuned_entry_is_taken(tuned):
     assert choose(128, 16, batch=8, num_pages=2048) == blocks.Blocks(2, 4, 4)
     assert choose(64, 16, capacity=256).stages == 6
     assert choose(128, 32, capacity=256).stages not in (2, 6)  # no entry: the rule
+
+
+def test_a_given_cut_is_taken_instead_of_a_tuned_one(tuned):
+    tuned(entry(16, 2048, 2))
+    q, pages = jnp.zeros((1, 4, 32, 128), jnp.bfloat16), jnp.zeros((1, 8, 64, 2, 16, 128), jnp.bfloat16)
+    assert blocks.choose_blocks(q, pages, 64, (8, 3, 1, 2)) == blocks.Blocks(8, 3, 8, warpgroups=1)

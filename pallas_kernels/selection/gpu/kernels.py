@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.hopper import (
+from pallas_kernels.gpu import (
     SHARED_MEMORY,
     TILE_ROWS,
     check_support,
@@ -23,9 +23,9 @@ from pallas_kernels.hopper import (
     num_multiprocessors,
 )
 from pallas_kernels.operation import operation
-from pallas_kernels.selection.compaction import write_pages
-from pallas_kernels.selection.scores import SCORES, check_kernel
-from pallas_kernels.selection.threshold import chosen, count, find_threshold
+from pallas_kernels.scores import SCORES, check_kernel
+from pallas_kernels.selection.gpu.compaction import write_pages
+from pallas_kernels.selection.gpu.threshold import chosen, count, find_threshold
 from pallas_kernels.statistics import Statistics
 
 _MAX_STAGES = 4
@@ -51,7 +51,8 @@ def select_pages(
     interpret: Any = None,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`."""
-    check_kernel("Mosaic GPU", statistics, group_reduce)
+    check_kernel("Mosaic GPU", statistics, score, group_reduce)
+    statistics = statistics.values
     D, P = q.shape[-1], statistics.shape[2]
     check_support(statistics.dtype, D, page_size)
     if P < TILE_ROWS:
@@ -102,7 +103,17 @@ def _score(q, statistics, positions, page_size, tiles, score, group_reduce, sink
     coefficients = SCORES[score].coefficients
     stages = _stages(group, Z, D)
 
-    def body(q_ref, statistics_ref, positions_ref, scores_ref, q_smem, c_smem, s_smem, q_ready, ready):
+    def body(
+        q_ref,  # [B, K, G, D]
+        statistics_ref,  # [B, K, P, Z * D]
+        positions_ref,  # [B]
+        scores_ref,  # [B, K, tiles, 64]
+        q_smem,  # [heads, D]
+        c_smem,  # [heads, Z * D]: coefficients
+        s_smem,  # [stages, 64, Z * D]
+        q_ready,
+        ready,
+    ):
         b, head, part = (lax.axis_index(axis) for axis in ("sequence", "head", "part"))
         newest = _page_of(positions_ref[b], page_size)
         mine = lax.div(tiles - 1 - part, jnp.int32(parts)) + 1
@@ -181,7 +192,16 @@ def _choose(scores, positions, budgets, page_size, capacity, sink_pages, parts, 
     layout = plgpu.Layout.WG_STRIDED((chunk, TILE_ROWS), vec_size=4)
     share = -(-tiles // parts)
 
-    def body(scores_ref, positions_ref, budgets_ref, ids_ref, counts_ref, scores_smem, warps_smem, ready):
+    def body(
+        scores_ref,  # [B, K, tiles, 64]
+        positions_ref,  # [B], as budgets
+        budgets_ref,
+        ids_ref,  # [B, K, C]
+        counts_ref,  # [B, K]
+        scores_smem,  # [tiles, 64]
+        warps_smem,  # [4]
+        ready,
+    ):
         b, head, part = (lax.axis_index(axis) for axis in ("sequence", "head", "part"))
         for start in range(0, tiles, 256):
             here = pl.ds(start, min(256, tiles - start))

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.selection import mosaic_tpu as selection
+from pallas_kernels import SCORES
+from pallas_kernels.selection.tpu import kernels as selection
 from pallas_kernels.tpu import CHIPS
-from pallas_kernels.update import mosaic_tpu as update
+from pallas_kernels.update.tpu import kernels as update
 from retro_jax.experiments.tpu import compiler as tpu_compiler
 from retro_jax.experiments.tpu.compiler import compile_for
+from tests.pallas_kernels.inputs import shapes_of_statistics
 
 pytestmark = [
     pytest.mark.skipif(
@@ -43,7 +45,7 @@ SELECTIONS = [  # batch, KV heads, group, pages, page size, head_dim, score, red
 @pytest.mark.parametrize("case", SELECTIONS)
 def test_selection(chip, case):
     B, K, group, pages, page_size, dim, score, group_reduce, dtype = case
-    statistics = shape(B, K, pages, 2 if score == "bounds" else 1, dim, dtype=dtype)
+    statistics = shapes_of_statistics(SCORES[score].statistics[0], (B, K, pages), dim, dtype)
     function = functools.partial(
         selection.select_pages,
         page_size=page_size,
@@ -57,8 +59,8 @@ def test_selection(chip, case):
     assert "tpu_custom_call" in executable.as_text()
     assert executable.memory_analysis().temp_size_in_bytes < 2**18
     cost = executable.cost_analysis()
-    assert cost["flops"] >= 2 * group * statistics.size
-    assert cost["bytes accessed"] >= statistics.size * statistics.dtype.itemsize
+    assert cost["flops"] >= 2 * group * statistics.values.size
+    assert cost["bytes accessed"] >= statistics.values.size * statistics.values.dtype.itemsize
 
 
 UPDATES = [  # batch, KV heads, pages, page size, head_dim, tokens, statistics, dtype
@@ -76,14 +78,12 @@ UPDATES = [  # batch, KV heads, pages, page size, head_dim, tokens, statistics, 
 def test_update(chip, case):
     B, K, P, page_size, dim, tokens, kind, dtype = case
     pages = shape(B, K, P, 2, page_size, dim, dtype=dtype)
-    vectors = 2 if kind == "min_max" else 1
-    statistics = shape(B, K, P, vectors, dim, dtype=dtype) if kind else None
+    statistics = shapes_of_statistics(kind, (B, K, P), dim, dtype)
     k = v = shape(B, tokens, K, dim, dtype=dtype)
-    function = functools.partial(update.update_pages, kind=kind or "min_max")
     arguments = pages, statistics, k, v, integers(B), shape(B, tokens, dtype=jnp.bool_)
-    executable = compile_for(chip, function, *arguments, donate=(0, 1), row_major=dim == 64)
+    executable = compile_for(chip, update.update_pages, *arguments, donate=(0, 1), row_major=dim == 64)
     assert "tpu_custom_call" in executable.as_text()
     memory = executable.memory_analysis()
-    state = [array for array in (pages, statistics) if array is not None]
+    state = jax.tree.leaves((pages, statistics))
     assert memory.alias_size_in_bytes >= sum(array.size * array.dtype.itemsize for array in state)
     assert memory.temp_size_in_bytes < 2**20

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_blocks import ROWS, Blocks, row_sizes
+from pallas_kernels.attention.tpu.blocks import ROWS, Blocks, row_sizes
 from pallas_kernels.layout import VALUES
 from pallas_kernels.tpu import LANES, SUBLANES
 

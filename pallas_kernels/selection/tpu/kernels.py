@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.operation import operation
-from pallas_kernels.selection.choice import CHUNK, choose, scratch_of
-from pallas_kernels.selection.scores import GROUP_REDUCE, SCORES, check_kernel
+from pallas_kernels.operation import before_launch, check_supported, operation
+from pallas_kernels.scores import GROUP_REDUCE, SCORES, check_kernel
+from pallas_kernels.selection.tpu.choice import CHUNK, choose, scratch_of
 from pallas_kernels.statistics import Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
@@ -40,10 +40,12 @@ def select_pages(
     interpret: Any = False,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`; pages ascend, `block` of a head are read at once."""
-    check_kernel("Mosaic TPU", statistics, group_reduce)
+    check_kernel("Mosaic TPU", statistics, score, group_reduce)
+    statistics = statistics.values
     B, N, D = q.shape
     K, P, Z = statistics.shape[1:4]
     check_support(statistics.dtype, D, page_size)
+    check_supported("Mosaic TPU", vectors=(Z, (1, 2)))
     target = chip()
     heads = heads_per_step(B, K, target.cores)
     block = block or pages_per_block(target.bandwidth, heads, statistics)
@@ -58,13 +60,24 @@ def select_pages(
         + 2 * (_bytes((SUBLANES, places), jnp.int32) + _bytes((heads * N // K, D), q.dtype)),
         smem=8 * B + 4096,
     )
+    before_launch()
 
     newest = positions // page_size
     counts = jnp.minimum(budgets, newest + 1)
     # One vector per page: pages become the rows, which is how XLA lays the array out.
     operand = statistics if Z == 2 else statistics.reshape(B, K, P, D)
 
-    def body(newest_ref, counts_ref, q_ref, statistics_ref, ids_ref, keys_ref, *refs):
+    def body(
+        newest_ref,  # [B]
+        counts_ref,  # [B]
+        q_ref,  # [1, 1, heads * G, D]
+        statistics_ref,  # [1, heads, block, 2, D], or of one vector [1, heads, block, D]
+        ids_ref,  # [1, 1, heads, places]
+        keys_ref,  # [tiles * 8, 128], as chosen and upto
+        chosen_ref,
+        upto_ref,
+        ranks_ref,  # [heads, 128, tiles]
+    ):
         b, step = pl.program_id(0), pl.program_id(2)
         first = step * block
 
@@ -82,7 +95,8 @@ def select_pages(
 
         @pl.when(step == pl.num_programs(2) - 1)
         def _():
-            choose(ids_ref.at[0, 0], keys_ref, *refs, newest_ref[b], counts_ref[b], heads, sink_pages)
+            scratch_refs = keys_ref, chosen_ref, upto_ref, ranks_ref
+            choose(ids_ref.at[0, 0], *scratch_refs, newest_ref[b], counts_ref[b], heads, sink_pages)
 
     def statistics_block(b, group, step, newest_ref, _):
         step = jnp.minimum(step, lax.div(jnp.maximum(newest_ref[b], 0), jnp.int32(block)))

@@ -1,6 +1,7 @@
 """The Hopper kernels in the Mosaic GPU interpreter, which finds races and reads of what was never written."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,34 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu as attention
+from pallas_kernels import Statistics
 from pallas_kernels.attention import reference as attention_reference
-from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.hopper import kernel
-from pallas_kernels.selection import mosaic_gpu as selection
+from pallas_kernels.attention.gpu import kernels as attention
+from pallas_kernels.attention.gpu.blocks import Blocks
+from pallas_kernels.gpu import kernel
 from pallas_kernels.selection import reference as selection_reference
-from pallas_kernels.update import mosaic_gpu as update
-from pallas_kernels.update import reference as update_reference
-from tests.pallas_kernels.inputs import PAGES, random_cache, random_retro_inputs
-from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
+from pallas_kernels.selection.gpu import kernels as selection
+from pallas_kernels.update.gpu import kernels as update
+from tests.pallas_kernels.equality import (
+    FUSED,
+    SCORED,
+    assert_close,
+    assert_same_selection,
+    assert_same_update,
+)
+from tests.pallas_kernels.inputs import (
+    PAGES,
+    random_cache,
+    random_retro_inputs,
+    random_statistics,
+    random_update,
+)
 
 pytestmark = pytest.mark.timeout(180)
+REDUCTIONS = itertools.cycle([("mean", 3, 1), ("max", 8, 0), ("mean", 1, 2), ("max", 9, 1)])
+"""How the scores of a group are reduced, its query heads, sink pages."""
+UPDATES = itertools.cycle([(4, 16, 64), (1, 32, 128), (17, 16, 256), (3, 64, 64)])
+"""Tokens, page size and head_dim."""
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 
 
@@ -39,15 +56,6 @@ def interpreted(function, **kwargs):
 def run(function, *args, **kwargs):
     """Runs a kernel in the interpreter; fails if it finds a race."""
     return interpreted(function, **kwargs)(*args)
-
-
-def assert_close(got, expected, tolerance):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
-    finite = np.isfinite(expected)
-    assert np.isfinite(got[finite]).all()
-    error = np.linalg.norm(got[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-9)
-    assert error < tolerance
 
 
 def test_the_interpreter_finds_a_planted_race():
@@ -114,24 +122,15 @@ def test_dense_attention_equals_the_reference(blocks):
 
 
 @pytest.mark.parametrize(
-    ("score", "group_reduce", "group", "sink_pages"),
-    [
-        ("bounds", "mean", 3, 1),
-        ("bounds", "max", 8, 0),
-        ("mean_key", "mean", 1, 2),
-        ("mean_key", "max", 9, 1),
-    ],
+    ("score", "kind", "group_reduce", "group", "sink_pages"),
+    [(*scored, *next(REDUCTIONS)) for scored in SCORED for _ in range(2)],
 )
 @pytest.mark.parametrize("parts", [1, 2])
-def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, parts):
+def test_selection_equals_the_reference(score, kind, group_reduce, group, sink_pages, parts):
     rng = np.random.default_rng(group)
     B, K, P, S, D, capacity = 3, 2, 152, 16, 64, 80
-    vectors = 2 if score == "bounds" else 1
-    statistics = np.sort(rng.standard_normal((B, K, P, vectors, D)), axis=3)
-    statistics[:, :, 30:60] = statistics[:, :, 60:90]  # ties
     positions = np.array([P * S - 5, 1100, 3])
-    for b, position in enumerate(positions):
-        statistics[b, :, position // S + 1 :] = np.nan
+    statistics = random_statistics(rng, positions + 1, S, K, P, kind, D, jnp.bfloat16)
     q = jnp.asarray(rng.standard_normal((B, K * group, D)), jnp.bfloat16)
     arguments = {
         "page_size": S,
@@ -141,17 +140,14 @@ def test_selection_equals_the_reference(score, group_reduce, group, sink_pages, 
         "sink_pages": sink_pages,
     }
     select = interpreted(selection.select_pages, parts=parts, **arguments)
-    reference = jax.jit(functools.partial(selection_reference.select_pages, **arguments))
     for budgets in ([40, 69, 3], [77, 4, 80], [0, 35, 0]):
         inputs = (
             q,
-            jnp.asarray(statistics, jnp.bfloat16),
+            statistics,
             jnp.asarray(positions, jnp.int32),
             jnp.asarray(budgets, jnp.int32),
         )
-        got, expected = select(*inputs), reference(*inputs)
-        arguments_of_scores = {name: value for name, value in arguments.items() if name != "capacity"}
-        assert largest_distance(got, expected, *inputs[:3], **arguments_of_scores) <= ROUNDING
+        assert_same_selection(select(*inputs), inputs, **arguments)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -161,7 +157,7 @@ def test_ties_go_to_the_lower_page(parts):
     scores = np.stack([np.full(72, 0.5), scores])[:, None, :, None, None]
     inputs = (
         jnp.ones((2, 1, 64), jnp.bfloat16),
-        jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16),
+        Statistics(jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16), kind="mean_key"),
         jnp.asarray([70 * 16, 72 * 16 - 1], jnp.int32),
         jnp.asarray([37, 50], jnp.int32),
     )
@@ -181,30 +177,16 @@ def test_ties_go_to_the_lower_page(parts):
 
 @pytest.mark.parametrize(
     ("tokens", "page_size", "dim", "kind"),
-    [(4, 16, 64, "min_max"), (1, 32, 128, "mean_key"), (17, 16, 256, "min_max"), (3, 64, 64, None)],
+    [
+        *((*next(UPDATES), kind) for kind in (*FUSED, FUSED[0], None)),
+    ],
 )
 def test_update_equals_the_reference(tokens, page_size, dim, kind):
     rng = np.random.default_rng(tokens)
-    lengths, K = [5 * page_size + 3, page_size, 2, page_size + 1], 2
-    B = len(lengths)
-    pages = jnp.asarray(random_cache(rng, lengths, page_size, dim=dim), jnp.bfloat16)
-    vectors = {"min_max": 2, "mean_key": 1, None: 0}[kind]
-    statistics = jnp.asarray(rng.standard_normal((B, K, PAGES, vectors, dim)), jnp.bfloat16) if kind else None
-    k, v = (jnp.asarray(rng.standard_normal((B, tokens, K, dim)), jnp.bfloat16) for _ in range(2))
-    start = jnp.asarray(lengths, jnp.int32) - tokens
-    write = np.asarray(start)[:, None] + np.arange(tokens) >= 0
-    write[3] = False
-    arguments = {"kind": kind or "min_max"}
-    inputs = pages, statistics, k, v, start, jnp.asarray(write)
-    got = run(update.update_pages, *inputs, **arguments)
-    expected = jax.jit(functools.partial(update_reference.update_pages, **arguments))(*inputs)
-    np.testing.assert_array_equal(np.asarray(got[0], np.float32), np.asarray(expected[0], np.float32))
-    if kind:
-        np.testing.assert_allclose(
-            np.asarray(got[1], np.float32),
-            np.asarray(expected[1], np.float32),
-            rtol=1e-2 if kind == "mean_key" else 0,
-        )
+    lengths = [5 * page_size + 3, page_size, 2, page_size + 1]
+    inputs = random_update(rng, lengths, tokens, page_size, 2, dim, kind, jnp.bfloat16)
+    inputs[5] = inputs[5].at[3].set(False)
+    assert_same_update(run(update.update_pages, *inputs), inputs)
 
 
 def bfloat16(*shape):
@@ -241,18 +223,14 @@ def test_attention_refuses_what_it_does_not_support(q, pages, message):
 
 def test_selection_and_update_refuse_what_they_do_not_support():
     arguments = {"page_size": 16, "capacity": 4, "score": "bounds", "group_reduce": "mean", "sink_pages": 1}
-    with pytest.raises(NotImplementedError, match=r"a cache of 40 pages is smaller than .* tile of 64"):
-        selection.select_pages(
-            bfloat16(1, 2, 64), bfloat16(1, 2, 40, 2, 64), jnp.zeros(1, int), jnp.ones(1, int), **arguments
-        )
-    with pytest.raises(NotImplementedError, match="100 pages are not a multiple of 8"):
-        selection.select_pages(
-            bfloat16(1, 2, 64), bfloat16(1, 2, 100, 2, 64), jnp.zeros(1, int), jnp.ones(1, int), **arguments
-        )
-    with pytest.raises(NotImplementedError, match="70000 pages do not fit the shared memory"):
-        selection.select_pages(
-            bfloat16(1, 1, 64), bfloat16(1, 1, 70000, 2, 64), jnp.zeros(1, int), jnp.ones(1, int), **arguments
-        )
+    for pages, message in (
+        (40, r"a cache of 40 pages is smaller than .* tile of 64"),
+        (100, "100 pages are not a multiple of 8"),
+        (70000, "70000 pages do not fit the shared memory"),
+    ):
+        statistics, one = Statistics(bfloat16(1, 2, pages, 2, 64)), jnp.ones(1, int)
+        with pytest.raises(NotImplementedError, match=message):
+            selection.select_pages(bfloat16(1, 2, 64), statistics, one, one, **arguments)
     with pytest.raises(NotImplementedError, match="33 tokens are more than the Mosaic GPU kernel's 32"):
         update.update_pages(
             bfloat16(1, 1, 4, 2, 16, 64),
@@ -261,7 +239,6 @@ def test_selection_and_update_refuse_what_they_do_not_support():
             bfloat16(1, 33, 1, 64),
             jnp.zeros(1, jnp.int32),
             jnp.ones((1, 33), bool),
-            kind="min_max",
         )
 
 

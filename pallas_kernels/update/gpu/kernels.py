@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.hopper import check_support, kernel, row_layout
+from pallas_kernels.gpu import check_support, kernel, row_layout
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import check_supported, operation
-from pallas_kernels.update.streaming import STREAMING
+from pallas_kernels.operation import operation
+from pallas_kernels.statistics import STATISTICS, Statistics
 
 MAX_TOKENS = 32
 """Tokens of one update, the bits of the word that says which of them are written."""
@@ -25,30 +25,34 @@ MAX_TOKENS = 32
 @operation
 def update_pages(
     pages: Float[Array, "B K P 2 S D"],
-    statistics: Float[Array, "B K P Z D"] | None,
+    statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     *,
-    kind: str,
     interpret: Any = None,
-) -> tuple[Float[Array, "B K P 2 S D"], Float[Array, "B K P Z D"] | None]:
+) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
     check_support(pages.dtype, D, S)
-    if statistics is not None:
-        check_supported("Mosaic GPU", statistics=(kind, tuple(STREAMING)))
     if T > MAX_TOKENS:
         raise NotImplementedError(
             f"update_pages: {T} tokens are more than the Mosaic GPU kernel's {MAX_TOKENS}"
         )
     touched = (T + S - 2) // S + 1
     layout = row_layout(D)
-    compute = None if statistics is None else STREAMING[kind]
+    parts = () if statistics is None else STATISTICS[statistics.kind].parts
 
-    def body(k_ref, v_ref, start_ref, write_ref, pages_ref, *refs):
+    def body(
+        k_ref,  # [B, T, K, D], as v
+        v_ref,
+        start_ref,  # [B]
+        write_ref,  # [B, T]
+        pages_ref,  # [B, K, P, 2, S, D]
+        statistics_ref=None,  # [B, K, P, Z, D]
+    ):
         b, head, index = (lax.axis_index(axis) for axis in ("sequence", "head", "page"))
         start = start_ref[b]
         written = jnp.int32(0)
@@ -63,7 +67,7 @@ def update_pages(
 
         @pl.when((written != 0) & (page >= 0) & (first < end))
         def _():
-            old = [vector(pages_ref, b, head, page, KEYS, row) for row in range(S)] if refs else []
+            old = [vector(pages_ref, b, head, page, KEYS, row) for row in range(S)] if parts else []
             new = []
             for t in range(T):
                 row = start + t - first
@@ -76,7 +80,7 @@ def update_pages(
                     pages_ref[b, head, page, KEYS, row] = key
                     pages_ref[b, head, page, VALUES, row] = value
 
-            if not refs:
+            if not parts:
                 return
             keys = []
             for row, key in enumerate(old):
@@ -84,8 +88,8 @@ def update_pages(
                 over = (age >= 0) & (age < T) & (written >> jnp.clip(age, 0, T - 1) & 1 == 1)
                 keys.append((key, (first + row < end) & ~over))
             keys += [(key, here) for _, here, key, _ in new]
-            for z, value in enumerate(compute(keys)):
-                refs[0][b, head, page, z] = value.astype(pages_ref.dtype)
+            for z, value in enumerate([part.of_tokens(keys) for part in parts]):
+                statistics_ref[b, head, page, z] = value.astype(pages_ref.dtype)
 
     launch = kernel(
         body,
@@ -95,6 +99,6 @@ def update_pages(
         grid_names=("sequence", "head", "page"),
         interpret=interpret,
     )
-    state = [jax.new_ref(pages)] + ([] if statistics is None else [jax.new_ref(statistics)])
+    state = [jax.new_ref(array) for array in jax.tree.leaves((pages, statistics))]
     launch(k.astype(pages.dtype), v.astype(pages.dtype), start, write, *state)
-    return state[0][...], None if statistics is None else state[1][...]
+    return state[0][...], None if statistics is None else statistics.replace(values=state[1][...])

@@ -4,6 +4,7 @@ A page of all KV heads comes in one copy. The copies of all sequences of a grid 
 since at a few tokens it is latency that counts.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import check_supported, operation
+from pallas_kernels.operation import before_launch, operation
+from pallas_kernels.statistics import STATISTICS, PageStatistic, Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 _ROWS = 16
@@ -24,27 +26,25 @@ _ROWS = 16
 @operation
 def update_pages(
     pages: Float[Array, "B K P 2 S D"],
-    statistics: Float[Array, "B K P Z D"] | None,
+    statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     *,
-    kind: str,
     interpret: Any = False,
-) -> tuple[Float[Array, "B K P 2 S D"], Float[Array, "B K P Z D"] | None]:
+) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
     check_support(pages.dtype, D, S)
-    if statistics is not None:
-        check_supported("Mosaic TPU", statistics=(kind, tuple(_STATISTICS)))
+    statistic = None if statistics is None else STATISTICS[statistics.kind]
     # One vector per page: pages become the rows, which is how XLA lays the array out. Copies are of 8 rows.
-    rows = 1 if statistics is None or statistics.shape[3] == 2 else SUBLANES
+    rows = 1 if statistic is None or statistic.vectors == 2 else SUBLANES
     if P % rows:
         raise NotImplementedError(
             f"update_pages: {P} pages are not a multiple of {rows}, as the Mosaic TPU kernel needs "
-            f"for {kind!r} statistics"
+            f"for {statistic.name!r} statistics"
         )
     touched = (T + S - 2) // S + 1
     slices = (touched + rows - 2) // rows + 1
@@ -57,6 +57,7 @@ def update_pages(
     together = _sequences_per_step(B, sequence_bytes, target)
     smem = 4 * (SUBLANES * _padded(B, LANES) + _padded(B, SUBLANES) * _padded(T, LANES))
     check_memory("update_pages", target, vmem=together * sequence_bytes, smem=smem)
+    before_launch()
 
     positions = start[:, None] + jnp.arange(T)
     end = jnp.max(jnp.where(write, positions + 1, 0), axis=1)
@@ -66,14 +67,14 @@ def update_pages(
     positions = jnp.where(write & (positions >= 0) & (positions < P * S), positions, -1)
     scratch = [pltpu.VMEM((together, touched, K, 2, S, D), pages.dtype)]
     state = [pages]
-    if statistics is not None:
+    if statistic is not None:
         shape = (K, 2, D) if rows == 1 else (K, rows, D)
         scratch.append(pltpu.VMEM((together, slices, *shape), pages.dtype))
-        state.append(statistics if rows == 1 else statistics.reshape(B, K, P, D))
+        state.append(statistics.values if rows == 1 else statistics.values.reshape(B, K, P, D))
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     tokens = pl.BlockSpec((together, T, K, D), lambda step, *_: (step, 0, 0, 0))
     launch = pl.pallas_call(
-        lambda *refs: _body(refs, together, rows, kind),
+        functools.partial(_body, together=together, rows=rows, statistic=statistic),
         name="update_pages",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -94,7 +95,9 @@ def update_pages(
     )
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)
     pages, *rest = launch(spans, positions, k, v, *state)
-    return pages, None if statistics is None else rest[0].reshape(statistics.shape)
+    if statistics is None:
+        return pages, None
+    return pages, statistics.replace(values=rest[0].reshape(statistics.values.shape))
 
 
 def _padded(size, tile):
@@ -108,11 +111,33 @@ def _sequences_per_step(batch, sequence_bytes, target):
     return max([count for count in fit if batch // count % target.cores == 0], default=max(fit, default=1))
 
 
-def _body(refs, together, rows, kind):
-    spans_ref, positions_ref, k_ref, v_ref, *refs, arrived = refs
-    arrays = len(refs) // 3  # pages alone, or statistics too: as they come, as they go, and in VMEM
-    pages_ref, *statistics_ref = refs[arrays : 2 * arrays]
-    buffer_ref, *fresh_ref = refs[2 * arrays :]
+def _body(
+    spans_ref,  # [3, B]: first and last touched page, end of the tokens
+    positions_ref,  # [B, T]
+    k_ref,  # [together, T, K, D], as v
+    v_ref,
+    *refs,
+    together: int,
+    rows: int,
+    statistic: PageStatistic | None,
+):
+    """The kernel's body; pages and statistics come in and go out under two names of one array."""
+    if statistic is None:
+        (
+            _,
+            pages_ref,  # [B, K, P, 2, S, D]
+            buffer_ref,  # [together, touched, K, 2, S, D]
+            arrived,
+        ) = refs
+    else:
+        (
+            *_,
+            pages_ref,
+            statistics_ref,  # [B, K, P, 2, D], or [B, K, P, D]
+            buffer_ref,
+            fresh_ref,  # [together, slices, K, 2 or rows, D]
+            arrived,
+        ) = refs
     heads, page_size = pages_ref.shape[1], pages_ref.shape[4]
 
     def sequence(index):
@@ -146,8 +171,8 @@ def _body(refs, together, rows, kind):
                 copy(pages_ref.at[sequence(index), :, page], buffer_ref.at[index, slot])
 
             for_pages(index, copy_page)
-            if statistics_ref and (back or rows > 1):  # those of other pages in the slice stay
-                copy_statistics(index, *statistics_ref, *fresh_ref)
+            if statistic is not None and (back or rows > 1):  # those of other pages in the slice stay
+                copy_statistics(index, statistics_ref, fresh_ref)
 
         for_sequences(copy_sequence)
 
@@ -182,8 +207,8 @@ def _body(refs, together, rows, kind):
             number = lax.div(page, jnp.int32(rows)) - lax.div(first, jnp.int32(rows))
             for head in range(heads):
                 keys = buffer_ref[index, slot, head, KEYS].astype(jnp.float32)
-                fresh = _STATISTICS[kind](keys, valid)
-                place = fresh_ref[0].at[index, number, head]
+                fresh = jnp.concatenate([part.of_page(keys, valid) for part in statistic.parts])
+                place = fresh_ref.at[index, number, head]
                 if rows > 1:  # only this page's row of the slice
                     own = lax.broadcasted_iota(jnp.int32, place.shape, 0) == lax.rem(page, jnp.int32(rows))
                     fresh = jnp.where(own, fresh, place[...].astype(jnp.float32))
@@ -194,23 +219,7 @@ def _body(refs, together, rows, kind):
     copies(lambda copy: copy.start(), back=False)
     copies(lambda copy: copy.wait(), back=False)
     for_sequences(write_tokens)
-    if fresh_ref:
+    if statistic is not None:
         for_sequences(compute_statistics)
     copies(lambda copy: copy.start(), back=True)
     copies(lambda copy: copy.wait(), back=True)
-
-
-def _min_max(keys, valid):
-    low = jnp.min(jnp.where(valid, keys, jnp.inf), axis=0, keepdims=True)
-    high = jnp.max(jnp.where(valid, keys, -jnp.inf), axis=0, keepdims=True)
-    return jnp.concatenate([low, high])
-
-
-def _mean_key(keys, valid):
-    total = jnp.sum(jnp.where(valid, keys, 0.0), axis=0, keepdims=True)
-    count = jnp.sum(jnp.where(valid, 1.0, 0.0), axis=0, keepdims=True)
-    return total / jnp.maximum(count, 1.0)
-
-
-_STATISTICS = {"min_max": _min_max, "mean_key": _mean_key}
-"""The page statistics of `pallas_kernels.statistics` once more, of keys[S, D] where valid[S, D]."""

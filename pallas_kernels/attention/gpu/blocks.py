@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.hopper import SHARED_MEMORY, TILE_ROWS, chip, num_multiprocessors
+from pallas_kernels.gpu import SHARED_MEMORY, TILE_ROWS, chip, num_multiprocessors
 
 TUNED = Path(__file__).with_name("tuned.json")
 
@@ -43,18 +43,28 @@ def free_bytes(head_dim: int) -> int:
     return SHARED_MEMORY - TILE_ROWS * head_dim * (2 + 2 + 4) - 4096
 
 
-def choose_blocks(q: Float[Array, "B W N D"], pages: Float[Array, "B K P 2 S D"], capacity: int) -> Blocks:
-    """What is known to be fast for the nearest shape, else what fits."""
+Cut = tuple[int, int, int, int]
+"""Pages of a stage, stages, computing warpgroups, and blocks of threads for each multiprocessor."""
+
+
+def choose_blocks(
+    q: Float[Array, "B W N D"],
+    pages: Float[Array, "B K P 2 S D"],
+    capacity: int,
+    cut: Cut | None = None,
+) -> Blocks:
+    """A cut of the work for these shapes; None: what is known to be fast for the nearest, else what fits."""
     B, K, P, _, S, D = pages.shape
     rows = q.shape[1] * q.shape[2] // K
-    stage_pages, stages, warpgroups, waves = _nearest(chip(), D, S, rows, B * K * capacity) or _fitting(D, S)
+    cut = cut or _nearest(chip(), D, S, rows, B * K * capacity) or _fitting(D, S)
+    stage_pages, stages, warpgroups, waves = cut
     whole = max(TILE_ROWS // 2 // S, 1)  # pages whose keys and values fill a matrix tile
     stage_pages = min(stage_pages, P // whole * whole)
     splits = max(1, min(num_multiprocessors() * waves // (B * K), -(-capacity // stage_pages)))
     return Blocks(stage_pages, stages, splits, warpgroups)
 
 
-def _fitting(head_dim: int, page_size: int) -> tuple[int, int, int, int]:
+def _fitting(head_dim: int, page_size: int) -> Cut:
     """Stages of 64 tokens; of 32 where wide heads and logits of small pages would not fit the registers."""
     warpgroups = 1 if head_dim == 256 else 2
     pages = max((32 if head_dim == 256 and page_size < 32 else 64) // page_size, 1)
@@ -67,9 +77,7 @@ def _entries() -> list[dict]:
     return json.loads(TUNED.read_text())["entries"] if TUNED.exists() else []
 
 
-def _nearest(
-    chip: str, head_dim: int, page_size: int, rows: int, pages: int
-) -> tuple[int, int, int, int] | None:
+def _nearest(chip: str, head_dim: int, page_size: int, rows: int, pages: int) -> Cut | None:
     """The tuned sizes of the entry whose rows and pages in all are nearest, by ratio."""
     candidates = [
         entry

@@ -9,11 +9,12 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import mosaic_tpu as attention
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.page_stream import PageStream
-from pallas_kernels.attention.tpu_blocks import Blocks
+from pallas_kernels.attention.tpu import kernels as attention
+from pallas_kernels.attention.tpu.blocks import Blocks
+from pallas_kernels.attention.tpu.page_stream import PageStream
 from pallas_kernels.tpu import CHIPS
+from tests.pallas_kernels.equality import assert_close
 from tests.pallas_kernels.inputs import PAGES, random_cache, random_retro_inputs
 
 pytestmark = pytest.mark.timeout(120)
@@ -27,15 +28,6 @@ def run(function, *args, interpret=INTERPRET, **kwargs):
     pltpu.reset_tpu_interpret_mode_state()
     result = jax.block_until_ready(jax.jit(functools.partial(function, interpret=interpret, **kwargs))(*args))
     return result, interpret_pallas_call.races.races_found
-
-
-def assert_close(got, expected, tolerance):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
-    finite = np.isfinite(expected)
-    assert np.isfinite(got[finite]).all()
-    error = np.linalg.norm(got[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-9)
-    assert error < tolerance
 
 
 def inputs_of(lengths, window, group, page_size, dim, dtype, heads=2):

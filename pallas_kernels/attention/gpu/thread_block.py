@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.tiles import PER_ROW, add_values, clear_unwritten, join, times_keys
-from pallas_kernels.hopper import LOG2E, TILE_ROWS
+from pallas_kernels.attention.gpu.blocks import Blocks
+from pallas_kernels.attention.gpu.tiles import PER_ROW, add_values, clear_unwritten, join, times_keys
+from pallas_kernels.gpu import LOG2E, TILE_ROWS
 
 LOWEST = -1e30
 """Of a running maximum: finite, so that its difference to -inf is not NaN."""
@@ -23,7 +23,7 @@ _NOWHERE = 1 << 30  # the position of a page that is not there
 
 
 def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, interpret: bool) -> None:
-    """The kernel's body; `_attend` in `mosaic_gpu.py` lists the references."""
+    """The kernel's body; `_attend` in `kernels.py` lists the references."""
     block = ThreadBlock(refs, blocks, dense, interpret)
     warpgroup = lax.axis_index("warpgroup")
     for turn in range(blocks.warpgroups):
@@ -52,9 +52,13 @@ class ThreadBlock:
     """
 
     def __init__(self, refs: tuple, blocks: Blocks, dense: bool, interpret: bool):
+        # Arguments: q[B, W, K, G, D], pages[B, K, P * 2 * S, D], positions[B, W]; page_ids[B, K, C],
+        # counts[B, K], last_loaded[B, K, P].
         self.q, self.pages, self.positions, *refs = refs
         if not dense:
             self.ids, self.counts, self.last_loaded, *refs = refs
+        # Outputs: o[B, K, splits, R8, D], lse[B, K, splits, 64]. Scratch: three tiles of queries and outputs
+        # [64, D], stages[stages, 2 * pages * S, D], maxima and sums[2, 64].
         self.o, self.lse, self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *barriers = refs
         self.q_loaded, self.q_ready, self.ready, self.free, self.other_done = barriers
         self.blocks, self.dense, self.interpret = blocks, dense, interpret

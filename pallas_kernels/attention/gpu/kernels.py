@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.blocks import Blocks, choose_blocks
-from pallas_kernels.attention.thread_block import LOWEST, attend_to_split
-from pallas_kernels.hopper import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
+from pallas_kernels.attention.gpu.blocks import Blocks, choose_blocks
+from pallas_kernels.attention.gpu.thread_block import LOWEST, attend_to_split
+from pallas_kernels.gpu import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
 from pallas_kernels.operation import operation
 
 
@@ -88,7 +88,7 @@ def _attend(q, pages, positions, selection, blocks, interpret):
       positions: [B, W].
       selection: page_ids, counts and a Ref to last_loaded, or None for all pages.
       blocks: how to cut the work.
-      interpret: see `pallas_kernels.hopper.kernel`.
+      interpret: see `pallas_kernels.gpu.kernel`.
 
     Returns:
       o[B, K, splits, R8, D] and its base-2 log-sum-exp[B, K, splits, 64]; R8 is W * G rounded up to 8.
@@ -138,6 +138,7 @@ def _merge(o, lse, cached_o, cached_lse, shape, interpret):
         return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
     def body(o_ref, lse_ref, *refs):
+        # o[B, K, splits, R8, D], lse[B, K, splits, 64]; cached and merged: [B, slots, N, D], [B, slots, N].
         if cached:
             cached_o_ref, cached_lse_ref, *refs = refs
         merged_ref, merged_lse_ref = refs

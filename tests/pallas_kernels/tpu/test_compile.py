@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.attention import mosaic_tpu as attention
-from pallas_kernels.attention.tpu_blocks import Blocks
+from pallas_kernels.attention.tpu import kernels as attention
+from pallas_kernels.attention.tpu.blocks import Blocks
 from pallas_kernels.tpu import CHIPS, HEAD_DIMS, PAGE_SIZES
 from retro_jax.experiments.tpu import compiler as tpu_compiler
 from retro_jax.experiments.tpu.compiler import compile_for

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import traced_for
-from pallas_kernels.operation import check_supported
+from pallas_kernels.operation import before_launch, check_supported
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_DIMS = (64, 128, 256)
@@ -77,6 +77,7 @@ def kernel(
       warpgroups: of 128 threads each.
       interpret: `InterpretGPUParams` to run it in the interpreter.
     """
+    before_launch()
     thread_name = "warpgroup" if warpgroups > 1 else None
 
     def scoped(*refs):

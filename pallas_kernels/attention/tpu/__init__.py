@@ -1,0 +1,1 @@
+"""Attention over pages on TPUs; knows nothing of GPUs."""

@@ -1,0 +1,1 @@
+"""Page selection on Hopper GPUs; knows nothing of TPUs."""

@@ -1,0 +1,1 @@
+"""Page selection on TPUs; knows nothing of GPUs."""

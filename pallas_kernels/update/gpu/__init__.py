@@ -1,0 +1,1 @@
+"""The page update on Hopper GPUs; knows nothing of TPUs."""

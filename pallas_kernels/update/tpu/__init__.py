@@ -1,0 +1,1 @@
+"""The page update on TPUs; knows nothing of GPUs."""

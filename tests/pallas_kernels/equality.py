@@ -1,0 +1,54 @@
+"""When a kernel's result equals its reference's; what kernels exist for is read from the registries."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import SCORES, STATISTICS
+from pallas_kernels.selection import reference as selection
+from pallas_kernels.update import reference as update
+from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
+
+FUSED = [kind for kind, statistic in STATISTICS.items() if statistic.fused]
+"""Statistics that kernels compute."""
+SCORED = [
+    (score, kind)
+    for score, known in SCORES.items()
+    for kind in known.statistics
+    if kind in FUSED and known.coefficients is not None
+]
+"""Scores that kernels know, and what each reads."""
+
+
+def assert_close(got, expected, tolerance):
+    """Minus infinity at the same places, and elsewhere the same to a relative `tolerance` in all."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
+    finite = np.isfinite(expected)
+    assert np.isfinite(got[finite]).all()
+    error = np.linalg.norm(got[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-9)
+    assert error < tolerance
+
+
+def assert_same_update(got, inputs):
+    """The pages alike; statistics too, but for an ulp of their dtype where they are sums in another order."""
+    expected = jax.jit(update.update_pages)(*inputs)
+    np.testing.assert_array_equal(*(np.asarray(pages, np.float32) for pages in (got[0], expected[0])))
+    if inputs[1] is None:
+        assert got[1] is None
+        return
+    sums = any(part.fold.finish for part in STATISTICS[inputs[1].kind].parts)
+    tolerance = float(jnp.finfo(inputs[0].dtype).eps) if sums else 0
+    assert got[1].kind == inputs[1].kind
+    fresh = [np.asarray(result[1].values, np.float32) for result in (got, expected)]
+    np.testing.assert_allclose(*fresh, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_selection(got, inputs, *, rounding=ROUNDING, **arguments):
+    """The same pages, but for those within `rounding` of the last one chosen."""
+    expected = jax.jit(functools.partial(selection.select_pages, **arguments))(*inputs)
+    assert got[0].shape == expected[0].shape
+    arguments.pop("capacity")
+    assert largest_distance(got, expected, *inputs[:3], **arguments) <= rounding

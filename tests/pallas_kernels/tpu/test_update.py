@@ -1,0 +1,112 @@
+"""The TPU kernel of the page update in the interpreter, against the reference."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.update.tpu import kernels as mosaic_tpu
+from tests.pallas_kernels.equality import FUSED, assert_same_update
+from tests.pallas_kernels.inputs import random_update, shapes_of_statistics
+from tests.pallas_kernels.tpu.interpreter import INTERPRET, races_found, run
+
+pytestmark = pytest.mark.timeout(120)
+PAGES = 16
+SIZES = itertools.cycle(  # tokens, page size, head_dim, KV heads, dtype
+    [
+        (4, 16, 64, 2, jnp.bfloat16),
+        (1, 32, 128, 3, jnp.bfloat16),
+        (18, 16, 256, 1, jnp.float32),
+        (3, 64, 64, 2, jnp.bfloat16),
+        (1, 128, 64, 9, jnp.float32),
+        (20, 16, 128, 2, jnp.float32),
+    ]
+)
+
+
+def assert_updates_as_the_reference_does(inputs, **options):
+    assert_same_update(run(mosaic_tpu.update_pages, *inputs, **options), inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "page_size", "dim", "heads", "dtype"),
+    [(kind, *next(SIZES)) for kind in (*FUSED, FUSED[0], None, *FUSED)],
+)
+def test_update_equals_the_reference(kind, tokens, page_size, dim, heads, dtype):
+    """Lengths across pages, shorter than the update, at the capacity, beyond; a sequence without a token."""
+    rng = np.random.default_rng(tokens)
+    end = PAGES * page_size
+    lengths = [
+        5 * page_size + 3,
+        page_size,
+        2,
+        page_size + 1,
+        end,
+        end + 1,
+        end + page_size + 40,
+    ]
+    inputs = random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, PAGES)
+    inputs[5] = inputs[5].at[3].set(False)
+    assert_updates_as_the_reference_does(inputs)
+
+
+def test_only_the_tokens_to_write_are_written():
+    rng = np.random.default_rng(0)
+    inputs = random_update(rng, [40, 33], 4, 16, 2, 64, "min_max", jnp.bfloat16, PAGES)
+    inputs[5] = jnp.asarray([[False, True, False, True], [False, False, False, True]])
+    assert_updates_as_the_reference_does(inputs)
+
+
+def test_several_steps_of_the_grid_on_two_cores(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "_sequences_per_step", lambda batch, *_: 2)
+    two = dataclasses.replace(INTERPRET, num_cores_or_threads=2)
+    rng = np.random.default_rng(1)
+    inputs = random_update(rng, [40, 33, 1, 16, 17, 50], 3, 16, 1, 64, "mean_key", jnp.bfloat16, PAGES)
+    assert_updates_as_the_reference_does(inputs, interpret=two)
+
+
+def test_the_interpreter_finds_a_copy_that_nobody_waits_for(monkeypatch):
+    class Unawaited:
+        def __init__(self, *args):
+            self.copy = copy(*args)
+
+        def start(self):
+            self.copy.start()
+
+        def wait(self):
+            pass
+
+    copy = pltpu.make_async_copy
+    monkeypatch.setattr(mosaic_tpu.pltpu, "make_async_copy", Unawaited)
+    inputs = random_update(np.random.default_rng(0), [47], 5, 16, 3, 64, "min_max", jnp.bfloat16, PAGES)
+    eager = dataclasses.replace(INTERPRET, dma_execution_mode="eager")
+    _, races = races_found(mosaic_tpu.update_pages.__wrapped__, *inputs, interpret=eager)
+    assert races
+
+
+def test_update_refuses_what_it_does_not_support():
+    def update(tokens=1, pages=16, heads=1, page_size=16, dim=64, kind="min_max", dtype="bfloat16"):
+        return jax.eval_shape(
+            mosaic_tpu.update_pages,
+            jax.ShapeDtypeStruct((1, heads, pages, 2, page_size, dim), dtype),
+            shapes_of_statistics(kind, (1, heads, pages), dim, dtype),
+            *[jax.ShapeDtypeStruct((1, tokens, heads, dim), dtype)] * 2,
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct((1, tokens), jnp.bool_),
+        )
+
+    for message, arguments in [
+        ("dtype float16 has no Mosaic TPU kernel", {"dtype": jnp.float16}),
+        ("head_dim 96 has no Mosaic TPU kernel", {"dim": 96}),
+        ("20 pages are not a multiple of 8", {"pages": 20, "kind": "mean_key"}),
+        (
+            r"needs \d+ bytes of VMEM, and a v5e has \d+",
+            {"heads": 128, "page_size": 128, "dim": 256, "tokens": 2, "dtype": jnp.float32},
+        ),
+    ]:
+        with pytest.raises(NotImplementedError, match=message):
+            update(**arguments)
