@@ -38,6 +38,7 @@ from retro_jax.methods.eviction import members
 from retro_jax.models import Model, transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
+from retro_jax.plan import layer_plan
 from retro_jax.selectors import SELECTORS
 from retro_jax.sharding import new_state, under_mesh_of_weights
 from retro_jax.state import LayerState
@@ -86,18 +87,18 @@ def ranked_step(
     """
     active = jnp.ones(tokens.shape, bool)
     slots = window_slots(config, state, active)
-    dense = config.num_dense_layers(model)
+    plan = layer_plan(model, config)
     x = transformer.embed(params, tokens[:, None])
     layers, ranked = [], []
-    for index, (layer, cache) in enumerate(zip(params.layers, state.layers, strict=True)):
-        if index < dense:
+    for index, (layer, kind, cache) in enumerate(zip(params.layers, model.layers, state.layers, strict=True)):
+        if not plan.sparse[index]:
             x, cache = dense_layer(
-                layer, model, config, cache, x, state.length, active[:, None], config.implementation
+                layer, model, kind, config, cache, x, state.length, active[:, None], config.implementation
             )
         else:
-            q = transformer.qkv(layer, model, x, slots.positions)[0]
+            q = transformer.qkv(layer, model, kind, x, slots.positions)[0]
             query = Query(q[:, -1], slots.positions[:, -1], slots.budgets, index)
-            x, cache, _ = retro_layer(layer, model, config, cache, x, slots, slots.newest, index)
+            x, cache, _ = retro_layer(layer, model, kind, config, cache, x, slots, slots.newest, index)
             ranked.append(_rank(config, cache, query))
         layers.append(cache)
     state = state.replace(length=state.length + 1, layers=tuple(layers))
@@ -151,8 +152,8 @@ def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, pr
     """
     batch, tokens = texts.ids.shape
     steps = tokens - texts.prompt_tokens
-    dense = config.num_dense_layers(model.config)
-    if dense == model.config.num_layers:
+    plan = layer_plan(model.config, config)
+    if not plan.num_sparse:
         raise ValueError(f"all {model.config.num_layers} layers are dense; lower --dense-layers")
     if not 1 <= distances < steps:
         raise ValueError(
@@ -161,7 +162,7 @@ def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, pr
     ids = check_token_ids(model.config, texts.ids, "token_ids")
     state = new_state(model.config, config, batch, tokens)
     state, _ = run_prefill(model, config, state, list(ids[:, : texts.prompt_tokens]), progress)
-    none = (distances, model.config.num_layers - dense, *state.layers[-1].pages.shape[:3])
+    none = (distances, plan.num_sparse, *state.layers[-1].pages.shape[:3])
     past = Ranked(jnp.zeros(none, bool), jnp.zeros(none, bool))
     found = []
     for step, column in enumerate(ids[:, texts.prompt_tokens :].T, 1):
@@ -301,7 +302,7 @@ class Overlap(OverlapFlags):
             "tokens": texts.ids.shape[1],
             "prompt_tokens": self.prompt_tokens,
             "config": asdict(config),
-            **summary(shares, config.num_dense_layers(model.config)),
+            **summary(shares, layer_plan(model.config, config).first_sparse),
             "provenance": provenance(),
         }
         report = overlap_report(values)

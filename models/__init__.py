@@ -9,7 +9,7 @@ Its folder stands beside `retro_jax`, and its name within: `models` is a name th
 if __name__ != "retro_jax.models":
     raise ImportError(f"this package is imported as retro_jax.models, not as {__name__}")
 
-from retro_jax.models.config import ModelConfig, RopeScaling
+from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
@@ -26,10 +26,12 @@ from retro_jax.models.transformer import (
 )
 
 __all__ = [
+    "LayerKind",
     "LayerParams",
     "Model",
     "ModelConfig",
     "Params",
+    "Rope",
     "RopeScaling",
     "Tokenizer",
     "attention_output",

@@ -37,9 +37,11 @@ def dense_pass(
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     x = transformer.embed(params, tokens)
     layers = []
-    for layer, cache in zip(params.layers, state.layers, strict=True):
+    for layer, kind, cache in zip(params.layers, model.layers, state.layers, strict=True):
         # Chunks are matters of large matrix products, which XLA does well; the kernels are for single tokens.
-        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid, implementation="xla")
+        x, cache = dense_layer(
+            layer, model, kind, config, cache, x, state.length, valid, implementation="xla"
+        )
         layers.append(cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     state = state.replace(

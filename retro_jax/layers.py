@@ -25,7 +25,7 @@ from retro_jax.budget import budget_pages
 from retro_jax.config import DecodeConfig
 from retro_jax.methods import Query
 from retro_jax.models import transformer
-from retro_jax.models.config import ModelConfig
+from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
 from retro_jax.state import DecodeState, LayerState, OutputCache
 
@@ -70,10 +70,11 @@ def window_slots(config: DecodeConfig, state: DecodeState, active: Bool[Array, "
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "implementation"))
+@functools.partial(jax.jit, static_argnames=("model", "kind", "config", "implementation"))
 def dense_layer(
     layer: LayerParams,
     model: ModelConfig,
+    kind: LayerKind,
     config: DecodeConfig,
     cache: LayerState,
     x: Float[Array, "B T M"],
@@ -88,7 +89,7 @@ def dense_layer(
     the operations on pages.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    q, k, v = transformer.qkv(layer, model, x, positions)
+    q, k, v = transformer.qkv(layer, model, kind, x, positions)
     pages, statistics = update_pages(
         cache.pages,
         cache.statistics,
@@ -116,10 +117,11 @@ def dense_layer(
     return transformer.mlp(layer, model, x), cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"))
+@functools.partial(jax.jit, static_argnames=("model", "kind", "config"))
 def retro_layer(
     layer: LayerParams,
     model: ModelConfig,
+    kind: LayerKind,
     config: DecodeConfig,
     cache: LayerState,
     x: Float[Array, "B W M"],
@@ -132,6 +134,7 @@ def retro_layer(
     Args:
       layer: weights.
       model: sizes.
+      kind: of this layer.
       config: method and budget.
       cache: this layer's state.
       x: hidden states of all slots as the layer below now sees them.
@@ -144,7 +147,7 @@ def retro_layer(
       KV heads).
     """
     positions = slots.positions
-    q, k, v = transformer.qkv(layer, model, x, positions)
+    q, k, v = transformer.qkv(layer, model, kind, x, positions)
 
     # Overwrite the stale keys and values of past queries; append the newest.
     pages, statistics = update_pages(
