@@ -13,7 +13,7 @@ from retro_jax import DecodeConfig, init_state
 from retro_jax.experiments.devices import local_devices, memory_left
 from retro_jax.experiments.results import read_json
 from retro_jax.models.config import ModelConfig
-from retro_jax.models.huggingface import config_from_json
+from retro_jax.models.formats.huggingface import config_from_json
 from retro_jax.models.load import local_path
 from retro_jax.models.presets import SIZES
 from retro_jax.models.transformer import random_params
