@@ -157,7 +157,7 @@ def _layer_kinds(raw: Mapping[str, Any], rope: Rope, name: str) -> LayerKinds:
         types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     slides = "sliding_attention" in types
     others = {*types} - {"full_attention", "sliding_attention"}
-    if others or (slides and window is None) or len(types) != layers:
+    if others or (slides and window is None) or len(types) != max(layers, 0):
         raise ValueError(
             f"{name} has layer_types {types} with num_hidden_layers {layers} and a sliding window of "
             f"{window}; one of full_attention or sliding_attention is needed for each layer, and a window "
