@@ -15,6 +15,7 @@ from retro_jax.layers import Watch, dense_layer, sparse_layer, window_slots
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
+from retro_jax.plan import layer_plan
 from retro_jax.rectify import rectify
 from retro_jax.state import DecodeState
 
@@ -71,24 +72,24 @@ def watched_step(
     fits = state.room(model) > 0
     refused, active = active & ~fits, active & fits
     slots = window_slots(config, state, active)
-    dense = config.num_dense_layers(model)
+    first = layer_plan(model, config).first_sparse
+    stack = list(zip(params.layers, model.layers, state.layers, strict=True))
 
     x = transformer.embed(params, tokens[:, None])
     layers, watched = [], []
-    for layer, cache in zip(params.layers[:dense], state.layers[:dense], strict=True):
+    for layer, kind, cache in stack[:first]:
         x, cache = dense_layer(
-            layer, model, config, cache, x, state.length, active[:, None], config.implementation
+            layer, model, kind, config, cache, x, state.length, active[:, None], config.implementation
         )
         layers.append(cache)
 
     x = jnp.concatenate([state.hidden, x], axis=1)
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
     attended = [jnp.zeros(slots.valid.shape)]
-    sparse = zip(params.layers[dense:], state.layers[dense:], strict=True)
-    for index, (layer, cache) in enumerate(sparse, start=dense):
+    for index, (layer, kind, cache) in enumerate(stack[first:], start=first):
         # In the first sparse layer only the newest token's keys and values are new.
-        write = slots.valid if config.overwrite and index > dense else slots.newest
-        x, cache, pages, seen = sparse_layer(layer, model, config, cache, x, slots, write, index, watch)
+        write = slots.valid if config.overwrite and index > first else slots.newest
+        x, cache, pages, seen = sparse_layer(layer, model, kind, config, cache, x, slots, write, index, watch)
         layers.append(cache)
         attended.append(pages)
         watched.append(seen)
@@ -120,9 +121,8 @@ def _metrics(
     attended: list[Float[Array, "B W"]],
 ) -> StepMetrics:
     """What this step attended to, loaded and read; see `StepMetrics`."""
-    dense = config.num_dense_layers(model)
-    sparse = model.num_layers - dense
-    by_age = jnp.flip(sum(attended), axis=1) / max(sparse, 1)
+    plan = layer_plan(model, config)
+    by_age = jnp.flip(sum(attended), axis=1) / max(plan.num_sparse, 1)
     loaded = by_age[:, 0]  # the newest attends to every page that is loaded
 
     context = jnp.where(active, state.length + 1, 0)
@@ -133,7 +133,7 @@ def _metrics(
     by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
     if config.residual_pages:
         by_page += active  # of a block that settles, a value a step
-    vectors = dense * 2 * context + sparse * (2 * config.page_size * loaded + by_page)
+    vectors = plan.num_dense * 2 * context + plan.num_sparse * (2 * config.page_size * loaded + by_page)
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
 
