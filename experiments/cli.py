@@ -135,6 +135,11 @@ COMMANDS: Mapping[str, Entry | Group] = {
         "Measure how many of a query's pages earlier queries had loaded, or had only just missed.",
         "retro_jax.experiments.analyses.command:OverlapFlags",
     ),
+    "distances": Entry(
+        "retro_jax.experiments.analyses.distances:DistancesCommand",
+        "Measure how far keys, values and outputs are from full attention's, with a window and without.",
+        "retro_jax.experiments.analyses.command:DistancesFlags",
+    ),
     "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(

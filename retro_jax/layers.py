@@ -33,9 +33,23 @@ from retro_jax.models.transformer import LayerParams
 from retro_jax.rules import Query, Rules
 from retro_jax.state import DecodeState
 
-Watch = Callable[[Rules, LayerState, Query], Any]
-"""What an analysis does in each sparse layer: (rules, the layer's new state, newest query) -> a pytree. A
-function of a module: programs are told apart by it."""
+
+@flax.struct.dataclass
+class Window:
+    """The queries of one step in one sparse layer, oldest first, and what they have found so far.
+
+    Attributes:
+      q: rotary embedding applied; an older slot's is that of its corrected hidden state.
+      o: attention outputs, those of older slots revised, as they go on to the output projection.
+    """
+
+    q: Float[Array, "B W N D"]
+    o: Float[Array, "B W N D"]
+
+
+Watch = Callable[[Rules, LayerState, Query, Window], Any]
+"""What an analysis does in each sparse layer: (rules, the layer's new state, newest query, window) -> a
+pytree. A function of a module: programs are told apart by it."""
 
 
 @flax.struct.dataclass
@@ -213,7 +227,7 @@ def sparse_layer(
     x = transformer.attention_output(layer, x, attention)
     x = transformer.mlp(layer, model, x)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
-    return x, cache, attended, watch and watch(_rules(config, cache), cache, query)
+    return x, cache, attended, watch and watch(_rules(config, cache), cache, query, Window(q, attention))
 
 
 def _rules(config: DecodeConfig, cache: LayerState) -> Rules:

@@ -31,6 +31,7 @@ from retro_jax.experiments.pictures.panels import COLOURS, QUEST_COLOUR, Curves,
 from retro_jax.experiments.pictures.words import counted, listed, shortened
 from retro_jax.generate import run_prefill
 from retro_jax.inputs import check_token_ids
+from retro_jax.layers import Window
 from retro_jax.methods.eviction import members
 from retro_jax.models import Model
 from retro_jax.plan import layer_plan
@@ -69,7 +70,7 @@ class Shares:
     next: Float[np.ndarray, "distances L B T"]
 
 
-def _rank(rules: Rules, layer: LayerState, query: Query) -> Ranked:
+def _rank(rules: Rules, layer: LayerState, query: Query, _: Window) -> Ranked:
     pages = layer.pages.shape[2]
     scores = SELECTORS[rules.score].scores(rules, layer, query, jnp.ones(layer.pages.shape[:3], bool))
     page_ids, counts = rules.choose(scores, query, 2 * query.budgets, min(2 * rules.places, pages))

@@ -25,10 +25,12 @@ class FullAttention(NamedTuple):
     Attributes:
       o: attention outputs, before the output projection.
       k: keys, rotary embedding included, as the cache holds them.
+      v: values.
     """
 
     o: Float[Array, "L B T N D"]
     k: Float[Array, "L B T K D"]
+    v: Float[Array, "L B T K D"]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -42,13 +44,14 @@ def full_attention(params: Params, model: ModelConfig, tokens: Int[Array, "B T"]
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = transformer.embed(params, tokens)
-    outputs, keys = [], []
+    outputs, keys, values = [], [], []
     for layer, kind in zip(params.layers, model.layers, strict=True):
         q, k, v = transformer.qkv(layer, model, kind, x, positions)
         outputs.append(transformer.causal_attention(q, k, v, kind.window))
         keys.append(k)
+        values.append(v)
         x = transformer.mlp(layer, model, transformer.attention_output(layer, x, outputs[-1]))
-    return FullAttention(jnp.stack(outputs), jnp.stack(keys))
+    return FullAttention(jnp.stack(outputs), jnp.stack(keys), jnp.stack(values))
 
 
 def newly_attended(
@@ -79,8 +82,15 @@ def newly_attended(
 
 def window_keys(pages: Float[Array, "B K P 2 S D"], positions: Int[Array, " W"]) -> Float[Array, "B W K D"]:
     """Returns the keys of the tokens at the given positions, as the cache holds them."""
+    return cached(pages, positions, KEYS)
+
+
+def cached(
+    pages: Float[Array, "B K P 2 S D"], positions: Int[Array, " A"], part: int
+) -> Float[Array, "B A K D"]:
+    """Returns what the cache holds of the tokens at the given positions: `KEYS` or `VALUES`."""
     page_size = pages.shape[-2]
-    return pages[:, :, positions // page_size, KEYS, positions % page_size].swapaxes(1, 2)
+    return pages[:, :, positions // page_size, part, positions % page_size].swapaxes(1, 2)
 
 
 def relative_distance(

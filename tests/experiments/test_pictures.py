@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from retro_jax import DecodeConfig
+from retro_jax.experiments.analyses.distances_shown import IN_CACHE, QUANTITIES, distances_pictures
 from retro_jax.experiments.analyses.overlap import overlap_pictures
 from retro_jax.experiments.bench.decode import latency_pictures
 from retro_jax.experiments.bench.roofline import roofline_pictures
@@ -281,6 +282,25 @@ def test_overlap(drawn, distances, layers, error):
     values |= {"config": {"budget_tokens": 32, "page_size": 8, "sink_pages": 1}, "mean": rows(1.0)}
     assert list(overlap_pictures(values | {"layers": by_layer})) == ["overlap.png"]
     assert len(drawn[0].axes) == 2
+
+
+@pytest.mark.parametrize(("windows", "layers", "error"), [((1,), 1, None), ((1, 2, 4, 8), 30, 0.01)])
+def test_distances(drawn, windows, layers, error):
+    def points(ages, value):
+        point = {"mean": value, "error": error}
+        return [point | {"age": age, "layers": [point] * layers} for age in ages]
+
+    def case(window):
+        config = {"page_size": 16, "dense_layers": 2}
+        ages = {name: (0, 1, 64) if name in IN_CACHE else range(window) for name in QUANTITIES}
+        return {"config": config} | {name: points(ages[name], 1 / window) for name in QUANTITIES}
+
+    values = {"model": PATH, "dtype": "float32", "texts": ["a"] * 9, "tokens": 300, "prompt_tokens": 32}
+    values |= {"ages": [0, 1, 64], "first_layer": 2}
+    cases = {f"mean-key-w{window}-s1-b256": case(window) for window in windows}
+    assert list(distances_pictures(values | {"cases": cases})) == ["distances.png"]
+    assert len(drawn[0].axes) == 2 * len(QUANTITIES)
+    assert "192 tokens of each after a prompt of 32" in " ".join(drawn[0].get_supxlabel().split())
 
 
 @pytest.mark.parametrize(("contexts", "names"), [([64], 1), ([512, 1000, 1024, 131072], 24)])
