@@ -71,12 +71,14 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
     W, P = config.slots, config.num_pages(capacity)
     rules = rules_of(config, P, D, jnp.dtype(model.dtype).itemsize)
 
-    def layer(dense: bool) -> LayerState:
+    dense = config.num_dense_layers(model)
+
+    def layer(index: int) -> LayerState:
         pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
-        if dense:
+        if index < dense:
             return LayerState(pages)
         statistics = block_values = None
-        if config.kept_statistics:
+        if config.kept_statistics and index in config.anchors(model):
             statistics = STATISTICS[config.kept_statistics].zeros((B, K, P), D, model.dtype)
         if config.residual_pages:
             block_values = jnp.zeros((B, K, -(-P // config.residual_pages), D), model.dtype)
@@ -92,13 +94,12 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
             kept=config.eviction.init(rules, model, B, P) if config.eviction else None,
         )
 
-    dense = config.num_dense_layers(model)
     return DecodeState(
         length=jnp.zeros(B, jnp.int32),
         budget=Budget.of(config, B),
         decoded=jnp.zeros(B, jnp.int32),
         hidden=jnp.zeros((B, W - 1, model.width), model.dtype),
-        layers=tuple(layer(index < dense) for index in range(model.num_layers)),
+        layers=tuple(map(layer, range(model.num_layers))),
         metrics=StepMetrics(
             pages_attended=jnp.zeros((B, W), jnp.float32),
             pages_loaded=jnp.zeros(B, jnp.float32),

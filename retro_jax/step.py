@@ -83,14 +83,19 @@ def watched_step(
 
     x = jnp.concatenate([state.hidden, x], axis=1)
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
-    attended = [jnp.zeros(slots.valid.shape)]
+    attended, read = [jnp.zeros(slots.valid.shape)], [jnp.zeros(active.shape, bool)]
+    loaded = None
     sparse = zip(params.layers[dense:], state.layers[dense:], strict=True)
     for index, (layer, cache) in enumerate(sparse, start=dense):
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > dense else slots.newest
-        x, cache, pages, seen = sparse_layer(layer, model, config, cache, x, slots, write, index, watch)
+        below = None if index in config.anchors(model) else loaded
+        x, cache, loaded, pages, seen = sparse_layer(
+            layer, model, config, cache, x, slots, write, index, below, watch
+        )
         layers.append(cache)
         attended.append(pages)
+        read.append(loaded.fresh)
         watched.append(seen)
 
     state = DecodeState(
@@ -99,7 +104,7 @@ def watched_step(
         decoded=jnp.minimum(state.decoded + active, config.slots - 1),
         hidden=hidden,
         layers=tuple(layers),
-        metrics=_metrics(model, config, state, active, attended),
+        metrics=_metrics(model, config, state, active, attended, read),
         stale=state.stale,
     )
     logits = transformer.logits(params, model, x[:, -1:])[:, 0]
@@ -118,8 +123,12 @@ def _metrics(
     state: DecodeState,
     active: Bool[Array, " B"],
     attended: list[Float[Array, "B W"]],
+    read: list[Bool[Array, " B"]],
 ) -> StepMetrics:
-    """What this step attended to, loaded and read; see `StepMetrics`."""
+    """What this step attended to, loaded and read; see `StepMetrics`.
+
+    By layer: the pages that each slot newly attended to, and whether pages were scored.
+    """
     dense = config.num_dense_layers(model)
     sparse = model.num_layers - dense
     by_age = jnp.flip(sum(attended), axis=1) / max(sparse, 1)
@@ -133,7 +142,7 @@ def _metrics(
     by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
     if config.residual_pages:
         by_page += active  # of a block that settles, a value a step
-    vectors = dense * 2 * context + sparse * (2 * config.page_size * loaded + by_page)
+    vectors = dense * 2 * context + sparse * 2 * config.page_size * loaded + sum(read) * by_page
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
 

@@ -6,7 +6,10 @@ from typing import Annotated
 
 from retro_jax.experiments.io.flags import NoPrefix, TextCommand, common_flags
 
-CommonFlags = common_flags("method", "window", "overwrite", "evict", "cache_tokens", "observation")
+CommonFlags = common_flags(
+    "method", "window", "overwrite", "evict", "cache_tokens", "observation",
+    "budget_top_p", "anchor_every", "select_every",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
