@@ -1,7 +1,9 @@
 """Model families as configurations of one transformer; weights from Hugging Face, GGUF or a seed.
 
 What may change here: how a model is described, computed layer by layer, and read from files, with its
-tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours.
+tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours. Its rooms, each of
+which imports those before it only: `config` (sizes, layer kinds), `rope` and `transformer`, `families`,
+`formats`, `presets` and `load`.
 
 Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """
@@ -9,7 +11,7 @@ Its folder stands beside `retro_jax`, and its name within: `models` is a name th
 if __name__ != "retro_jax.models":
     raise ImportError(f"this package is imported as retro_jax.models, not as {__name__}")
 
-from retro_jax.models.config import ModelConfig, RopeScaling
+from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
@@ -26,10 +28,12 @@ from retro_jax.models.transformer import (
 )
 
 __all__ = [
+    "LayerKind",
     "LayerParams",
     "Model",
     "ModelConfig",
     "Params",
+    "Rope",
     "RopeScaling",
     "Tokenizer",
     "attention_output",

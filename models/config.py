@@ -1,9 +1,14 @@
-"""What describes a model: sizes, rotary scaling, and which optional parts its layers have."""
+"""What describes a model: its sizes, what kind each of its layers is, and which optional parts they have.
+
+What may change here: a part that layers can differ in is a field of `LayerKind`, any other a field of
+`ModelConfig`; its default leaves every model as it is.
+"""
 
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
 ROPE_KINDS = ("linear", "llama3", "yarn", "factors")
+MLPS = ("dense",)
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,60 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a layer.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: None for plain rotary embedding.
+
+    Raises:
+        ValueError: if theta is not positive.
+    """
+
+    theta: float = 10_000.0
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        if self.theta <= 0:
+            raise ValueError(f"rope_theta must be positive, got {self.theta}")
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What tells a layer from others of the same sizes. Layers of one kind share their compiled functions.
+
+    Attributes:
+        rope: None for a layer whose queries and keys are not rotated.
+        window: latest positions that a query attends to, its own included, for sliding-window attention. None
+            for full attention.
+        scale: what the products of queries and keys are multiplied by. None: D ** -0.5.
+        mlp: "dense", gated (SwiGLU).
+
+    Raises:
+        ValueError: if the window or the scale is not positive, or the mlp is unknown.
+    """
+
+    rope: Rope | None = Rope()
+    window: int | None = None
+    scale: float | None = None
+    mlp: str = "dense"
+
+    def __post_init__(self):
+        for field in ("window", "scale"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ValueError(f"{field} of a layer must be positive, got {value}")
+        if self.mlp not in MLPS:
+            raise ValueError(f"mlp {self.mlp!r} is not supported; use one of {', '.join(MLPS)}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One model of the Llama line. Static and hashable: pass it to `jax.jit` as a static argument.
 
-    Sliding-window attention is not implemented. A model that has it is loaded with `max_positions` limited to
-    its window, up to which both attentions are the same.
+    Sliding-window attention cannot be decoded yet. A file's model that has it is loaded as one with full
+    attention and `max_positions` limited to its window, up to which both are the same.
 
     Attributes:
         name: for messages and reports only.
@@ -69,16 +123,19 @@ class ModelConfig:
         width: M, of the residual stream.
         hidden_width: F, of the gated MLP.
         max_positions: positions the model is good for.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: None for plain rotary embedding.
+        rope_theta: base of the rotary frequencies, in a model whose layers are of one kind.
+        rope_scaling: likewise; None for plain rotary embedding.
         norm_eps: added to the mean square in every RMS norm.
         qkv_bias: the q, k and v projections have biases (Qwen2).
         qk_norm: RMS norm over each head's query and key before the rotary embedding (Qwen3).
         tie_embeddings: the output head is the transposed embedding.
         dtype: of weights, activations and KV cache, "float32" or "bfloat16".
+        layer_kinds: for a model whose layers differ, the kind of each, which has its own rope. None: full
+            attention with `rope_theta` and `rope_scaling` in all of them.
 
     Raises:
-        ValueError: if a size is not positive, heads do not divide, or the dtype is unknown.
+        ValueError: if a size is not positive, heads do not divide, the dtype is unknown, or `layer_kinds` are
+            not one for each layer or stand beside a rope for all.
     """
 
     name: str
@@ -97,10 +154,11 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = False
     dtype: str = "float32"
+    layer_kinds: tuple[LayerKind, ...] | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "width", "hidden_width")
-        for field in (*sizes, "max_positions", "rope_theta"):
+        for field in (*sizes, "max_positions"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
@@ -111,12 +169,37 @@ class ModelConfig:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-        scaling = self.rope_scaling
-        if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
-            raise ValueError(
-                f"rope scaling has {len(scaling.factors)} factors, head_dim {self.head_dim} needs "
-                f"{self.head_dim // 2}"
+        if self.layer_kinds is not None:
+            self._check_layer_kinds()
+        for rope in {kind.rope for kind in self.layers}:
+            factors = (
+                rope.scaling.factors if rope and rope.scaling and rope.scaling.kind == "factors" else None
             )
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"rope scaling has {len(factors)} factors, head_dim {self.head_dim} needs "
+                    f"{self.head_dim // 2}"
+                )
+
+    def _check_layer_kinds(self):
+        if len(self.layer_kinds) != self.num_layers:
+            raise ValueError(
+                f"there are {len(self.layer_kinds)} layer_kinds for num_layers {self.num_layers}; give one "
+                "for each layer, or none and rope_theta and rope_scaling for all"
+            )
+        for field in ("rope_theta", "rope_scaling"):
+            if getattr(self, field) != getattr(ModelConfig, field):
+                raise ValueError(
+                    f"{field} {getattr(self, field)} stands beside layer_kinds, each of which has its own "
+                    "rope; leave one of them out"
+                )
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        if self.layer_kinds is not None:
+            return self.layer_kinds
+        return (LayerKind(Rope(self.rope_theta, self.rope_scaling)),) * self.num_layers
 
     @property
     def group(self) -> int:

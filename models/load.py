@@ -6,14 +6,14 @@ from pathlib import Path
 
 import jax
 
-from retro_jax.models.gguf import load_gguf
-from retro_jax.models.huggingface import download, load_folder
+from retro_jax.models.formats.gguf import load_gguf
+from retro_jax.models.formats.huggingface import download, load_folder
+from retro_jax.models.formats.weights import Progress
+from retro_jax.models.formats.wheel import fetch
 from retro_jax.models.model import Model
 from retro_jax.models.names import nearest
 from retro_jax.models.presets import SIZES, WHEELS
 from retro_jax.models.transformer import random_params
-from retro_jax.models.weights import Progress
-from retro_jax.models.wheel import fetch
 
 
 def load_model(

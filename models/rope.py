@@ -6,18 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from retro_jax.models.config import ModelConfig, RopeScaling
+from retro_jax.models.config import Rope, RopeScaling
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     """Angles per position and what scales cosine and sine.
+
+    Args:
+        rope: of the layer.
+        head_dim: D.
 
     Returns:
         float32 (D/2,) radians per position, and the attention factor (1.0 but for yarn, unless stated).
     """
-    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    frequencies = rope.theta**-exponents
+    scaling = rope.scaling
     attention_factor = 1.0
     if scaling is not None:
         attention_factor = scaling.attention_factor
@@ -28,7 +32,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         elif scaling.kind == "llama3":
             frequencies = _llama3(frequencies, scaling)
         else:
-            frequencies = _yarn(frequencies, scaling, config.rope_theta)
+            frequencies = _yarn(frequencies, scaling, rope.theta)
         if attention_factor is None:
             grows = scaling.kind == "yarn" and scaling.factor > 1
             attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if grows else 1.0
@@ -59,10 +63,10 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, theta: float) -> np.nda
 
 
 def apply_rope(
-    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], config: ModelConfig
+    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], rope: Rope
 ) -> Float[Array, "B T H D"]:
     """Rotates each head's vector by its token's position; any positions, in float32, result in x's dtype."""
-    frequencies, attention_factor = rope_frequencies(config)
+    frequencies, attention_factor = rope_frequencies(rope, x.shape[-1])
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

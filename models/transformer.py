@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from retro_jax.models.config import ModelConfig
+from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.rope import apply_rope
 
 
@@ -71,9 +71,16 @@ def embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
 
 @jax.named_scope("qkv")
 def qkv(
-    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"], positions: Int[Array, "B T"]
+    layer: LayerParams,
+    config: ModelConfig,
+    kind: LayerKind,
+    x: Float[Array, "B T M"],
+    positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-    """Queries, keys, values: norm, projections, optional biases and q/k norms, rotary embedding."""
+    """Queries, keys, values: norm, projections, optional biases and q/k norms, rotary embedding.
+
+    Queries carry the layer's scale, so that every attention multiplies its scores by D ** -0.5 alone.
+    """
     h = rms_norm(x, layer.attn_norm, config.norm_eps)
     q, k, v = h @ layer.wq, h @ layer.wk, h @ layer.wv
     if layer.bq is not None:
@@ -82,7 +89,11 @@ def qkv(
     if layer.q_norm is not None:
         q = rms_norm(q, layer.q_norm, config.norm_eps)
         k = rms_norm(k, layer.k_norm, config.norm_eps)
-    return apply_rope(q, positions, config), apply_rope(k, positions, config), v
+    if kind.scale is not None:
+        q = (q.astype(jnp.float32) * (kind.scale * config.head_dim**0.5)).astype(q.dtype)
+    if kind.rope is not None:
+        q, k = apply_rope(q, positions, kind.rope), apply_rope(k, positions, kind.rope)
+    return q, k, v
 
 
 @jax.named_scope("attention_output")
@@ -110,13 +121,18 @@ def logits(params: Params, config: ModelConfig, x: Float[Array, "B T M"]) -> Flo
 
 
 def causal_attention(
-    q: Float[Array, "B T N D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]
+    q: Float[Array, "B T N D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    window: int | None = None,
 ) -> Float[Array, "B T N D"]:
-    """Dense causal grouped-query attention with a float32 softmax."""
+    """Dense causal grouped-query attention with a float32 softmax, over the latest `window` keys or all."""
     B, T, N, D = q.shape
     grouped = q.reshape(B, T, k.shape[2], -1, D)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
     visible = jnp.tril(jnp.ones((T, T), bool))
+    if window is not None:
+        visible &= ~jnp.tril(visible, -window)
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, N, D)
 
@@ -126,9 +142,9 @@ def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> F
     """Float32 logits after every token, by dense causal attention over the whole sequence."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = embed(params, tokens)
-    for layer in params.layers:
-        q, k, v = qkv(layer, config, x, positions)
-        x = attention_output(layer, x, causal_attention(q, k, v))
+    for layer, kind in zip(params.layers, config.layers, strict=True):
+        q, k, v = qkv(layer, config, kind, x, positions)
+        x = attention_output(layer, x, causal_attention(q, k, v, kind.window))
         x = mlp(layer, config, x)
     return logits(params, config, x)
 

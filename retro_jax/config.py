@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
 from retro_jax.fields import DecodeFields
 from retro_jax.methods import METHODS, Eviction, Method
-from retro_jax.models.config import ModelConfig
 from retro_jax.models.names import nearest
 from retro_jax.presets import preset_fields
 from retro_jax.selectors import SELECTORS
@@ -196,14 +195,6 @@ class DecodeConfig(DecodeFields):
     def slots(self) -> int:
         """W, the queries that one step serves."""
         return self.attention.default_window if self.window is None else self.window
-
-    def num_dense_layers(self, model: ModelConfig) -> int:
-        """Layers with full attention: all of them for a dense method."""
-        return model.num_layers if self.attention.dense else min(self.dense_layers, model.num_layers)
-
-    def anchors(self, model: ModelConfig) -> range:
-        """Layers that select pages by their own scores."""
-        return range(self.num_dense_layers(model), model.num_layers, self.anchor_every)
 
     def num_pages(self, capacity: int) -> int:
         """P, the pages of a cache for `capacity` tokens: a multiple of 8, as kernels' copies want it."""

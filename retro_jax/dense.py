@@ -56,8 +56,8 @@ def dense_hidden(
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     x = transformer.embed(params, tokens)
     layers = []
-    for layer, cache in zip(params.layers, state.layers, strict=True):
-        x, cache = dense_layer(layer, model, config, cache, x, state.length, valid, implementation)
+    for layer, kind, cache in zip(params.layers, model.layers, state.layers, strict=True):
+        x, cache = dense_layer(layer, model, kind, config, cache, x, state.length, valid, implementation)
         layers.append(cache)
     state = state.replace(
         length=state.length + lengths,

@@ -28,7 +28,7 @@ from retro_jax.budget import budget_pages, rules_of
 from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
 from retro_jax.models import transformer
-from retro_jax.models.config import ModelConfig
+from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
 from retro_jax.rules import Query, Rules
 from retro_jax.selection import Selection, choose
@@ -79,10 +79,11 @@ def window_slots(config: DecodeConfig, state: DecodeState, active: Bool[Array, "
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "implementation"))
+@functools.partial(jax.jit, static_argnames=("model", "kind", "config", "implementation"))
 def dense_layer(
     layer: LayerParams,
     model: ModelConfig,
+    kind: LayerKind,
     config: DecodeConfig,
     cache: LayerState,
     x: Float[Array, "B T M"],
@@ -97,7 +98,7 @@ def dense_layer(
     the operations on pages.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    q, k, v = transformer.qkv(layer, model, x, positions)
+    q, k, v = transformer.qkv(layer, model, kind, x, positions)
     pages, statistics = update_pages(
         cache.pages,
         cache.statistics,
@@ -124,10 +125,11 @@ def dense_layer(
     return transformer.mlp(layer, model, x), cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config", "watch"))
+@functools.partial(jax.jit, static_argnames=("model", "kind", "config", "watch"))
 def sparse_layer(
     layer: LayerParams,
     model: ModelConfig,
+    kind: LayerKind,
     config: DecodeConfig,
     cache: LayerState,
     x: Float[Array, "B W M"],
@@ -142,6 +144,7 @@ def sparse_layer(
     Args:
       layer: weights.
       model: sizes.
+      kind: of this layer.
       config: method and budget.
       cache: this layer's state.
       x: hidden states of all slots as the layer below now sees them.
@@ -156,7 +159,7 @@ def sparse_layer(
       attended to (mean over KV heads), and what `watch` returned.
     """
     positions = slots.positions
-    q, k, v = transformer.qkv(layer, model, x, positions)
+    q, k, v = transformer.qkv(layer, model, kind, x, positions)
 
     # Overwrite the stale keys and values of past queries; append the newest.
     pages, statistics = update_pages(

@@ -11,6 +11,7 @@ from retro_jax.budget import Budget, rules_of
 from retro_jax.cache import LayerState, OutputCache, Stale, StepMetrics, spread
 from retro_jax.config import DecodeConfig
 from retro_jax.models.config import ModelConfig
+from retro_jax.plan import layer_plan
 
 
 @flax.struct.dataclass
@@ -58,7 +59,8 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
       capacity: tokens per sequence that the cache must hold; rounded up to a multiple of 8 pages.
 
     Raises:
-      ValueError: the batch is empty, or the capacity is not within 1..`model.max_positions`.
+      ValueError: the batch is empty, the capacity is not within 1..`model.max_positions`, or a layer cannot
+        be decoded (see `layer_plan`).
     """
     if batch < 1:
         raise ValueError(f"batch {batch} is below 1")
@@ -67,18 +69,17 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
             f"capacity {capacity} is not within 1..{model.max_positions}, the positions of {model.name}; "
             "shorten the prompt or generate fewer tokens"
         )
+    plan = layer_plan(model, config)
     B, K, N, D = batch, model.num_kv_heads, model.num_heads, model.head_dim
     W, P = config.slots, config.num_pages(capacity)
     rules = rules_of(config, P, D, jnp.dtype(model.dtype).itemsize)
 
-    dense = config.num_dense_layers(model)
-
-    def layer(index: int) -> LayerState:
+    def layer(sparse: bool, anchor: bool) -> LayerState:
         pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
-        if index < dense:
+        if not sparse:
             return LayerState(pages)
         statistics = block_values = None
-        if config.kept_statistics and index in config.anchors(model):
+        if config.kept_statistics and anchor:
             statistics = STATISTICS[config.kept_statistics].zeros((B, K, P), D, model.dtype)
         if config.residual_pages:
             block_values = jnp.zeros((B, K, -(-P // config.residual_pages), D), model.dtype)
@@ -99,7 +100,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         budget=Budget.of(config, B),
         decoded=jnp.zeros(B, jnp.int32),
         hidden=jnp.zeros((B, W - 1, model.width), model.dtype),
-        layers=tuple(map(layer, range(model.num_layers))),
+        layers=tuple(map(layer, plan.sparse, plan.anchors)),
         metrics=StepMetrics(
             pages_attended=jnp.zeros((B, W), jnp.float32),
             pages_loaded=jnp.zeros(B, jnp.float32),

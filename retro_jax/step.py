@@ -15,6 +15,7 @@ from retro_jax.layers import Watch, dense_layer, sparse_layer, window_slots
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
+from retro_jax.plan import layer_plan
 from retro_jax.rectify import rectify
 from retro_jax.state import DecodeState
 
@@ -71,13 +72,15 @@ def watched_step(
     fits = state.room(model) > 0
     refused, active = active & ~fits, active & fits
     slots = window_slots(config, state, active)
-    dense = config.num_dense_layers(model)
+    plan = layer_plan(model, config)
+    first = plan.first_sparse
+    stack = list(zip(params.layers, model.layers, state.layers, strict=True))
 
     x = transformer.embed(params, tokens[:, None])
     layers, watched = [], []
-    for layer, cache in zip(params.layers[:dense], state.layers[:dense], strict=True):
+    for layer, kind, cache in stack[:first]:
         x, cache = dense_layer(
-            layer, model, config, cache, x, state.length, active[:, None], config.implementation
+            layer, model, kind, config, cache, x, state.length, active[:, None], config.implementation
         )
         layers.append(cache)
 
@@ -85,13 +88,12 @@ def watched_step(
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
     attended, read = [jnp.zeros(slots.valid.shape)], [jnp.zeros(active.shape, bool)]
     loaded = None
-    sparse = zip(params.layers[dense:], state.layers[dense:], strict=True)
-    for index, (layer, cache) in enumerate(sparse, start=dense):
+    for index, (layer, kind, cache) in enumerate(stack[first:], start=first):
         # In the first sparse layer only the newest token's keys and values are new.
-        write = slots.valid if config.overwrite and index > dense else slots.newest
-        below = None if index in config.anchors(model) else loaded
+        write = slots.valid if config.overwrite and index > first else slots.newest
+        below = None if plan.anchors[index] else loaded
         x, cache, loaded, pages, seen = sparse_layer(
-            layer, model, config, cache, x, slots, write, index, below, watch
+            layer, model, kind, config, cache, x, slots, write, index, below, watch
         )
         layers.append(cache)
         attended.append(pages)
@@ -129,9 +131,8 @@ def _metrics(
 
     By layer: the pages that each slot newly attended to, and whether pages were scored.
     """
-    dense = config.num_dense_layers(model)
-    sparse = model.num_layers - dense
-    by_age = jnp.flip(sum(attended), axis=1) / max(sparse, 1)
+    plan = layer_plan(model, config)
+    by_age = jnp.flip(sum(attended), axis=1) / max(plan.num_sparse, 1)
     loaded = by_age[:, 0]  # the newest attends to every page that is loaded
 
     context = jnp.where(active, state.length + 1, 0)
@@ -142,7 +143,8 @@ def _metrics(
     by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
     if config.residual_pages:
         by_page += active  # of a block that settles, a value a step
-    vectors = dense * 2 * context + sparse * 2 * config.page_size * loaded + sum(read) * by_page
+    vectors = plan.num_dense * 2 * context + plan.num_sparse * 2 * config.page_size * loaded
+    vectors += sum(read) * by_page
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
 

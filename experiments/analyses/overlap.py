@@ -33,6 +33,7 @@ from retro_jax.generate import run_prefill
 from retro_jax.inputs import check_token_ids
 from retro_jax.methods.eviction import members
 from retro_jax.models import Model
+from retro_jax.plan import layer_plan
 from retro_jax.rules import Query, Rules
 from retro_jax.selectors import SELECTORS
 from retro_jax.sharding import new_state, under_mesh_of_weights
@@ -108,8 +109,8 @@ def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, pr
     """
     batch, tokens = texts.ids.shape
     steps = tokens - texts.prompt_tokens
-    dense = config.num_dense_layers(model.config)
-    if dense == model.config.num_layers:
+    plan = layer_plan(model.config, config)
+    if not plan.num_sparse:
         raise ValueError(f"all {model.config.num_layers} layers are dense; lower --dense-layers")
     if not 1 <= distances < steps:
         raise ValueError(
@@ -118,7 +119,7 @@ def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, pr
     ids = check_token_ids(model.config, texts.ids, "token_ids")
     state = new_state(model.config, config, batch, tokens)
     state, _ = run_prefill(model, config, state, list(ids[:, : texts.prompt_tokens]), progress)
-    none = (distances, model.config.num_layers - dense, *state.layers[-1].pages.shape[:3])
+    none = (distances, plan.num_sparse, *state.layers[-1].pages.shape[:3])
     past = Ranked(jnp.zeros(none, bool), jnp.zeros(none, bool))
     found = []
     for step, column in enumerate(ids[:, texts.prompt_tokens :].T, 1):
@@ -257,7 +258,7 @@ class Overlap(OverlapFlags):
             "tokens": texts.ids.shape[1],
             "prompt_tokens": self.prompt_tokens,
             "config": asdict(config),
-            **summary(shares, config.num_dense_layers(model.config)),
+            **summary(shares, layer_plan(model.config, config).first_sparse),
             "provenance": provenance(),
         }
         report = overlap_report(values)

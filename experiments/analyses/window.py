@@ -43,9 +43,9 @@ def full_attention(params: Params, model: ModelConfig, tokens: Int[Array, "B T"]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = transformer.embed(params, tokens)
     outputs, keys = [], []
-    for layer in params.layers:
-        q, k, v = transformer.qkv(layer, model, x, positions)
-        outputs.append(transformer.causal_attention(q, k, v))
+    for layer, kind in zip(params.layers, model.layers, strict=True):
+        q, k, v = transformer.qkv(layer, model, kind, x, positions)
+        outputs.append(transformer.causal_attention(q, k, v, kind.window))
         keys.append(k)
         x = transformer.mlp(layer, model, transformer.attention_output(layer, x, outputs[-1]))
     return FullAttention(jnp.stack(outputs), jnp.stack(keys))

@@ -8,14 +8,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from retro_jax.models import Model, ModelConfig
-from retro_jax.models.huggingface import TABLE
+from retro_jax.models.families.family import NAMES
 
 
 def export(model: Model, folder: Path) -> None:
     """Writes config.json and model.safetensors into a folder that exists.
 
     Raises:
-        ValueError: the model scales its rotary embedding, which is not exported.
+        ValueError: the model scales its rotary embedding, or its layers differ, which is not exported.
     """
     (folder / "config.json").write_text(json.dumps(_config(model.config)))
     places = [("", model.params, 0)]
@@ -24,10 +24,10 @@ def export(model: Model, folder: Path) -> None:
     for prefix, holder, index in places:
         for field in fields(holder):
             name, weight = prefix + field.name, getattr(holder, field.name)
-            if name in TABLE and weight is not None:
+            if name in NAMES and weight is not None:
                 # Matrices are (in, out) here and (out, in) there, except the embedding.
                 array = np.asarray(weight if name == "embed" else weight.T)
-                tensors[TABLE[name].format(i=index)] = np.ascontiguousarray(array)
+                tensors[NAMES[name].huggingface.format(i=index)] = np.ascontiguousarray(array)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -36,6 +36,11 @@ def _config(config: ModelConfig) -> dict:
         raise ValueError(
             f"{config.name} scales its rotary embedding ({config.rope_scaling.kind}), which the export for "
             "--reference does not cover; use a model without it, or leave --reference out"
+        )
+    if config.layer_kinds is not None:
+        raise ValueError(
+            f"the layers of {config.name} are of kinds that the export for --reference does not cover; use "
+            "another model, or leave --reference out"
         )
     if config.qk_norm:
         family, name = "qwen3", "Qwen3ForCausalLM"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from retro_jax.experiments.io.files import read_json
 from retro_jax.models.config import ModelConfig
-from retro_jax.models.huggingface import config_from_json
+from retro_jax.models.formats.huggingface import config_from_json
 from retro_jax.models.load import local_path
 from retro_jax.models.presets import SIZES
 

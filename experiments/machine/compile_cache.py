@@ -7,7 +7,7 @@ import tempfile
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from retro_jax.models.wheel import cache_folder
+from retro_jax.models.formats.wheel import cache_folder
 
 MAX_BYTES = 4 * 2**30
 """Of the folder; the programs that were not used for longest go first."""

@@ -22,6 +22,7 @@ from retro_jax.experiments.tpu import compiler as tpu_compiler
 from retro_jax.experiments.tpu import schedule as tpu_schedule
 from retro_jax.experiments.tpu import selection as tpu_selection
 from retro_jax.models.config import ModelConfig
+from retro_jax.plan import layer_plan
 
 _SCHEDULED_CONTEXT = 32768  # of the compiled kernels: what a block issues does not depend on it
 
@@ -153,8 +154,8 @@ def decode_step(
         raise ValueError(f"a context of {context} tokens is not a multiple of pages of {config.page_size}")
     heads, pages = model.num_kv_heads // devices, context // config.page_size
     items = batch * heads // chip.cores if batch * heads % chip.cores == 0 else batch * heads
-    dense = config.num_dense_layers(model)
-    sparse = model.num_layers - dense
+    plan = layer_plan(model, config)
+    dense, sparse = plan.num_dense, plan.num_sparse
     update = Part("update", model.num_layers, 0, 0, 0.0, 2 * LATENCY, "latency")  # in, and back
     parts = [weights(model, chip, devices), update]
     if dense:

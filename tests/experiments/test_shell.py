@@ -16,7 +16,7 @@ import retro_jax
 from retro_jax import DecodeConfig
 from retro_jax.experiments import cli
 from retro_jax.experiments.generate import command as generate
-from retro_jax.models import wheel
+from retro_jax.models.formats import wheel
 from retro_jax.models.presets import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -66,7 +66,7 @@ def test_the_pieces_join_at_any_positions(tiny):
     positions = jnp.arange(12)[None]
     scores = []
     for shift in (0, 37):
-        q, k, _ = models.qkv(params.layers[0], config, x, positions + shift)
+        q, k, _ = models.qkv(params.layers[0], config, config.layers[0], x, positions + shift)
         scores.append(jnp.einsum("btkgd,bskd->btskg", q.reshape(1, 12, 2, 2, -1), k))
     np.testing.assert_allclose(scores[0], scores[1], atol=2e-5)
     assert np.abs(scores[0]).max() > 1
@@ -85,14 +85,14 @@ def test_yarn_with_truncation_off_and_own_attention_factor():
         "yarn", factor=4.0, original_positions=64, beta_fast=4.0, beta_slow=1.0, truncate=False
     )
     config = dataclasses.replace(SIZES["tiny"], head_dim=8, rope_scaling=scaling)
-    frequencies, attention_factor = rope_frequencies(config)
+    frequencies, attention_factor = rope_frequencies(config.layers[0].rope, config.head_dim)
     low, high = (4 * np.log(64 / (turns * 2 * np.pi)) / np.log(10_000) for turns in (4.0, 1.0))
     divided = np.clip((np.arange(4) - low) / (high - low), 0, 1)
     plain = 10_000.0 ** -(np.arange(4) / 4)
     np.testing.assert_allclose(frequencies, plain * (1 - divided + divided / 4), rtol=1e-6)
     assert attention_factor == pytest.approx(1 + 0.1 * np.log(4.0))
-    stated = dataclasses.replace(config, rope_scaling=dataclasses.replace(scaling, attention_factor=1.5))
-    assert rope_frequencies(stated)[1] == 1.5
+    stated = models.Rope(scaling=dataclasses.replace(scaling, attention_factor=1.5))
+    assert rope_frequencies(stated, head_dim=8)[1] == 1.5
 
 
 def test_random_weights_are_seeded_and_sane():

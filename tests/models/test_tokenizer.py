@@ -2,7 +2,7 @@ import gguf
 import pytest
 
 from retro_jax import models
-from retro_jax.models.gguf_tokenizer import tokenizer_from_metadata
+from retro_jax.models.formats.gguf_tokenizer import tokenizer_from_metadata
 from tests.models import golden
 
 SHARDED = golden.FOLDER / "llama3.1-sharded"

@@ -10,7 +10,7 @@ import retro_jax.experiments.bench.decode
 from retro_jax.experiments.bench.decode import BenchDecode, agreement, results, speed_table, take_turns
 from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.methods import METHODS
-from retro_jax.models import Model, ModelConfig, RopeScaling, random_params
+from retro_jax.models import LayerKind, Model, ModelConfig, RopeScaling, random_params
 
 SHORT = ("--contexts", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32)
 
@@ -113,6 +113,8 @@ def small(**features):
 def test_export_refuses_what_it_does_not_cover(tmp_path):
     with pytest.raises(ValueError, match=r"scales its rotary embedding \(linear\)"):
         export(small(rope_scaling=RopeScaling("linear", factor=2.0)), tmp_path)
+    with pytest.raises(ValueError, match=r"the layers of small are of kinds that the export"):
+        export(small(layer_kinds=(LayerKind(), LayerKind(None))), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from retro_jax.models.huggingface_tokenizer import load_tokenizer
+from retro_jax.models.formats.huggingface_tokenizer import load_tokenizer
 from tests.models.byte_tokenizer import byte_backend, write_tokenizer
 
 RECORD = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}

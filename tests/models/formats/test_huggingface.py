@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from retro_jax import models
-from retro_jax.models.huggingface import config_from_json, download
+from retro_jax.models.formats.huggingface import config_from_json, download
 from retro_jax.models.presets import SIZES
 from tests.models import golden
 

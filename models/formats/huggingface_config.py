@@ -1,7 +1,8 @@
 """config.json to a configuration. Every key is honoured, without effect, or refused.
 
-What a missing key means is what transformers 5 takes it for, per family. Keys that are in none of the
-tables are reported and ignored, unless they are about the rotary embedding: those are refused.
+What a missing key means is what transformers 5 takes it for, as the family says. Keys that are in none of the
+tables, nor in the family's, are reported and ignored, unless they are about the rotary embedding: those are
+refused.
 """
 
 import logging
@@ -10,26 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from retro_jax.models.config import ModelConfig, RopeScaling
-
-FAMILIES = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "use_sliding_window": False,
-        "max_window_layers": 28,
-    },
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "use_sliding_window": False,
-        "max_window_layers": 28,
-    },
-}
-"""What transformers takes for keys that are missing, by `model_type`."""
+from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models.families import huggingface_families
+from retro_jax.models.families.family import LayerKinds, layer_fields
 
 NEEDED = (
     "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
@@ -98,19 +82,22 @@ def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None
         ValueError: if the family or a part of the model is not supported, a needed key is missing, or keys
             contradict each other.
     """
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{name} is of the family {family!r}; supported are {', '.join(FAMILIES)}")
-    _check_keys(raw, name)
+    families = huggingface_families()
+    if (kind := raw.get("model_type")) not in families:
+        raise ValueError(f"{name} is of the family {kind!r}; supported are {', '.join(families)}")
+    family = families[kind]
+    _check_keys(raw, name, family.huggingface.keys)
     missing = [key for key in NEEDED if raw.get(key) is None]
     if missing:
         raise ValueError(f"config.json of {name} has no {', '.join(missing)}")
-    raw = {**FAMILIES[family], **raw}
-    rope = _rope_parameters(raw, name)
+    raw = {**family.huggingface.defaults, **raw}
+    parameters = _rope_parameters(raw, name)
     try:
-        scaling = _rope_scaling(rope, raw, name)
+        scaling = _rope_scaling(parameters, raw)
     except KeyError as error:
         raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
+    rope = Rope(parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0, scaling)
+    kinds = family.huggingface.layer_kinds(raw, _layer_kinds(raw, rope, name))
     width, heads = raw["hidden_size"], raw["num_attention_heads"]
     if raw.get("head_dim") is None and width % heads:
         raise ValueError(f"{name} has no head_dim, and hidden_size {width} is no multiple of {heads} heads")
@@ -123,31 +110,26 @@ def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None
         head_dim=raw.get("head_dim") or width // heads,
         width=width,
         hidden_width=raw["intermediate_size"],
-        max_positions=_max_positions(raw, scaling, name),
-        rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0,
-        rope_scaling=scaling,
         norm_eps=raw["rms_norm_eps"],
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
         tie_embeddings=bool(raw.get("tie_word_embeddings")),
         dtype=dtype or _stored_dtype(raw),
+        **family.parts,
+        **layer_fields(kinds, _positions(raw, scaling)),
     )
 
 
-def _check_keys(raw: Mapping[str, Any], name: str) -> None:
+def _check_keys(raw: Mapping[str, Any], name: str, own: frozenset[str]) -> None:
+    """Refuses and reports keys that are read neither here nor, as its `own`, by the family."""
+    stated = {key: value for key, value in raw.items() if value is not None and key not in own}
     refused = [
         f"{key} {value!r}"
-        for key, value in raw.items()
-        if value is not None and ((key in OFF and value) or (key in NEUTRAL and value not in NEUTRAL[key]))
+        for key, value in stated.items()
+        if (key in OFF and value) or (key in NEUTRAL and value not in NEUTRAL[key])
     ]
     if refused:
         raise ValueError(f"{name} needs what is not supported: {', '.join(refused)}")
     known = READ | OFF | NEUTRAL.keys()
-    unknown = [
-        key
-        for key, value in raw.items()
-        if value is not None and key not in known and not WITHOUT_EFFECT.fullmatch(key)
-    ]
+    unknown = [key for key in stated if key not in known and not WITHOUT_EFFECT.fullmatch(key)]
     if unknown:
         _logger.warning("config.json of %s: unknown keys are ignored: %s", name, ", ".join(unknown))
 
@@ -157,33 +139,33 @@ def _stored_dtype(raw: Mapping[str, Any]) -> str:
     return "bfloat16" if stored == "float16" else stored
 
 
-def _max_positions(raw: Mapping[str, Any], scaling: RopeScaling | None, name: str) -> int:
-    """Positions up to which the model computes what is computed here; see ModelConfig on sliding windows."""
+def _positions(raw: Mapping[str, Any], scaling: RopeScaling | None) -> int:
     positions = raw["max_position_embeddings"]
     if scaling is not None and scaling.kind == "yarn":
         # Qwen's cards add yarn to a configuration that keeps the unstretched number.
         positions = max(positions, int(scaling.factor * scaling.original_positions))
+    return positions
+
+
+def _layer_kinds(raw: Mapping[str, Any], rope: Rope, name: str) -> LayerKinds:
+    """Of each layer by layer_types, or by max_window_layers, how many of the first layers do not slide."""
+    layers = raw["num_hidden_layers"]
     window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        full = min(raw.get("max_window_layers") or 0, raw["num_hidden_layers"])
-        slides = window is not None and full < raw["num_hidden_layers"]
-    else:
-        slides = "sliding_attention" in kinds
-        others = sorted({*kinds} - {"full_attention", "sliding_attention"})
-        if others or (slides and window is None) or len(kinds) != raw["num_hidden_layers"]:
-            raise ValueError(
-                f"{name} has layer_types {kinds} with num_hidden_layers {raw['num_hidden_layers']} and a "
-                f"sliding window of {window}; one of full_attention or sliding_attention is needed for each "
-                "layer, and a window for the latter"
-            )
-        # Mistral's window holds in every layer, whatever layer_types says.
-        slides |= raw["model_type"] == "mistral" and window is not None
-    if not slides:
-        return positions
-    if window <= 0:
+    types = raw.get("layer_types")
+    if types is None:
+        full = layers if window is None else min(raw.get("max_window_layers") or 0, layers)
+        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    slides = "sliding_attention" in types
+    others = {*types} - {"full_attention", "sliding_attention"}
+    if others or (slides and window is None) or len(types) != max(layers, 0):
+        raise ValueError(
+            f"{name} has layer_types {types} with num_hidden_layers {layers} and a sliding window of "
+            f"{window}; one of full_attention or sliding_attention is needed for each layer, and a window "
+            "for the latter"
+        )
+    if slides and window <= 0:
         raise ValueError(f"{name} has sliding_window {window}; it must be positive")
-    return min(positions, window)
+    return tuple(LayerKind(rope, window if kind == "sliding_attention" else None) for kind in types)
 
 
 def _rope_parameters(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -218,7 +200,7 @@ def _rope_parameters(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return rope
 
 
-def _rope_scaling(rope: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> RopeScaling | None:
+def _rope_scaling(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     max_positions = raw["max_position_embeddings"]
     # One that stands outside of the rotary keys comes first in transformers.

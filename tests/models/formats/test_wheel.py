@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from retro_jax.models import wheel
+from retro_jax.models.formats import wheel
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from retro_jax.models.weights import Progress
+from retro_jax.models.formats.weights import Progress
 
 
 @dataclass(frozen=True)

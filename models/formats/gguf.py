@@ -1,7 +1,4 @@
-"""Models in GGUF files: metadata to configuration, quantised tensors to weights, tokenizer with them.
-
-Architectures `llama` (Llama, SmolLM2, Mistral, DeepSeek-R1-Distill-Llama), `qwen2` and `qwen3`.
-"""
+"""Models in GGUF files: metadata to configuration, quantised tensors to weights, tokenizer with them."""
 
 import re
 from pathlib import Path
@@ -11,31 +8,11 @@ import gguf
 import gguf.quants
 import numpy as np
 
-from retro_jax.models.gguf_config import ROPE_FACTORS, config_from_metadata
-from retro_jax.models.gguf_tokenizer import tokenizer_from_metadata
+from retro_jax.models.families import gguf_families
+from retro_jax.models.formats.gguf_config import ROPE_FACTORS, config_from_metadata
+from retro_jax.models.formats.gguf_tokenizer import tokenizer_from_metadata
+from retro_jax.models.formats.weights import Progress, load_params
 from retro_jax.models.model import Model
-from retro_jax.models.weights import Progress, load_params
-
-TABLE = {
-    "embed": "token_embd.weight",
-    "final_norm": "output_norm.weight",
-    "head": "output.weight",
-    "layers.{i}.attn_norm": "blk.{i}.attn_norm.weight",
-    "layers.{i}.wq": "blk.{i}.attn_q.weight",
-    "layers.{i}.wk": "blk.{i}.attn_k.weight",
-    "layers.{i}.wv": "blk.{i}.attn_v.weight",
-    "layers.{i}.bq": "blk.{i}.attn_q.bias",
-    "layers.{i}.bk": "blk.{i}.attn_k.bias",
-    "layers.{i}.bv": "blk.{i}.attn_v.bias",
-    "layers.{i}.q_norm": "blk.{i}.attn_q_norm.weight",
-    "layers.{i}.k_norm": "blk.{i}.attn_k_norm.weight",
-    "layers.{i}.wo": "blk.{i}.attn_output.weight",
-    "layers.{i}.mlp_norm": "blk.{i}.ffn_norm.weight",
-    "layers.{i}.w_gate": "blk.{i}.ffn_gate.weight",
-    "layers.{i}.w_up": "blk.{i}.ffn_up.weight",
-    "layers.{i}.w_down": "blk.{i}.ffn_down.weight",
-}
-
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -64,16 +41,22 @@ def load_gguf(path: Path, dtype: str | None = None, progress: Progress | None = 
         for name, tensor in tensors.items()
         if not _can_dequantize(tensor)
     ]
-    permuted = metadata["general.architecture"] == "llama"
+    family = gguf_families()[metadata["general.architecture"]]
+    table = {path: weight.gguf for path, weight in family.names.items()}
+    heads = {"wq": config.num_heads, "bq": config.num_heads}
+    heads |= {"wk": config.num_kv_heads, "bk": config.num_kv_heads}
+    interleaved = {
+        table[f"layers.{{i}}.{parameter}"].format(i=layer): count
+        for parameter, count in heads.items()
+        for layer in range(config.num_layers)
+        if family.gguf_interleaved
+    }
 
     def read(name: str) -> np.ndarray:
         values = _dequantize(tensors[name])
-        head = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name) if permuted else None
-        if head is None:
-            return values
-        return _unpermute(values, config.num_heads if head[1] == "q" else config.num_kv_heads)
+        return _unpermute(values, interleaved[name]) if name in interleaved else values
 
-    params = load_params(config, TABLE, shapes, read, str(path), problems=unsupported, progress=progress)
+    params = load_params(config, table, shapes, read, str(path), problems=unsupported, progress=progress)
     return Model(config, params, tokenizer)
 
 

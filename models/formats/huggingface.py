@@ -1,8 +1,4 @@
-"""Models in Hugging Face's layout: a folder, or a hub id, with config.json, safetensors and a tokenizer.
-
-Families `llama` (Llama 2/3/3.1, SmolLM2, DeepSeek-R1-Distill-Llama), `mistral`, `qwen2` (Qwen2, Qwen2.5,
-DeepSeek-R1-Distill-Qwen) and `qwen3`.
-"""
+"""Models in Hugging Face's layout: a folder, or a hub id, with config.json, safetensors and a tokenizer."""
 
 import dataclasses
 import logging
@@ -17,30 +13,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from retro_jax.models.config import ModelConfig
-from retro_jax.models.huggingface_config import config_from_json
-from retro_jax.models.huggingface_tokenizer import FILES, OTHER_FORMATS, as_list, load_tokenizer, read_json
+from retro_jax.models.families import huggingface_families
+from retro_jax.models.formats.huggingface_config import config_from_json
+from retro_jax.models.formats.huggingface_tokenizer import (
+    FILES,
+    OTHER_FORMATS,
+    as_list,
+    load_tokenizer,
+    read_json,
+)
+from retro_jax.models.formats.weights import Progress, load_params
 from retro_jax.models.model import Model
-from retro_jax.models.weights import Progress, load_params
 
-TABLE = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm.weight",
-    "layers.{i}.wq": "model.layers.{i}.self_attn.q_proj.weight",
-    "layers.{i}.wk": "model.layers.{i}.self_attn.k_proj.weight",
-    "layers.{i}.wv": "model.layers.{i}.self_attn.v_proj.weight",
-    "layers.{i}.bq": "model.layers.{i}.self_attn.q_proj.bias",
-    "layers.{i}.bk": "model.layers.{i}.self_attn.k_proj.bias",
-    "layers.{i}.bv": "model.layers.{i}.self_attn.v_proj.bias",
-    "layers.{i}.q_norm": "model.layers.{i}.self_attn.q_norm.weight",
-    "layers.{i}.k_norm": "model.layers.{i}.self_attn.k_norm.weight",
-    "layers.{i}.wo": "model.layers.{i}.self_attn.o_proj.weight",
-    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
-    "layers.{i}.w_gate": "model.layers.{i}.mlp.gate_proj.weight",
-    "layers.{i}.w_up": "model.layers.{i}.mlp.up_proj.weight",
-    "layers.{i}.w_down": "model.layers.{i}.mlp.down_proj.weight",
-}
 HUB_PATTERNS = (
     "config.json",
     *FILES,
@@ -95,6 +79,8 @@ def load_folder(
     if raw is None:
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a model in Hugging Face's layout")
     config = config_from_json(raw, name or folder.resolve().name, dtype)
+    family = huggingface_families()[raw["model_type"]]
+    table = {path: weight.huggingface for path, weight in family.names.items()}
     tokenizer = load_tokenizer(folder, as_list(raw.get("eos_token_id")))
     with ExitStack() as open_files:
         tensors, problems, lost = _open_tensors(folder, open_files)
@@ -105,12 +91,12 @@ def load_folder(
                 del shapes[tensor]
         problems += _not_floating(tensors, shapes)
         if not problems:
-            config = _resolve_tied_head(config, tensors, shapes, folder)
+            config = _resolve_tied_head(config, table, tensors, shapes, folder)
 
         def read(tensor: str) -> np.ndarray:
             return tensors[tensor].get_tensor(tensor)
 
-        params = load_params(config, TABLE, shapes, read, str(folder), problems, lost, progress)
+        params = load_params(config, table, shapes, read, str(folder), problems, lost, progress)
     return Model(config, params, tokenizer)
 
 
@@ -152,13 +138,17 @@ def _not_floating(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
 
 
 def _resolve_tied_head(
-    config: ModelConfig, tensors: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
+    config: ModelConfig,
+    table: Mapping[str, str],
+    tensors: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    folder: Path,
 ) -> ModelConfig:
     """Of a tied head that is stored, too: drops an equal copy, and follows the weights if they differ.
 
     If only the head is stored, it is the embedding. transformers does the same.
     """
-    embed, head = TABLE["embed"], TABLE["head"]
+    embed, head = table["embed"], table["head"]
     if not config.tie_embeddings or head not in shapes:
         return config
     if embed not in shapes:

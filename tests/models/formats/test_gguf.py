@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from pathlib import Path
 
@@ -196,10 +195,9 @@ def test_rope_factors_and_linear_scaling_multiply(tmp_path):
 
 
 def test_a_stated_attention_factor_scales_every_kind():
-    config = models.ModelConfig("m", 8, 1, 1, 1, 8, 8, 8, 8)
     linear = models.RopeScaling("linear", attention_factor=1.5)
-    assert rope_frequencies(dataclasses.replace(config, rope_scaling=linear))[1] == 1.5
-    assert rope_frequencies(config)[1] == 1.0
+    assert rope_frequencies(models.Rope(scaling=linear), head_dim=8)[1] == 1.5
+    assert rope_frequencies(models.Rope(), head_dim=8)[1] == 1.0
 
 
 def test_keys_without_effect_and_unknown_keys(tmp_path, caplog):

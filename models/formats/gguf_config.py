@@ -1,8 +1,8 @@
 """Metadata of a GGUF file to a configuration. Every key is honoured, without effect, or refused.
 
-What a missing key means is what llama.cpp takes it for. A key that the format knows and that is not read here
-describes a part that is not computed here: it is refused, unless its value switches the part off. Other keys
-under the architecture's name are reported and ignored.
+What a missing key means is what llama.cpp takes it for, as the family says. A key that the format knows, and
+that neither these tables nor the family's have, describes a part that is not computed here: it is refused,
+unless its value switches the part off. Other keys under the architecture's name are reported and ignored.
 """
 
 import logging
@@ -14,9 +14,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from retro_jax.models.config import ModelConfig, RopeScaling
+from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models.families import gguf_families
+from retro_jax.models.families.family import layer_fields
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
 
 READ = frozenset(
@@ -78,18 +79,23 @@ def config_from_metadata(
         ValueError: if the architecture or a part of it is not supported, or a needed key is missing.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    families = gguf_families()
+    if architecture not in families:
         raise ValueError(
-            f"{source} has the architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
+            f"{source} has the architecture {architecture!r}; supported are {', '.join(families)}"
         )
+    family = families[architecture]
     if metadata.get("general.type", "model") != "model":
         raise ValueError(f"{source} holds a {metadata['general.type']}, not a model")
     if metadata.get(f"{architecture}.expert_count"):
         raise ValueError(f"{source} is a mixture of experts, which is not supported; use a dense model")
-    _check_keys(metadata, architecture, source)
+    prefix = f"{architecture}."
+    _check_keys(metadata, prefix, source, family.gguf.keys)
+    stated = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    keys = {**family.gguf.defaults, **stated}
 
     def value(key: str, default=None):
-        found = metadata.get(f"{architecture}.{key}", default)
+        found = keys.get(key, default)
         if found is None:
             raise ValueError(f"{source} has no metadata key {architecture}.{key}")
         if isinstance(found, list):
@@ -100,14 +106,18 @@ def config_from_metadata(
             return found[0]
         return found
 
-    if "token_embd.weight" not in shapes:
-        raise ValueError(f"{source} has no tensor token_embd.weight")
-    rows = shapes["token_embd.weight"][0]
-    counts = {f"{architecture}.vocab_size": metadata.get(f"{architecture}.vocab_size", rows)}
+    def first(parameter: str) -> str:
+        return family.names[parameter].gguf.format(i=0)
+
+    embed = first("embed")
+    if embed not in shapes:
+        raise ValueError(f"{source} has no tensor {embed}")
+    rows = shapes[embed][0]
+    counts = {f"{architecture}.vocab_size": keys.get("vocab_size", rows)}
     counts["tokenizer.ggml.tokens"] = len(metadata.get("tokenizer.ggml.tokens") or [None] * rows)
     for key, count in counts.items():
         if count != rows:
-            raise ValueError(f"{source} has {count} tokens by {key}, but {rows} rows of token_embd.weight")
+            raise ValueError(f"{source} has {count} tokens by {key}, but {rows} rows of {embed}")
     width, num_heads = value("embedding_length"), value("attention.head_count")
     head_dim = value("attention.key_length", width // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -116,9 +126,13 @@ def config_from_metadata(
                 f"{source} has {architecture}.{key} {value(key)}, only {head_dim} (D) is supported"
             )
     scaling = _rope_scaling(value, rope_factors, source)
-    max_positions = value("context_length")
+    kind = LayerKind(
+        Rope(value("rope.freq_base", 10_000.0), scaling), value("attention.sliding_window", 0) or None
+    )
+    kinds = family.gguf.layer_kinds(keys, (kind,) * value("block_count"))
+    positions = value("context_length")
     if scaling is not None and scaling.kind == "yarn" and value("rope.scaling.original_context_length", 0):
-        max_positions = max(max_positions, int(scaling.factor * scaling.original_positions))
+        positions = max(positions, int(scaling.factor * scaling.original_positions))
     return ModelConfig(
         name=metadata.get("general.name", Path(source).stem),
         vocab_size=rows,
@@ -128,22 +142,21 @@ def config_from_metadata(
         head_dim=head_dim,
         width=width,
         hidden_width=value("feed_forward_length"),
-        max_positions=min(max_positions, value("attention.sliding_window", 0) or max_positions),
-        rope_theta=value("rope.freq_base", 10_000.0),
-        rope_scaling=scaling,
         norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
-        qkv_bias="blk.0.attn_q.bias" in shapes,
-        qk_norm="blk.0.attn_q_norm.weight" in shapes,
-        tie_embeddings="output.weight" not in shapes,
+        qkv_bias=first("layers.{i}.bq") in shapes,
+        qk_norm=first("layers.{i}.q_norm") in shapes,
+        tie_embeddings=first("head") not in shapes,
         dtype=dtype,
+        **layer_fields(kinds, positions),
     )
 
 
-def _check_keys(metadata: Mapping[str, Any], architecture: str, source: str) -> None:
+def _check_keys(metadata: Mapping[str, Any], prefix: str, source: str, own: frozenset[str]) -> None:
+    """Refuses and reports keys that are read neither here nor, as its `own`, by the family."""
     refused, unknown = [], []
     for full, value in metadata.items():
-        key = full.removeprefix(f"{architecture}.")
-        if key == full or key in READ | WITHOUT_EFFECT or value in NEUTRAL.get(key, ()):
+        key = full.removeprefix(prefix)
+        if key == full or key in READ | WITHOUT_EFFECT | own or value in NEUTRAL.get(key, ()):
             continue
         if key not in KNOWN:
             unknown.append(full)

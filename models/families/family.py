@@ -1,0 +1,103 @@
+"""What a family is: the names and habits of its files, and its published sizes.
+
+What may change here: what families can differ in. A field's default is what the families of today share.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from retro_jax.models.config import LayerKind, ModelConfig
+
+LayerKinds = tuple[LayerKind, ...]
+"""One for each layer."""
+
+
+class WeightName(NamedTuple):
+    """What a weight is called in the two formats, with {i} for the layer."""
+
+    huggingface: str
+    gguf: str
+
+
+NAMES = {
+    "embed": WeightName("model.embed_tokens.weight", "token_embd.weight"),
+    "final_norm": WeightName("model.norm.weight", "output_norm.weight"),
+    "head": WeightName("lm_head.weight", "output.weight"),
+} | {
+    f"layers.{{i}}.{parameter}": WeightName(f"model.layers.{{i}}.{huggingface}", f"blk.{{i}}.{gguf}")
+    for parameter, huggingface, gguf in (
+        ("attn_norm", "input_layernorm.weight", "attn_norm.weight"),
+        ("wq", "self_attn.q_proj.weight", "attn_q.weight"),
+        ("wk", "self_attn.k_proj.weight", "attn_k.weight"),
+        ("wv", "self_attn.v_proj.weight", "attn_v.weight"),
+        ("bq", "self_attn.q_proj.bias", "attn_q.bias"),
+        ("bk", "self_attn.k_proj.bias", "attn_k.bias"),
+        ("bv", "self_attn.v_proj.bias", "attn_v.bias"),
+        ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
+        ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+        ("wo", "self_attn.o_proj.weight", "attn_output.weight"),
+        ("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
+        ("w_gate", "mlp.gate_proj.weight", "ffn_gate.weight"),
+        ("w_up", "mlp.up_proj.weight", "ffn_up.weight"),
+        ("w_down", "mlp.down_proj.weight", "ffn_down.weight"),
+    )
+}
+"""Path of each parameter to its names in the Llama line, where the biases and q/k norms are optional."""
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How one format describes the models of a family.
+
+    Attributes:
+        name: `model_type` in config.json, `general.architecture` in GGUF.
+        defaults: keys that may be missing, with what they are then taken for: in config.json by transformers,
+            in GGUF, without the architecture's name, by llama.cpp.
+        keys: further keys that `layer_kinds` reads, which would be refused or reported else.
+        layer_kinds: from the keys of a file and the kinds that the common keys say to the model's own.
+    """
+
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
+    layer_kinds: Callable[[Mapping[str, Any], LayerKinds], LayerKinds] = lambda keys, kinds: kinds
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        huggingface: what its config.json says; None if the family does not come so.
+        gguf: what its GGUF metadata say; likewise.
+        parts: fields of `ModelConfig` that all its models in Hugging Face's layout share. In a GGUF file the
+            tensors tell.
+        names: path of each parameter, as in `Params`, to what checkpoints call it.
+        gguf_interleaved: GGUF files hold rows of q and k as interleaved rotary pairs, not as split halves.
+        sizes: published ones, for `random:NAME`; the first fields of `ModelConfig` by place.
+    """
+
+    huggingface: FileFormat | None = None
+    gguf: FileFormat | None = None
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, WeightName] = field(default_factory=lambda: NAMES)
+    gguf_interleaved: bool = False
+    sizes: tuple[ModelConfig, ...] = ()
+
+
+def layer_fields(kinds: LayerKinds, positions: int) -> dict[str, Any]:
+    """Fields of `ModelConfig` for layers of these kinds; one rope for all where that is all there is to say.
+
+    Sliding windows become a limit of the positions, up to which they are full attention.
+
+    Args:
+        kinds: of the layers, as a file describes them.
+        positions: that the file's model is good for.
+    """
+    fields = {"max_positions": min([positions, *(kind.window for kind in kinds if kind.window is not None)])}
+    kinds = tuple(replace(kind, window=None) for kind in kinds)
+    rope = kinds[0].rope if kinds else None
+    if rope is None or {*kinds} != {LayerKind(rope)}:
+        return fields | {"layer_kinds": kinds}
+    return fields | {"rope_theta": rope.theta, "rope_scaling": rope.scaling}

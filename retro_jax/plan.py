@@ -1,0 +1,67 @@
+"""Which layers of a model a decode step runs densely, and which sparsely.
+
+What may change here: the rule, and what of a layer's kind cannot be decoded. Who needs to know which layers
+are sparse asks here.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+from retro_jax.config import DecodeConfig
+from retro_jax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a decode step runs each layer.
+
+    Attributes:
+      sparse: of each layer, whether it loads selected pages only; the others attend to all.
+      anchors: of each layer, whether it selects pages; other sparse layers load those of the anchor below.
+    """
+
+    sparse: tuple[bool, ...]
+    anchors: tuple[bool, ...]
+
+    @property
+    def num_sparse(self) -> int:
+        """Layers that load selected pages only."""
+        return sum(self.sparse)
+
+    @property
+    def num_dense(self) -> int:
+        """Layers that attend to all pages."""
+        return len(self.sparse) - self.num_sparse
+
+    @property
+    def first_sparse(self) -> int:
+        """The lowest sparse layer; the number of layers where none is.
+
+        Below it past tokens' hidden states never change, so those layers run for the newest token only.
+        """
+        return self.sparse.index(True) if self.num_sparse else len(self.sparse)
+
+
+def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
+    """Plans a model's layers: the first `config.dense_layers` are dense, and all of them for a dense method.
+
+    Of the sparse layers every `config.anchor_every`-th is an anchor, from the first on.
+
+    Raises:
+      ValueError: a layer has a sliding window shorter than the model's positions, which is not decoded.
+    """
+    for index, kind in enumerate(model.layers):
+        # Up to the window both attentions are the same.
+        if kind.window is not None and kind.window < model.max_positions:
+            raise ValueError(
+                f"layer {index} of {model.name} has a sliding window of {kind.window} tokens, beyond which "
+                f"it cannot be decoded; use max_positions of at most {kind.window}, not {model.max_positions}"
+            )
+    dense = model.num_layers if config.attention.dense else config.dense_layers
+    sparse = tuple(index >= dense for index in range(model.num_layers))
+    numbers = itertools.accumulate(sparse)  # of sparse layers up to each
+    anchors = tuple(
+        is_sparse and (number - 1) % config.anchor_every == 0
+        for is_sparse, number in zip(sparse, numbers, strict=True)
+    )
+    return LayerPlan(sparse, anchors)

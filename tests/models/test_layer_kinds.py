@@ -1,0 +1,92 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retro_jax import models
+from retro_jax.models import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models.transformer import causal_attention
+from tests.models import golden
+
+SIZES = {
+    "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "width": 8, "hidden_width": 8, "max_positions": 8
+}  # fmt: skip
+TOKENS = jnp.arange(12)[None]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> models.Model:
+    return models.load_model(str(golden.FOLDER / "qwen3"))
+
+
+def logits(model: models.Model, *kinds: LayerKind) -> np.ndarray:
+    config = dataclasses.replace(model.config, rope_theta=10_000.0, rope_scaling=None, layer_kinds=kinds)
+    return np.asarray(models.forward(model.params, config, TOKENS))
+
+
+def test_layers_of_one_kind_are_made_of_the_rope():
+    scaling = RopeScaling("linear", factor=2.0)
+    config = ModelConfig("m", 8, 3, 1, 1, 8, 8, 8, 8, rope_theta=5.0, rope_scaling=scaling)
+    assert config.layers == (LayerKind(Rope(5.0, scaling)),) * 3
+    assert len(dataclasses.replace(config, num_layers=2).layers) == 2
+    assert hash(config.layers[0]) == hash(LayerKind(Rope(5.0, scaling)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ({}, {"num_layers": 2}, "1 layer_kinds for num_layers 2"),
+        ({}, {"rope_theta": 5.0}, r"rope_theta 5\.0 stands beside layer_kinds"),
+        ({}, {"rope_scaling": RopeScaling("linear")}, "rope_scaling .* stands beside layer_kinds"),
+        ({"rope": (10.0, RopeScaling("factors", factors=(1.0,)))}, {}, "has 1 factors, head_dim 8 needs 4"),
+        ({"rope": (0.0,)}, {}, r"rope_theta must be positive, got 0\.0"),
+        ({"window": 0}, {}, "window of a layer must be positive, got 0"),
+        ({"scale": -1.0}, {}, r"scale of a layer must be positive, got -1\.0"),
+        ({"mlp": "experts"}, {}, "mlp 'experts' is not supported; use one of dense"),
+    ],
+)
+def test_bad_kinds(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        if "rope" in kind:
+            kind = {"rope": Rope(*kind["rope"])}
+        ModelConfig("m", 8, **{"num_layers": 1} | fields, layer_kinds=(LayerKind(**kind),), **SIZES)
+
+
+def test_kinds_of_every_layer_count(tiny):
+    """Stated one by one they are what one rope for all is, and each layer follows its own."""
+    rope = tiny.config.layers[0].rope
+    plain = models.forward(tiny.params, tiny.config, TOKENS)
+    np.testing.assert_array_equal(logits(tiny, LayerKind(rope), LayerKind(rope)), plain)
+    for kinds in ((LayerKind(None), LayerKind(rope)), (LayerKind(rope), LayerKind(rope, window=2))):
+        assert np.abs(logits(tiny, *kinds) - plain).max() > 1e-3, kinds
+
+
+def test_without_a_rope_tokens_are_not_rotated(tiny):
+    x = models.embed(tiny.params, TOKENS)
+    near, far = (
+        models.qkv(tiny.params.layers[0], tiny.config, LayerKind(None), x, TOKENS + shift)
+        for shift in (0, 37)
+    )
+    for one, other in zip(near, far, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_scale_is_that_of_the_products(tiny):
+    """A scale four times the usual is a query norm of four times the weight."""
+    louder = [layer.replace(q_norm=layer.q_norm * 4) for layer in tiny.params.layers]
+    louder = dataclasses.replace(tiny, params=tiny.params.replace(layers=tuple(louder)))
+    rope, usual = tiny.config.layers[0].rope, tiny.config.head_dim**-0.5
+    scaled = logits(tiny, *[LayerKind(rope, scale=4 * usual)] * 2)
+    np.testing.assert_allclose(scaled, models.forward(louder.params, tiny.config, TOKENS), atol=1e-5)
+
+
+def test_a_window_is_the_latest_tokens():
+    q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 7, 2, 4), np.float32))
+    o = causal_attention(q, k, v, window=3)
+    scores = np.einsum("btnd,bsnd->bnts", q, k) / 2
+    token, key = np.ogrid[:7, :7]
+    weights = np.exp(scores) * ((key <= token) & (key > token - 3))
+    expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(o, expected, atol=1e-5)
+    np.testing.assert_array_equal(causal_attention(q, k, v, window=7), causal_attention(q, k, v))

@@ -1,0 +1,67 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import retro_jax as rj
+from retro_jax.models import LayerKind, Model, Rope, random_params
+from retro_jax.models.presets import SIZES
+from retro_jax.plan import layer_plan
+
+TINY = SIZES["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sparse"),
+    [
+        ({"method": "full"}, (False,) * 4),
+        ({"dense_layers": 0}, (True,) * 4),
+        ({"dense_layers": 1}, (False, True, True, True)),
+        ({"dense_layers": 9}, (False,) * 4),
+    ],
+)
+def test_the_first_layers_are_dense(fields, sparse):
+    plan = layer_plan(TINY, rj.DecodeConfig(**fields))
+    assert plan.sparse == sparse
+    assert (plan.num_dense, plan.num_sparse) == (4 - sum(sparse), sum(sparse))
+    assert plan.first_sparse == plan.num_dense
+
+
+@pytest.mark.parametrize(
+    ("fields", "anchors"),
+    [
+        ({"dense_layers": 0}, (True,) * 4),
+        ({"dense_layers": 0, "anchor_every": 3}, (True, False, False, True)),
+        ({"dense_layers": 1, "anchor_every": 2}, (False, True, False, True)),
+        ({"dense_layers": 1, "anchor_every": 9}, (False, True, False, False)),
+        ({"dense_layers": 9, "anchor_every": 2}, (False,) * 4),
+    ],
+)
+def test_every_so_many_sparse_layers_one_is_an_anchor(fields, anchors):
+    assert layer_plan(TINY, rj.DecodeConfig(**fields)).anchors == anchors
+
+
+def test_a_window_shorter_than_the_positions_is_refused():
+    kinds = (LayerKind(), LayerKind(window=64), LayerKind(), LayerKind())
+    sliding = dataclasses.replace(TINY, layer_kinds=kinds)
+    with pytest.raises(
+        ValueError, match=r"layer 1 of tiny .* window of 64 .* max_positions of at most 64, not"
+    ):
+        rj.init_state(sliding, rj.DecodeConfig(), 1, 32)
+    limited = dataclasses.replace(sliding, max_positions=64)
+    assert layer_plan(limited, rj.DecodeConfig()).sparse == layer_plan(TINY, rj.DecodeConfig()).sparse
+
+
+def test_decoding_follows_the_kind_of_each_layer():
+    """With a budget for all pages it is the dense model, whatever the ropes and scales below and above."""
+    kinds = (LayerKind(None, scale=0.5), LayerKind(Rope(100.0), scale=0.1))
+    config = dataclasses.replace(TINY, num_layers=2, layer_kinds=kinds, max_positions=64)
+    model = Model(config, random_params(config, jax.random.key(0)), None)
+    ids = np.random.default_rng(0).integers(0, 512, 24)
+    decode = rj.DecodeConfig("retro", page_size=8, dense_layers=1, budget_tokens=64)
+    nll = rj.score(model, ids, decode, prompt_tokens=16).nll
+    logits = jax.nn.log_softmax(rj.models.forward(model.params, config, jnp.asarray(ids)[None]))[0]
+    expected = -np.take_along_axis(np.asarray(logits)[:-1], ids[1:, None], 1)[:, 0]
+    np.testing.assert_allclose(np.ravel(nll)[-8:], expected[-8:], atol=1e-4)
