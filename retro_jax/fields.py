@@ -39,7 +39,8 @@ class DecodeFields:
     budget_covers: str = "pages"
     """What the budget limits: "pages" (the tokens that are loaded; what is read to choose them comes on top)
     or "traffic" (all that Quest would read with this budget: its tokens, and two vectors for every 16 tokens
-    of context; statistics that take less leave room for more pages)."""
+    of context; statistics that take less leave room for more pages, those that `anchor_every` and
+    `select_every` do not read leave none)."""
     group_reduce: str = "mean"
     """How the scores of the query heads that share a KV head become one: "mean" or "max", or "mass" (each
     head's scores become attention weights over all pages, then their mean)."""
