@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
+from pallas_kernels import Statistics
+from retro_jax.budget import rules_of
+from retro_jax.cache import LayerState
+from retro_jax.rules import Query
+from retro_jax.selection import fewest as fewest_pages
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.page_sets import distance
 from tests.retro_jax.tiny import ATOL, begin, first_sparse_qkv, force, step, tiny, token_ids
@@ -283,6 +288,26 @@ def test_top_p_loads_the_fewest_of_the_best_pages_that_reach_the_share(fields):
             assert rounds or got == expected
             counts.append(len(got))
     assert min(counts) < budget - 2 and max(counts) > min(counts) + 2  # ragged, and fewer than the budget
+
+
+def test_top_p_takes_pages_in_any_order_with_anything_behind_them():
+    """As kernels select them."""
+    config, rng = rj.DecodeConfig("quest", **FIELDS | {"budget_tokens": 56}), np.random.default_rng(0)
+    values = jnp.asarray(rng.normal(size=(1, 2, PAGES, 2, 16)), jnp.float32)
+    cache = LayerState(jnp.zeros((1, 2, PAGES, 2, SIZE, 16)), Statistics(values, None, "min_max"))
+    query = Query(jnp.asarray(rng.normal(size=(1, 6, 16)), jnp.float32), jnp.array([80]), jnp.array([7]), 1)
+    rules = rules_of(config, PAGES, 16, 4)
+    ids, counts = config.attention.select(rules, cache, query, None)
+    mixed = np.concatenate([rng.permuted(np.asarray(ids)[..., :7], axis=2), np.full((1, 2, 3), -5)], axis=2)
+
+    def chosen(ids):
+        ids, counts_left = fewest_pages(rules, cache, query, jnp.asarray(ids), counts, 0.6)
+        return [set(row[:count]) for row, count in zip(ids[0].tolist(), counts_left[0].tolist(), strict=True)]
+
+    assert chosen(mixed) == chosen(ids)
+    assert all(
+        {0, 10} <= pages < set(before) for pages, before in zip(chosen(ids), ids[0].tolist(), strict=True)
+    )
 
 
 def page_scores(query, keys, position, score):
