@@ -148,6 +148,7 @@ def fewest(
     forced = (page_ids == newest) | (page_ids < rules.sink_pages)
     rank = jnp.where(selected, jnp.where(forced, -jnp.inf, -share), jnp.inf)
     rank, page_ids, share = lax.sort((rank, page_ids, share), num_keys=2)  # ties to the lower page
-    missing = jnp.cumsum(share, axis=2) - share < top_p  # what those before it have reached
-    needed = (rank < jnp.inf) & (missing | (rank == -jnp.inf))
+    reached = jnp.cumsum(share, axis=2)
+    before_it = jnp.pad(reached[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    needed = (rank < jnp.inf) & ((before_it < top_p) | (rank == -jnp.inf))
     return page_ids, jnp.sum(needed, axis=2, dtype=counts.dtype)

@@ -88,6 +88,11 @@ def _rounds(params, model, config, state, tokens, acceptance, k, adapt):
     )
 
 
+@partial(jax.jit, static_argnames="batch")
+def _repeated(state, batch):
+    return jax.tree.map(lambda array: jnp.repeat(array, batch, axis=0), state)
+
+
 _copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
@@ -114,9 +119,7 @@ class Context:
     ):
         self.config, self._model, self._capacity = config, model, capacity
         one, _ = run_prefill(model, config, init_state(model.config, config, 1, capacity), [ids], progress)
-        state = jax.jit(lambda tree: jax.tree.map(lambda array: jnp.repeat(array, len(own), axis=0), tree))(
-            one
-        )
+        state = _repeated(one, len(own))
         del one
         state, logits = run_prefill(model, config, state, list(own), progress)
         self.tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
