@@ -87,6 +87,11 @@ def _benchmarks() -> Mapping[str, Entry]:
             "Measure the speed of decoding: methods take turns in one run, for each length of the context.",
             "retro_jax.experiments.bench.decode_command:BenchDecodeFlags",
         ),
+        "verify": Entry(
+            "retro_jax.experiments.bench.verify:BenchVerify",
+            "Measure verified decoding beside full attention, and predict it for any acceptance.",
+            "retro_jax.experiments.bench.verify_command:BenchVerifyFlags",
+        ),
         "kernels": Entry(
             "retro_jax.experiments.bench.kernels:BenchKernels",
             "Measure the device time of operations on pages, beside the read bandwidth of the device.",

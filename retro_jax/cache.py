@@ -73,7 +73,8 @@ class LayerState:
 
     Attributes:
       pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning.
-      statistics: per page, of the kind that the configuration names; None if its score reads none.
+      statistics: per page, of the kind that the configuration names; None if its score reads none, and in a
+        layer that takes over the pages of its anchor.
       block_values: mean value of each block of pages; None for a configuration without a residual.
       last_loaded: the position whose step loaded the page last, -1 if none did.
       outputs: the output cache.

@@ -17,6 +17,16 @@ from retro_jax.selectors import SELECTORS
 MEAN_KEYS = SCORES["mean_key"].statistics
 """Statistics that a residual can estimate pages by."""
 
+EXCLUDED = {
+    "budget_top_p": {"evict": "takes away pages that shares are estimated of"},
+    "anchor_every": {
+        "evict": "leaves each layer other pages",
+        "residual_pages": "reads the statistics of each layer",
+    },
+    "select_every": {"residual_pages": "reads the statistics in each step"},
+}
+"""What changes how pages are selected: each with the fields that exclude it, and why."""
+
 
 @dataclass(frozen=True)
 class DecodeConfig(DecodeFields):
@@ -40,7 +50,7 @@ class DecodeConfig(DecodeFields):
                 f"method {self.method!r} serves only the newest query, window {self.window} was asked for"
                 f"{why}; use method {_either(m for m in METHODS.values() if m.revises)} or window None"
             )
-        lowest = {"page_size": 1, "prefill_chunk": 1, "observation": 1}
+        lowest = {"page_size": 1, "prefill_chunk": 1, "observation": 1, "anchor_every": 1, "select_every": 1}
         lowest |= {"dense_layers": 0, "sink_pages": 0, "residual_pages": 0}
         for name, low in lowest.items():
             if getattr(self, name) < low:
@@ -66,6 +76,7 @@ class DecodeConfig(DecodeFields):
             )
         if self.residual_pages:
             self._check_residual()
+        self._check_selection()
 
     def _check_rectification(self):
         if self.rectify_every < 1:
@@ -95,6 +106,32 @@ class DecodeConfig(DecodeFields):
                 f"{name} estimates pages by their mean keys, score {self.score!r} keeps "
                 f"{self.kept_statistics!r} statistics; use score 'mean_key'"
             )
+
+    def _check_selection(self):
+        p = self.budget_top_p
+        if p is not None and not 0.0 < p < 1.0:
+            raise ValueError(
+                f"budget_top_p {p} is not between 0 and 1; use None to load all of the budget's pages"
+            )
+        if p is not None and not SELECTORS[self.score].shares:
+            raise ValueError(
+                f"budget_top_p {p} needs estimates of attention, score {self.score!r} gives none; use another"
+            )
+        for name, others in EXCLUDED.items():
+            value = f"{name} {getattr(self, name)}"
+            if getattr(self, name) == getattr(DecodeFields, name):
+                continue
+            if not self.attention.scored:
+                raise ValueError(
+                    f"{value} was asked for with method {self.method!r}, which selects no pages by a score; "
+                    f"use method {_scored()}"
+                )
+            for other, why in others.items():
+                if getattr(self, other) != getattr(DecodeFields, other):
+                    raise ValueError(
+                        f"{value} was asked for with {other} {getattr(self, other)!r}, which {why}; use only "
+                        "one"
+                    )
 
     def _check_budget(self):
         if self.budget_covers not in ("pages", "traffic"):

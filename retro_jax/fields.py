@@ -26,6 +26,9 @@ class DecodeFields:
     """Tokens that a step may load at least, where the budget is a share."""
     budget_tokens: int | None = None
     """A fixed number of tokens instead of the share and its floor."""
+    budget_top_p: float | None = None
+    """Of the pages within the budget load only the fewest whose estimated shares of attention, as
+    `group_reduce="mass"` computes them, reach this sum (Twilight, arXiv 2502.02770). None: all of them."""
     page_size: int = 16
     """Consecutive tokens that are selected and loaded together."""
     dense_layers: int = 2
@@ -36,7 +39,8 @@ class DecodeFields:
     budget_covers: str = "pages"
     """What the budget limits: "pages" (the tokens that are loaded; what is read to choose them comes on top)
     or "traffic" (all that Quest would read with this budget: its tokens, and two vectors for every 16 tokens
-    of context; statistics that take less leave room for more pages)."""
+    of context; statistics that take less leave room for more pages, those that `anchor_every` and
+    `select_every` do not read leave none)."""
     group_reduce: str = "mean"
     """How the scores of the query heads that share a KV head become one: "mean" or "max", or "mass" (each
     head's scores become attention weights over all pages, then their mean)."""
@@ -51,6 +55,12 @@ class DecodeFields:
     pages (needs mean keys). 0: they do not count."""
     score_seed: int = 0
     """Of the score "random"."""
+    anchor_every: int = 1
+    """Only every so many sparse layers, from the first on, select pages; those between load what the one
+    below them has selected (LessIsMore, arXiv 2508.07101; Kascade, arXiv 2512.16391). 1: each its own."""
+    select_every: int = 1
+    """Pages are selected anew at every so many positions; the tokens between load what an earlier one has
+    selected, and pages that have begun since, within the budget. 1: each token selects its own."""
     evict: str | None = None
     """A method whose rule takes pages away from "quest" and "retro" for good: "tova" or "h2o"."""
     cache_tokens: int | None = None

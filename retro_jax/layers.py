@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
@@ -24,13 +25,13 @@ from pallas_kernels import (
     update_pages,
 )
 from retro_jax.budget import budget_pages, rules_of
-from retro_jax.cache import Kept, LayerState, OutputCache
+from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
-from retro_jax.methods.eviction import evict, remember
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
 from retro_jax.rules import Query, Rules
+from retro_jax.selection import Selection, choose
 from retro_jax.state import DecodeState
 
 
@@ -149,8 +150,9 @@ def sparse_layer(
     slots: Slots,
     write: Bool[Array, "B W"],
     index: Int[Array, ""] | int,
+    below: Selection | None = None,
     watch: Watch | None = None,
-) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, "B W"], Any]:
+) -> tuple[Float[Array, "B W M"], LayerState, Selection, Float[Array, "B W"], Any]:
     """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
 
     Args:
@@ -163,11 +165,12 @@ def sparse_layer(
       slots: positions, validity and budgets.
       write: slots whose keys and values are written, over stale ones where there are any.
       index: which layer of the model it is.
+      below: the pages of the layer's anchor, which it loads too; None: it selects its own.
       watch: an analysis; None: none.
 
     Returns:
-      The corrected hidden states, the new state, how many pages each slot newly attended to (mean over KV
-      heads), and what `watch` returned.
+      The corrected hidden states, the new state, the pages that were loaded, how many of them each slot newly
+      attended to (mean over KV heads), and what `watch` returned.
     """
     positions = slots.positions
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
@@ -182,11 +185,15 @@ def sparse_layer(
         write,
         implementation=config.implementation,
     )
+    if below is not None:
+        # What to read is known before: XLA would write on the way, and keep a copy of the pages for it.
+        pages = lax.optimization_barrier(pages)
     cache = cache.replace(pages=pages, statistics=statistics)
 
     # Select pages for the newest query; one load of them serves the window.
     query = Query(q[:, -1], positions[:, -1], slots.budgets, index)
-    page_ids, counts, kept = _choose(config, cache, query)
+    selection, kept = choose(config, _rules(config, cache), cache, query, below)
+    page_ids, counts = selection.page_ids, selection.counts
     attended = newly_attended(page_ids, counts, cache.last_loaded, positions, config.page_size)
     o, lse, last_loaded = retro_attention(
         q,
@@ -227,25 +234,13 @@ def sparse_layer(
     x = transformer.attention_output(layer, x, attention)
     x = transformer.mlp(layer, model, x)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
-    return x, cache, attended, watch and watch(_rules(config, cache), cache, query, Window(q, attention))
+    seen = watch and watch(_rules(config, cache), cache, query, Window(q, attention))
+    return x, cache, selection, attended, seen
 
 
 def _rules(config: DecodeConfig, cache: LayerState) -> Rules:
     _, _, P, _, _, D = cache.pages.shape
     return rules_of(config, P, D, cache.pages.dtype.itemsize)
-
-
-def _choose(
-    config: DecodeConfig, cache: LayerState, query: Query
-) -> tuple[Int[Array, "B K C"], Int[Array, "B K"], Kept | None]:
-    """The pages that the method loads: it selects among those that eviction leaves, or takes all of them."""
-    rules, kept, select = _rules(config, cache), cache.kept, config.attention.select
-    if kept is None:
-        return *select(rules, cache, query, None), None
-    kept, page_ids, counts = evict(config.eviction, rules, kept, query)
-    if select:
-        page_ids, counts = select(rules, cache, query, kept.alive)
-    return page_ids, counts, remember(config.eviction, rules, cache, kept, query, page_ids, counts)
 
 
 def settle(

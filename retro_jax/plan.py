@@ -4,6 +4,7 @@ What may change here: the rule, and what of a layer's kind cannot be decoded. Wh
 are sparse asks here.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from retro_jax.config import DecodeConfig
@@ -16,9 +17,11 @@ class LayerPlan:
 
     Attributes:
       sparse: of each layer, whether it loads selected pages only; the others attend to all.
+      anchors: of each layer, whether it selects pages; other sparse layers load those of the anchor below.
     """
 
     sparse: tuple[bool, ...]
+    anchors: tuple[bool, ...]
 
     @property
     def num_sparse(self) -> int:
@@ -42,6 +45,8 @@ class LayerPlan:
 def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
     """Plans a model's layers: the first `config.dense_layers` are dense, and all of them for a dense method.
 
+    Of the sparse layers every `config.anchor_every`-th is an anchor, from the first on.
+
     Raises:
       ValueError: a layer has a sliding window shorter than the model's positions, which is not decoded.
     """
@@ -53,4 +58,10 @@ def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
                 f"it cannot be decoded; use max_positions of at most {kind.window}, not {model.max_positions}"
             )
     dense = model.num_layers if config.attention.dense else config.dense_layers
-    return LayerPlan(tuple(index >= dense for index in range(model.num_layers)))
+    sparse = tuple(index >= dense for index in range(model.num_layers))
+    numbers = itertools.accumulate(sparse)  # of sparse layers up to each
+    anchors = tuple(
+        is_sparse and (number - 1) % config.anchor_every == 0
+        for is_sparse, number in zip(sparse, numbers, strict=True)
+    )
+    return LayerPlan(sparse, anchors)

@@ -25,11 +25,14 @@ class Selector:
       scores: (rules, layer state, newest query, pages that may be chosen[B, K, P]) -> scores[B, K, P]; those
         of other pages do not matter.
       vectors: page size -> vectors of head_dim that it reads of each page beside its statistics.
+      shares: whether with `group_reduce="mass"` its scores are shares of attention, by which `budget_top_p`
+        counts; those of all pages that may be chosen then sum to 1.
     """
 
     statistics: tuple[str, ...]
     scores: Callable[[Rules, LayerState, Query, Bool[Array, "B K P"]], Float[Array, "B K P"]]
     vectors: Callable[[int], int]
+    shares: bool = True
 
 
 def _by_statistics(score: str) -> Selector:
@@ -74,7 +77,7 @@ def _random(rules, layer, query, allowed):
 
 _OF_KEYS = {
     "oracle": Selector(statistics=(), scores=_oracle, vectors=lambda page_size: page_size),
-    "random": Selector(statistics=(), scores=_random, vectors=lambda page_size: 0),
+    "random": Selector(statistics=(), scores=_random, vectors=lambda page_size: 0, shares=False),
 }
 
 

@@ -74,12 +74,12 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
     W, P = config.slots, config.num_pages(capacity)
     rules = rules_of(config, P, D, jnp.dtype(model.dtype).itemsize)
 
-    def layer(dense: bool) -> LayerState:
+    def layer(sparse: bool, anchor: bool) -> LayerState:
         pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
-        if dense:
+        if not sparse:
             return LayerState(pages)
         statistics = block_values = None
-        if config.kept_statistics:
+        if config.kept_statistics and anchor:
             statistics = STATISTICS[config.kept_statistics].zeros((B, K, P), D, model.dtype)
         if config.residual_pages:
             block_values = jnp.zeros((B, K, -(-P // config.residual_pages), D), model.dtype)
@@ -100,7 +100,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         budget=Budget.of(config, B),
         decoded=jnp.zeros(B, jnp.int32),
         hidden=jnp.zeros((B, W - 1, model.width), model.dtype),
-        layers=tuple(layer(dense=not sparse) for sparse in plan.sparse),
+        layers=tuple(map(layer, plan.sparse, plan.anchors)),
         metrics=StepMetrics(
             pages_attended=jnp.zeros((B, W), jnp.float32),
             pages_loaded=jnp.zeros(B, jnp.float32),

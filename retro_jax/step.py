@@ -72,7 +72,8 @@ def watched_step(
     fits = state.room(model) > 0
     refused, active = active & ~fits, active & fits
     slots = window_slots(config, state, active)
-    first = layer_plan(model, config).first_sparse
+    plan = layer_plan(model, config)
+    first = plan.first_sparse
     stack = list(zip(params.layers, model.layers, state.layers, strict=True))
 
     x = transformer.embed(params, tokens[:, None])
@@ -85,13 +86,18 @@ def watched_step(
 
     x = jnp.concatenate([state.hidden, x], axis=1)
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
-    attended = [jnp.zeros(slots.valid.shape)]
+    attended, read = [jnp.zeros(slots.valid.shape)], [jnp.zeros(active.shape, bool)]
+    loaded = None
     for index, (layer, kind, cache) in enumerate(stack[first:], start=first):
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > first else slots.newest
-        x, cache, pages, seen = sparse_layer(layer, model, kind, config, cache, x, slots, write, index, watch)
+        below = None if plan.anchors[index] else loaded
+        x, cache, loaded, pages, seen = sparse_layer(
+            layer, model, kind, config, cache, x, slots, write, index, below, watch
+        )
         layers.append(cache)
         attended.append(pages)
+        read.append(loaded.fresh)
         watched.append(seen)
 
     state = DecodeState(
@@ -100,7 +106,7 @@ def watched_step(
         decoded=jnp.minimum(state.decoded + active, config.slots - 1),
         hidden=hidden,
         layers=tuple(layers),
-        metrics=_metrics(model, config, state, active, attended),
+        metrics=_metrics(model, config, state, active, attended, read),
         stale=state.stale,
     )
     logits = transformer.logits(params, model, x[:, -1:])[:, 0]
@@ -119,8 +125,12 @@ def _metrics(
     state: DecodeState,
     active: Bool[Array, " B"],
     attended: list[Float[Array, "B W"]],
+    read: list[Bool[Array, " B"]],
 ) -> StepMetrics:
-    """What this step attended to, loaded and read; see `StepMetrics`."""
+    """What this step attended to, loaded and read; see `StepMetrics`.
+
+    By layer: the pages that each slot newly attended to, and whether pages were scored.
+    """
     plan = layer_plan(model, config)
     by_age = jnp.flip(sum(attended), axis=1) / max(plan.num_sparse, 1)
     loaded = by_age[:, 0]  # the newest attends to every page that is loaded
@@ -133,7 +143,8 @@ def _metrics(
     by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
     if config.residual_pages:
         by_page += active  # of a block that settles, a value a step
-    vectors = plan.num_dense * 2 * context + plan.num_sparse * (2 * config.page_size * loaded + by_page)
+    vectors = plan.num_dense * 2 * context + plan.num_sparse * 2 * config.page_size * loaded
+    vectors += sum(read) * by_page
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
 

@@ -13,10 +13,12 @@ from retro_jax.presets import PRESETS
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig
 
-CommonFlags = common_flags("method", "window", "overwrite", "evict", "cache_tokens", "observation")
+EVICTION = ("evict", "cache_tokens", "observation")
+SELECTION = ("budget_top_p", "anchor_every", "select_every")
+CommonFlags = common_flags("method", "window", "overwrite", *EVICTION, *SELECTION)
 VARIED = tuple({"window", "budget", "budget_tokens"}.union(*PRESETS.values()))
 """Fields in which the cases of `distances` differ."""
-CaseFlags = common_flags(*VARIED, "evict", "cache_tokens", "observation", "score_seed")
+CaseFlags = common_flags(*VARIED, *EVICTION, *SELECTION, "score_seed")
 
 
 @dataclass(kw_only=True)

@@ -37,6 +37,7 @@ class Axis:
         method's name, in `words`.
       words: a value -> words.
       scored: whether only Quest and RetroAttention have it.
+      joins: whether its values come beside the default, and presets run with them too.
       read: a configuration -> the value; None: the field.
       write: a value -> the fields of `DecodeConfig` that it sets; None: the field.
     """
@@ -47,6 +48,7 @@ class Axis:
     column: str | None = None
     words: Callable[[object], str] = str
     scored: bool = False
+    joins: bool = False
     read: Callable[[DecodeFields], object] | None = None
     write: Callable[[object], dict] | None = None
 
@@ -79,6 +81,18 @@ def _evicts(rule: str) -> str:
     return f"{METHODS[rule].title} evicts"
 
 
+def _top_p(share: float) -> str:
+    return f"top-p {share:g}"
+
+
+def _anchored(every: int) -> str:
+    return f"anchors every {every} layers"
+
+
+def _reused(every: int) -> str:
+    return f"selected every {every} tokens"
+
+
 def _rectified(every: int) -> str:
     return "exact cache" if every == 1 else f"rectified every {every} tokens"
 
@@ -93,7 +107,10 @@ AXES = (
     Axis("", "statistics", scored=True),
     Axis("", "residual_pages", "residual", words=lambda pages: f"residual of {pages} pages", scored=True),
     Axis("", "budget_covers", scored=True),
-    Axis("rectify", "rectify_every", "f", words=_rectified, scored=True),
+    Axis("top_p", "budget_top_p", "top_p", words=_top_p, scored=True, joins=True),
+    Axis("anchor_every", "anchor_every", "anchors", words=_anchored, scored=True, joins=True),
+    Axis("select_every", "select_every", "reuse", words=_reused, scored=True, joins=True),
+    Axis("rectify", "rectify_every", "f", words=_rectified, scored=True, joins=True),
 )
 """A further one is a line here and a field of `Sweep`, unless presets alone set it."""
 VARIED = ("method", "window", "overwrite", *(name for axis in AXES for name in axis.fields(axis.default)))
@@ -121,6 +138,14 @@ class Sweep:
     """What Quest and RetroAttention select by: bounds, mean_key, oracle, random."""
     evict: tuple[str, ...] = ()
     """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens."""
+    top_p: tuple[float, ...] = ()
+    """Shares of attention that the pages within the budget have to reach: Quest, RetroAttention and presets
+    also run with the fewest pages that do."""
+    anchor_every: tuple[int, ...] = ()
+    """Of how many sparse layers one selects for all: Quest, RetroAttention and presets also run so."""
+    select_every: tuple[int, ...] = ()
+    """At every how many positions pages are selected anew, and not by each token: Quest, RetroAttention and
+    presets also run so."""
     rectify: tuple[int, ...] = ()
     """After how many tokens a dense pass rewrites their keys and values exactly: Quest, RetroAttention and
     presets also run so. 1: an exact cache, so that only what the newest query misses is left."""
@@ -149,10 +174,12 @@ class Sweep:
         full = replace(common, **plain | {"method": "full", "sink_pages": 0})
         wider = sorted(set(self.windows) - {1})
         found = [full]
-        for shared in self._combinations(scored=False):
-            for own in self._combinations(scored=True):
-                if own["evict"] and own["rectify_every"]:
-                    continue  # what was evicted cannot be rectified
+        joining = [axis for axis in AXES if axis.joins]
+        of_all, of_scored = ([axis for axis in AXES if axis.scored == scored] for scored in (False, True))
+        for shared in self._combinations(of_all):
+            for own in self._combinations(of_scored):
+                if own["evict"] and any(own[axis.field] != axis.default for axis in joining):
+                    continue  # what was evicted can be neither rectified nor taken over
                 quest = replace(full, method="quest", **shared | own)
                 found.append(quest)
                 found += [replace(quest, method="retro", window=window) for window in wider]
@@ -165,15 +192,14 @@ class Sweep:
                 found += ladder(full, budget)
             for name in self.presets:
                 chosen = replace(full, **plain | dict(preset_fields(name)) | budget)
-                for every in (None, *self.rectify):
-                    own = replace(chosen, rectify_every=every)
-                    revised = [replace(own, window=window) for window in wider]
-                    found += revised if own.attention.revises else [own]
+                for joined in self._combinations(joining):
+                    own = replace(chosen, **joined)
+                    windows = wider if own.attention.revises else [own.window]
+                    found += [replace(own, window=window) for window in windows]
         return list(dict.fromkeys(found))
 
-    def _combinations(self, scored: bool) -> Iterator[dict]:
-        """The fields of every combination of values, of the axes that other methods have or have not."""
-        axes = [axis for axis in AXES if axis.scored == scored]
+    def _combinations(self, axes: Sequence[Axis]) -> Iterator[dict]:
+        """The fields of every combination of values of some axes."""
         for values in itertools.product(*map(self._values, axes)):
             combined = {}
             for axis, value in zip(axes, values, strict=True):
@@ -182,7 +208,7 @@ class Sweep:
 
     def _values(self, axis: Axis) -> tuple:
         values = getattr(self, axis.flag) if axis.flag else (axis.default,)
-        return (None, *values) if axis.default is None else values
+        return (axis.default, *values) if axis.joins or axis.default is None else values
 
     def _check(self):
         from retro_jax.methods import METHODS
@@ -201,8 +227,9 @@ class Sweep:
 
 
 def quest_of(config: "DecodeConfig") -> "DecodeConfig":
-    """Returns Quest with the same budget, page size and other settings, which never rectifies."""
-    return replace(config, method="quest", window=None, overwrite=True, rectify_every=None)
+    """Returns Quest with the same budget, page size and other settings, but for those that join presets."""
+    joined = {axis.field: axis.default for axis in AXES if axis.joins}
+    return replace(config, method="quest", window=None, overwrite=True, **joined)
 
 
 def run_name(config: "DecodeConfig") -> str:

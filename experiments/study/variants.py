@@ -8,6 +8,15 @@ from retro_jax.presets import PRESETS
 QUEST, SINK, EXACT = "Quest", "Quest, a sink page", ", exact cache"
 PRESET = "preset mean-key"
 RECTIFIED = (8, 16, 32, 64)
+LOADED_OTHERWISE = {
+    ", top-p 0.9": {"budget_top_p": 0.9},
+    ", top-p 0.95": {"budget_top_p": 0.95},
+    ", anchors every 4 layers": {"anchor_every": 4},
+    ", selected every 4 tokens": {"select_every": 4},
+    ", selected every 16 tokens": {"select_every": 16},
+}
+"""Fewer of the budget's pages, or those of another layer or token, in words after the names of what runs so:
+Quest with a sink page and preset mean-key."""
 METHODS = {"tova": "TOVA", "streaming": "StreamingLLM"}
 """Methods that keep what they chose once, by their names in print."""
 WINDOW = 4
@@ -61,5 +70,10 @@ def variants() -> dict[str, Mapping[str, object]]:
         **{rectified(every): {**sink, "rectify_every": every} for every in RECTIFIED},
         **_ladder(),
         **_beyond(),
+        **{
+            name + words: {**base, **part}
+            for name, base in ((SINK, sink), (PRESET, PRESETS["mean-key"]))
+            for words, part in LOADED_OTHERWISE.items()
+        },
         **{words: {"method": name, "sink_pages": 1} for name, words in METHODS.items()},
     }

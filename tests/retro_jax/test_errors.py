@@ -81,6 +81,34 @@ CONFIG = rj.DecodeConfig(page_size=8, budget_tokens=24)
             {"evict": "h2o", "budget_tokens": 512, "cache_tokens": 500},
             r"cache_tokens 500 is below budget_tokens 512",
         ),
+        *(
+            (
+                {name: value, "method": method},
+                rf"{name} {value} .* method '{method}'.*; use method 'quest' or",
+            )
+            for name, value in (("budget_top_p", 0.9), ("anchor_every", 4), ("select_every", 4))
+            for method in ("full", "tova")
+        ),
+        *(
+            ({"budget_top_p": p}, rf"budget_top_p {p} is not between 0 and 1; use None")
+            for p in (0.0, 1.0, -0.5)
+        ),
+        ({"budget_top_p": float("nan")}, r"budget_top_p nan is not between 0 and 1"),
+        ({"budget_top_p": 0.9, "score": "random"}, r"budget_top_p 0.9 .* score 'random' gives none"),
+        (
+            {"budget_top_p": 0.9, "evict": "h2o", "cache_tokens": 512},
+            r"budget_top_p 0.9 .* evict 'h2o', which",
+        ),
+        ({"anchor_every": 0}, r"anchor_every 0 is below 1"),
+        ({"anchor_every": 2, "evict": "h2o", "cache_tokens": 512}, r"anchor_every 2 .* evict 'h2o', which"),
+        ({"select_every": -1}, r"select_every -1 is below 1"),
+        *(
+            (
+                {name: 2, "score": "mean_key", "residual_pages": 8},
+                rf"{name} 2 .* residual_pages 8, which reads",
+            )
+            for name in ("anchor_every", "select_every")
+        ),
         ({"implementation": "triton"}, r"implementation 'triton' is unknown; use None or one of xla"),
     ),
 )

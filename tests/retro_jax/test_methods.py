@@ -24,6 +24,7 @@ VARIANTS = {
     "quest-oracle": {"method": "quest", "score": "oracle"},
     "quest-random": {"method": "quest", "score": "random"},
     "retro-evict-h2o": {"method": "retro", "evict": "h2o", "cache_tokens": 32},
+    "retro-taken-over": {"method": "retro", "anchor_every": 2, "select_every": 4},
 }
 
 
@@ -165,7 +166,7 @@ def test_a_scan_is_its_steps_a_saved_state_goes_on_and_an_ended_sequence_stays_a
     assert after.metrics.kv_bytes[0] > 0 and after.metrics.kv_bytes[1] == 0
 
 
-@pytest.mark.parametrize("name", ("snapkv", "retro-evict-h2o"))
+@pytest.mark.parametrize("name", ("snapkv", "retro-evict-h2o", "retro-taken-over"))
 def test_sharded_is_unsharded(name):
     config = rj.DecodeConfig(**FIELDS | VARIANTS[name])
     model, tokens = model_for(config), token_ids(2, 60)
@@ -191,7 +192,8 @@ def test_kv_bytes_are_those_of_the_vectors_that_a_method_reads(config):
     vectors = {"bounds": 2, "mean_key": 1, "oracle": 8, "random": 0}[config.score]
     if config.method not in ("quest", "retro"):
         vectors = 0
-    read = dense * 2 * context + (layers - dense) * (loaded + vectors * scored)
+    anchors = len(range(dense, layers, config.anchor_every))
+    read = dense * 2 * context + (layers - dense) * loaded + anchors * vectors * scored
     np.testing.assert_allclose(state.metrics.kv_bytes, read * 2 * 16 * 4)  # KV heads, channels, float32
 
 

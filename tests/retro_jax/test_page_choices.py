@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
+from pallas_kernels import Statistics
+from retro_jax.budget import rules_of
+from retro_jax.cache import LayerState
+from retro_jax.rules import Query
+from retro_jax.selection import fewest as fewest_pages
 from tests.pallas_kernels import oracle
 from tests.pallas_kernels.page_sets import distance
 from tests.retro_jax.tiny import ATOL, begin, first_sparse_qkv, force, step, tiny, token_ids
@@ -229,3 +234,149 @@ def test_a_next_turn_does_not_see_evicted_pages(method):
     for clean, other in zip(next_turn(state), next_turn(poisoned), strict=True):
         assert np.isfinite(clean).all()
         np.testing.assert_array_equal(clean, other)
+
+
+def fewest(shares, chosen, newest, p):
+    """Of the chosen pages the fewest that reach p, the first and the newest among them; and what those reach.
+
+    Also what they reach without the last of them.
+    """
+    ranked = sorted(chosen, key=lambda page: (page not in (0, newest), -shares[page], page))
+    for count in range(len({0, newest}), len(ranked) + 1):
+        reached = shares[ranked[:count]].sum()
+        if reached >= p:
+            break
+    return set(ranked[:count]), reached, shares[ranked[: count - 1]].sum()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"method": "quest"},
+        {"method": "retro", "window": 3, "score": "mean_key", "group_reduce": "mass"},
+        {"method": "quest", "score": "oracle"},
+    ),
+    ids=("bounds", "mean_key", "oracle"),
+)
+def test_top_p_loads_the_fewest_of_the_best_pages_that_reach_the_share(fields):
+    p, budget = 0.6, 7
+    config = rj.DecodeConfig(**FIELDS | fields | {"budget_tokens": budget * SIZE, "budget_top_p": p})
+    chosen, q, k, _ = decode(config)
+    counts = []
+    for row, head, queries, keys in each_head(q, k):
+        for number in range(STEPS):
+            position = LENGTHS[row] + number
+            newest = position // SIZE
+            before = set(range(newest))
+            if config.score == "oracle":  # its scores are shares, of the newest page also
+                by_head = np.array(
+                    [page_mass(one[None], keys, position, begun(position)) for one in queries[position]]
+                )
+                shares = page_mass(queries[position], keys, position, before)
+            else:
+                by_head = np.array(
+                    [page_scores(one, keys, position, config.score) for one in queries[position]]
+                )
+                weights = np.where(np.arange(PAGES) < newest, np.exp(by_head / np.sqrt(queries.shape[-1])), 0)
+                weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+                shares = weights.mean(axis=0)
+                by_head = weights if config.group_reduce == "mass" else by_head
+            within = best(np.mean(by_head, axis=0), begun(position), budget, newest)
+            expected, reached, missed = fewest(shares, within, newest, p)
+            got = chosen[row][number][head]
+            rounds = min(abs(reached - p), abs(missed - p)) < ATOL
+            assert rounds or got == expected
+            counts.append(len(got))
+    assert min(counts) < budget - 2 and max(counts) > min(counts) + 2  # ragged, and fewer than the budget
+
+
+def test_top_p_takes_pages_in_any_order_with_anything_behind_them():
+    """As kernels select them."""
+    config, rng = rj.DecodeConfig("quest", **FIELDS | {"budget_tokens": 56}), np.random.default_rng(0)
+    values = jnp.asarray(rng.normal(size=(1, 2, PAGES, 2, 16)), jnp.float32)
+    cache = LayerState(jnp.zeros((1, 2, PAGES, 2, SIZE, 16)), Statistics(values, None, "min_max"))
+    query = Query(jnp.asarray(rng.normal(size=(1, 6, 16)), jnp.float32), jnp.array([80]), jnp.array([7]), 1)
+    rules = rules_of(config, PAGES, 16, 4)
+    ids, counts = config.attention.select(rules, cache, query, None)
+    mixed = np.concatenate([rng.permuted(np.asarray(ids)[..., :7], axis=2), np.full((1, 2, 3), -5)], axis=2)
+
+    def chosen(ids):
+        ids, counts_left = fewest_pages(rules, cache, query, jnp.asarray(ids), counts, 0.6)
+        return [set(row[:count]) for row, count in zip(ids[0].tolist(), counts_left[0].tolist(), strict=True)]
+
+    assert chosen(mixed) == chosen(ids)
+    assert all(
+        {0, 10} <= pages < set(before) for pages, before in zip(chosen(ids), ids[0].tolist(), strict=True)
+    )
+
+
+def page_scores(query, keys, position, score):
+    """A query's scores[P] of all pages that have begun, -inf for others."""
+    kind = {"bounds": "min_max", "mean_key": "mean_key"}[score]
+    scores = np.full(PAGES, -np.inf)
+    for page in begun(position):
+        vectors = oracle.statistics(keys[page * SIZE : min((page + 1) * SIZE, position + 1)], kind)
+        scores[page] = oracle.page_score(query, vectors, score)
+    return scores
+
+
+@pytest.mark.parametrize(("every", "window"), ((4, 1), (24, 3)))
+def test_steps_between_selections_load_what_an_earlier_token_has_selected(every, window):
+    config = rj.DecodeConfig("retro", window=window, select_every=every, **FIELDS | {"budget_tokens": 40})
+    chosen, q, k, _ = decode(config)
+    differs = 0
+    for row, head, queries, keys in each_head(q, k):
+        loaded = None
+        for number in range(STEPS):
+            position = LENGTHS[row] + number
+            newest = position // SIZE
+            scores = np.mean(
+                [page_scores(one, keys, position, "bounds") for one in queries[position]], axis=0
+            )
+            if loaded is None or position % every == 0:
+                loaded = best(scores, begun(position), 5, newest)
+                loaded = same(chosen[row][number][head], loaded, scores, newest)
+                continue
+            # What has been loaded stays but for the earliest pages, which make room for those that begin.
+            late = sorted(loaded | {newest}, reverse=True)
+            loaded = best(np.arange(PAGES), set(late), 5, newest)
+            assert chosen[row][number][head] == loaded
+            differs += loaded != best(scores, begun(position), 5, newest)
+    assert differs > 20
+
+
+def test_layers_above_an_anchor_load_its_pages_and_keep_no_statistics():
+    model, tokens = tiny(3, layers=5), token_ids(2, 120)
+    config = rj.DecodeConfig("quest", anchor_every=2, **FIELDS)
+    state, _ = force(model, config, begin(model, config, tokens, LENGTHS, 120)[0], tokens, 2)
+    layers = state.layers[1:]
+    for anchor, above in ((0, 1), (2, 3)):
+        np.testing.assert_array_equal(layers[anchor].last_loaded, layers[above].last_loaded)
+    assert (layers[0].last_loaded != layers[2].last_loaded).any()
+    assert [layer.statistics is not None for layer in layers] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {"method": "quest", "budget_top_p": 0.6, "budget_tokens": 56},
+        {"method": "retro", "window": 1, "select_every": 4, "budget_tokens": 40},
+    ),
+    ids=("top_p", "select_every"),
+)
+def test_bytes_are_those_of_the_pages_that_are_loaded_and_of_the_statistics_that_are_read(fields):
+    model, tokens = tiny(3, layers=2), token_ids(2, 120)
+    config, metrics, begins = rj.DecodeConfig(**FIELDS | fields), [], np.array([8, 72])
+    state, _ = begin(model, config, tokens, begins, 120)
+    force(model, config, state, tokens, 8, lambda state: metrics.append(state.metrics))
+    context = begins + np.arange(1, 9)[:, None]
+    pages, begun_pages = np.stack([one.pages_loaded for one in metrics]), -(-context // SIZE)
+    if config.budget_top_p:
+        scored = begun_pages
+        assert (pages[:, 1] < 6).any()
+    else:
+        scored = np.where((context - 1) % 4 == 0, begun_pages, 0)
+        np.testing.assert_array_equal(pages, np.minimum(5, begun_pages))
+    vectors = 2 * context + 2 * SIZE * pages + 2 * scored
+    kv_bytes = [one.kv_bytes for one in metrics]
+    np.testing.assert_allclose(kv_bytes, vectors * 2 * 16 * 4, rtol=1e-6)  # KV heads, channels, float32

@@ -29,6 +29,20 @@ def test_the_first_layers_are_dense(fields, sparse):
     assert plan.first_sparse == plan.num_dense
 
 
+@pytest.mark.parametrize(
+    ("fields", "anchors"),
+    [
+        ({"dense_layers": 0}, (True,) * 4),
+        ({"dense_layers": 0, "anchor_every": 3}, (True, False, False, True)),
+        ({"dense_layers": 1, "anchor_every": 2}, (False, True, False, True)),
+        ({"dense_layers": 1, "anchor_every": 9}, (False, True, False, False)),
+        ({"dense_layers": 9, "anchor_every": 2}, (False,) * 4),
+    ],
+)
+def test_every_so_many_sparse_layers_one_is_an_anchor(fields, anchors):
+    assert layer_plan(TINY, rj.DecodeConfig(**fields)).anchors == anchors
+
+
 def test_a_window_shorter_than_the_positions_is_refused():
     kinds = (LayerKind(), LayerKind(window=64), LayerKind(), LayerKind())
     sliding = dataclasses.replace(TINY, layer_kinds=kinds)

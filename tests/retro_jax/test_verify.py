@@ -19,6 +19,9 @@ from tests.retro_jax.tiny import ATOL, CENTROIDS, VOCAB, begin, tiny, token_ids
 DRAFTS = {
     "quest": rj.DecodeConfig("quest", page_size=8, budget_tokens=16, dense_layers=0),
     "retro": rj.DecodeConfig("retro", window=3, page_size=8, budget_tokens=16, dense_layers=1),
+    "taken over": rj.DecodeConfig(
+        "quest", page_size=8, budget_tokens=16, dense_layers=0, anchor_every=2, select_every=4
+    ),
     "centroids": rj.DecodeConfig(
         "retro", window=3, page_size=8, budget_tokens=16, dense_layers=0, **CENTROIDS
     ),

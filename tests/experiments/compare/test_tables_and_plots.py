@@ -94,6 +94,24 @@ def test_runs_with_and_without_rectification_have_an_order():
     ]
 
 
+def test_other_ways_to_load_join_quest_retro_attention_and_presets():
+    joined = {"top_p": (0.9,), "anchor_every": (4,), "select_every": (16,)}
+    for flag, (value,) in joined.items():
+        sweep = Sweep(**{flag: (value,)}, evict=("h2o",), presets=("mean-key",))
+        configs = sweep.configurations(DecodeConfig(cache_tokens=512))
+        assert len({run_name(config) for config in configs}) == len(configs) == 1 + 2 * (1 + 2) + 2
+        field = "budget_top_p" if flag == "top_p" else flag
+        joins = [config for config in configs if getattr(config, field) == value]
+        assert [(c.method, c.score) for c in joins] == [
+            ("quest", "bounds"), ("retro", "bounds"), ("quest", "mean_key")
+        ]  # fmt: skip
+        assert all(quest_of(config) in configs for config in joins[:2])
+        assert all(getattr(config, field) != value for config in map(quest_of, joins))
+    both = names(**joined)
+    assert {"quest-top_p0.9", "retro-w4-anchors4-reuse16", "quest-top_p0.9-anchors4-reuse16"} <= set(both)
+    assert len(both) == 1 + 2 * 2**3
+
+
 def test_rows_compare_with_the_quest_of_their_sink_pages(runs):
     found = {row.run.name: row for row in rows(runs, [(128, 384), (384, 640)], 128)}
     assert found["full"].excess == Estimate(0.0, 0.0)
