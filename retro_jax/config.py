@@ -55,6 +55,7 @@ class DecodeConfig(DecodeFields):
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} {getattr(self, name)} is below {low}")
+        self._check_revision()
         if self.rectify_every is not None:
             self._check_rectification()
         self._check_parts()
@@ -77,6 +78,19 @@ class DecodeConfig(DecodeFields):
         if self.residual_pages:
             self._check_residual()
         self._check_selection()
+
+    def _check_revision(self):
+        layers = self.revised_layers
+        if not 0.0 < layers <= 1.0:
+            raise ValueError(
+                f"revised_layers {layers} is not within 0..1, a share of the sparse layers above 0; use a "
+                "window of 1 to revise none"
+            )
+        if layers < 1.0 and self.slots == 1:
+            raise ValueError(
+                f"revised_layers {layers} was asked for with method {self.method!r} and a window of 1, which "
+                "revises nothing; use a wider window"
+            )
 
     def _check_rectification(self):
         if self.rectify_every < 1:

@@ -70,6 +70,10 @@ class DecodeFields:
     overwrite: bool = True
     """Write the corrected keys and values of past queries over the stale ones. Without it RetroAttention
     generates what Quest generates."""
+    revised_layers: float = 1.0
+    """Share of the sparse layers, from the lowest on, whose window revises past queries. Those above serve
+    the newest query alone and keep what they have written. With 0.5 a window cost nothing wherever it was
+    measured (docs/results); 1.0 is the paper's."""
     rectify_every: int | None = None
     """After so many decoded tokens one dense pass over them writes their keys and values anew, as full
     attention would have (ReSA, arXiv 2506.04108). It reads the whole cache. 1: an exact cache behind every

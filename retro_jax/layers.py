@@ -79,6 +79,13 @@ class Slots:
         """`valid` for the newest slot only."""
         return self.valid & (jnp.arange(self.valid.shape[1]) == self.valid.shape[1] - 1)
 
+    def last(self, window: int) -> "Slots":
+        """The newest `window` slots."""
+        start = self.start + self.valid.shape[1] - window
+        valid = self.valid[:, -window:]
+        oldest = start + window - jnp.sum(valid, axis=1)
+        return self.replace(start=start, valid=valid, settled=jnp.where(valid[:, -1], oldest, 0))
+
 
 def window_slots(config: DecodeConfig, state: DecodeState, active: Bool[Array, " B"]) -> Slots:
     """The window of the step that decodes the token at position `state.length`."""

@@ -5,6 +5,7 @@ are sparse asks here.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from retro_jax.config import DecodeConfig
@@ -18,10 +19,12 @@ class LayerPlan:
     Attributes:
       sparse: of each layer, whether it loads selected pages only; the others attend to all.
       anchors: of each layer, whether it selects pages; other sparse layers load those of the anchor below.
+      windows: of each layer, how many queries it serves: `config.slots` where it revises past ones, or 1.
     """
 
     sparse: tuple[bool, ...]
     anchors: tuple[bool, ...]
+    windows: tuple[int, ...]
 
     @property
     def num_sparse(self) -> int:
@@ -45,7 +48,8 @@ class LayerPlan:
 def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
     """Plans a model's layers: the first `config.dense_layers` are dense, and all of them for a dense method.
 
-    Of the sparse layers every `config.anchor_every`-th is an anchor, from the first on.
+    Of the sparse layers every `config.anchor_every`-th is an anchor, from the first on, and the lowest
+    `config.revised_layers` of them, rounded up to whole layers, revise past queries.
 
     Raises:
       ValueError: a layer has a sliding window shorter than the model's positions, which is not decoded.
@@ -59,9 +63,14 @@ def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
             )
     dense = model.num_layers if config.attention.dense else config.dense_layers
     sparse = tuple(index >= dense for index in range(model.num_layers))
-    numbers = itertools.accumulate(sparse)  # of sparse layers up to each
+    numbers = tuple(itertools.accumulate(sparse))  # of sparse layers up to each
     anchors = tuple(
         is_sparse and (number - 1) % config.anchor_every == 0
         for is_sparse, number in zip(sparse, numbers, strict=True)
     )
-    return LayerPlan(sparse, anchors)
+    revised = math.ceil(config.revised_layers * sum(sparse))
+    windows = tuple(
+        config.slots if is_sparse and number <= revised else 1
+        for is_sparse, number in zip(sparse, numbers, strict=True)
+    )
+    return LayerPlan(sparse, anchors, windows)

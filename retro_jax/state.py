@@ -71,10 +71,10 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         )
     plan = layer_plan(model, config)
     B, K, N, D = batch, model.num_kv_heads, model.num_heads, model.head_dim
-    W, P = config.slots, config.num_pages(capacity)
+    P = config.num_pages(capacity)
     rules = rules_of(config, P, D, jnp.dtype(model.dtype).itemsize)
 
-    def layer(sparse: bool, anchor: bool) -> LayerState:
+    def layer(sparse: bool, anchor: bool, window: int) -> LayerState:
         pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
         if not sparse:
             return LayerState(pages)
@@ -89,8 +89,8 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
             block_values=block_values,
             last_loaded=jnp.full((B, K, P), -1, jnp.int32),
             outputs=OutputCache(
-                o=jnp.zeros((B, W - 1, N, D), jnp.float32),
-                lse=jnp.full((B, W - 1, N), -jnp.inf, jnp.float32),
+                o=jnp.zeros((B, window - 1, N, D), jnp.float32),
+                lse=jnp.full((B, window - 1, N), -jnp.inf, jnp.float32),
             ),
             kept=config.eviction.init(rules, model, B, P) if config.eviction else None,
         )
@@ -99,10 +99,10 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         length=jnp.zeros(B, jnp.int32),
         budget=Budget.of(config, B),
         decoded=jnp.zeros(B, jnp.int32),
-        hidden=jnp.zeros((B, W - 1, model.width), model.dtype),
-        layers=tuple(map(layer, plan.sparse, plan.anchors)),
+        hidden=jnp.zeros((B, config.slots - 1, model.width), model.dtype),
+        layers=tuple(map(layer, plan.sparse, plan.anchors, plan.windows)),
         metrics=StepMetrics(
-            pages_attended=jnp.zeros((B, W), jnp.float32),
+            pages_attended=jnp.zeros((B, config.slots), jnp.float32),
             pages_loaded=jnp.zeros(B, jnp.float32),
             kv_bytes=jnp.zeros(B, jnp.float32),
         ),

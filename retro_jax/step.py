@@ -89,6 +89,9 @@ def watched_step(
     attended, read = [jnp.zeros(slots.valid.shape)], [jnp.zeros(active.shape, bool)]
     loaded = None
     for index, (layer, kind, cache) in enumerate(stack[first:], start=first):
+        # What lies above the layers that revise has only the newest query.
+        window = plan.windows[index]
+        x, slots = x[:, -window:], slots.last(window)
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > first else slots.newest
         below = None if plan.anchors[index] else loaded
@@ -96,7 +99,7 @@ def watched_step(
             layer, model, kind, config, cache, x, slots, write, index, below, watch
         )
         layers.append(cache)
-        attended.append(pages)
+        attended.append(jnp.pad(pages, ((0, 0), (config.slots - window, 0))))
         read.append(loaded.fresh)
         watched.append(seen)
 

@@ -93,6 +93,10 @@ def _reused(every: int) -> str:
     return f"selected every {every} tokens"
 
 
+def _partly_revised(share: float) -> str:
+    return f"the lower {share:g} of the layers revised"
+
+
 def _rectified(every: int) -> str:
     return "exact cache" if every == 1 else f"rectified every {every} tokens"
 
@@ -110,6 +114,7 @@ AXES = (
     Axis("top_p", "budget_top_p", "top_p", words=_top_p, scored=True, joins=True),
     Axis("anchor_every", "anchor_every", "anchors", words=_anchored, scored=True, joins=True),
     Axis("select_every", "select_every", "reuse", words=_reused, scored=True, joins=True),
+    Axis("revised_layers", "revised_layers", "revised", words=_partly_revised, scored=True, joins=True),
     Axis("rectify", "rectify_every", "f", words=_rectified, scored=True, joins=True),
 )
 """A further one is a line here and a field of `Sweep`, unless presets alone set it."""
@@ -146,6 +151,9 @@ class Sweep:
     select_every: tuple[int, ...] = ()
     """At every how many positions pages are selected anew, and not by each token: Quest, RetroAttention and
     presets also run so."""
+    revised_layers: tuple[float, ...] = ()
+    """Shares of the sparse layers, the lowest ones, to which windows are confined: RetroAttention and presets
+    that revise also run so."""
     rectify: tuple[int, ...] = ()
     """After how many tokens a dense pass rewrites their keys and values exactly: Quest, RetroAttention and
     presets also run so. 1: an exact cache, so that only what the newest query misses is left."""
@@ -175,15 +183,20 @@ class Sweep:
         wider = sorted(set(self.windows) - {1})
         found = [full]
         joining = [axis for axis in AXES if axis.joins]
+        rest = [axis for axis in joining if axis.field != "revised_layers"]
         of_all, of_scored = ([axis for axis in AXES if axis.scored == scored] for scored in (False, True))
         for shared in self._combinations(of_all):
             for own in self._combinations(of_scored):
-                if own["evict"] and any(own[axis.field] != axis.default for axis in joining):
+                revised = own.pop("revised_layers")
+                if own["evict"] and any(own[axis.field] != axis.default for axis in rest):
                     continue  # what was evicted can be neither rectified nor taken over
                 quest = replace(full, method="quest", **shared | own)
-                found.append(quest)
-                found += [replace(quest, method="retro", window=window) for window in wider]
-                if self.no_overwrite:
+                everywhere = revised == DecodeFields.revised_layers
+                found += [quest] * everywhere  # without a window there is nothing to confine
+                found += [
+                    replace(quest, method="retro", window=window, revised_layers=revised) for window in wider
+                ]
+                if self.no_overwrite and everywhere:
                     widest = max(wider, default=4)
                     found.append(replace(quest, method="retro", window=widest, overwrite=False))
             found += [replace(full, method=name, **shared) for name in self.methods]
@@ -192,10 +205,12 @@ class Sweep:
                 found += ladder(full, budget)
             for name in self.presets:
                 chosen = replace(full, **plain | dict(preset_fields(name)) | budget)
+                revises = chosen.attention.revises
                 for joined in self._combinations(joining):
-                    own = replace(chosen, **joined)
-                    windows = wider if own.attention.revises else [own.window]
-                    found += [replace(own, window=window) for window in windows]
+                    if joined["revised_layers"] != DecodeFields.revised_layers and not revises:
+                        continue
+                    for window in wider if revises else [chosen.window]:
+                        found.append(replace(chosen, window=window, **joined))
         return list(dict.fromkeys(found))
 
     def _combinations(self, axes: Sequence[Axis]) -> Iterator[dict]:

@@ -23,9 +23,17 @@ WINDOW = 4
 """That of the rows which add a window to something else."""
 
 
+LOWER_HALF = {"method": "retro", "window": WINDOW, "revised_layers": 0.5}
+
+
 def revised(window: int, sink: bool = False) -> str:
     """Returns the name of RetroAttention as in the paper, with a sink page or without."""
     return f"RetroAttention, w = {window}" + ", a sink page" * sink
+
+
+def partly_revised(of: str) -> str:
+    """Returns the name of a row whose window revises in the lower half of the layers only."""
+    return f"{of}, lower half"
 
 
 def rectified(every: int) -> str:
@@ -52,6 +60,8 @@ def _beyond() -> dict[str, Mapping[str, object]]:
         fields = {**PRESETS["mean-key"], **part}
         found[PRESET + words] = fields
         found[f"{PRESET}{words}, w = {WINDOW}"] = {**fields, "method": "retro", "window": WINDOW}
+        if not part:
+            found[partly_revised(f"{PRESET}, w = {WINDOW}")] = {**fields, **LOWER_HALF}
         found[PRESET + words + EXACT] = {**fields, "rectify_every": 1}
     return found
 
@@ -66,6 +76,7 @@ def variants() -> dict[str, Mapping[str, object]]:
         QUEST + EXACT: {**quest, "rectify_every": 1},
         SINK: sink,
         revised(WINDOW, sink=True): {**sink, "method": "retro", "window": WINDOW},
+        partly_revised(revised(WINDOW, sink=True)): {**sink, **LOWER_HALF},
         SINK + EXACT: {**sink, "rectify_every": 1},
         **{rectified(every): {**sink, "rectify_every": every} for every in RECTIFIED},
         **_ladder(),

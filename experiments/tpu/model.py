@@ -6,7 +6,9 @@ a schedule, and what XLA does not hide of its own small operations.
 """
 
 import functools
+import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import jax
@@ -164,8 +166,12 @@ def decode_step(
         itemsize = jnp.dtype(model.dtype).itemsize
         loads = budget_pages(config, Budget.of(config, 1), jnp.array([context]), model.head_dim, itemsize)
         selected = int(loads[0])
+        windows = itertools.compress(plan.windows, plan.sparse)
         parts += [
             selection(model, chip, config.page_size, context, selected, batch, heads, sparse),
-            attention(model, chip, config.page_size, selected, config.slots, items, sparse, dense=False),
+            *(
+                attention(model, chip, config.page_size, selected, window, items, layers, dense=False)
+                for window, layers in sorted(Counter(windows).items(), reverse=True)
+            ),
         ]
     return parts

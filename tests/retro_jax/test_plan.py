@@ -43,6 +43,24 @@ def test_every_so_many_sparse_layers_one_is_an_anchor(fields, anchors):
     assert layer_plan(TINY, rj.DecodeConfig(**fields)).anchors == anchors
 
 
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"dense_layers": 1}, (1, 3, 3, 3)),
+        ({"dense_layers": 1, "revised_layers": 0.5}, (1, 3, 3, 1)),
+        ({"dense_layers": 0, "revised_layers": 0.5}, (3, 3, 1, 1)),
+        ({"dense_layers": 2, "revised_layers": 0.01}, (1, 1, 3, 1)),
+        ({"dense_layers": 9, "revised_layers": 0.5}, (1, 1, 1, 1)),
+    ],
+)
+def test_the_lowest_sparse_layers_revise(fields, windows):
+    config = rj.DecodeConfig("retro", window=3, **fields)
+    assert layer_plan(TINY, config).windows == windows
+    state = jax.eval_shape(lambda: rj.init_state(TINY, config, 1, 32))
+    kept = [1 + (layer.outputs.o.shape[1] if layer.outputs else 0) for layer in state.layers]
+    assert tuple(kept) == windows
+
+
 def test_a_window_shorter_than_the_positions_is_refused():
     kinds = (LayerKind(), LayerKind(window=64), LayerKind(), LayerKind())
     sliding = dataclasses.replace(TINY, layer_kinds=kinds)

@@ -112,6 +112,16 @@ def test_other_ways_to_load_join_quest_retro_attention_and_presets():
     assert len(both) == 1 + 2 * 2**3
 
 
+def test_windows_run_in_the_lower_layers_only_too():
+    sweep = Sweep(revised_layers=(0.5,), evict=("h2o",), presets=("paper", "mean-key"), no_overwrite=True)
+    configs = sweep.configurations(DecodeConfig(cache_tokens=512))
+    lower = [config for config in configs if config.revised_layers == 0.5]
+    assert [run_name(config) for config in lower] == [
+        "retro-w4-revised0.5", "retro-w4-evict_h2o-revised0.5", "retro-w4-sinks0-revised0.5"
+    ]  # fmt: skip
+    assert all(quest_of(config) in configs for config in lower[:2])
+
+
 def test_rows_compare_with_the_quest_of_their_sink_pages(runs):
     found = {row.run.name: row for row in rows(runs, [(128, 384), (384, 640)], 128)}
     assert found["full"].excess == Estimate(0.0, 0.0)
