@@ -49,7 +49,8 @@ def scores_and_sizes(q, statistics, newest, score, group_reduce):
     """
     q, vectors = (np.asarray(x, np.float64) for x in (q, statistics.values))
     if statistics.scales is not None:
-        vectors = vectors * np.asarray(statistics.scales, np.float64)[..., None]
+        with np.errstate(invalid="ignore"):  # scales of what is not written are NaN
+            vectors = vectors * np.asarray(statistics.scales, np.float64)[..., None]
     q = q.reshape(len(q), vectors.shape[1], -1, q.shape[-1])
     weights = np.stack([np.minimum(q, 0), np.maximum(q, 0)], 3) if score == "bounds" else q[:, :, :, None]
     scores, sizes = (
