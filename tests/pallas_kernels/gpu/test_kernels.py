@@ -34,9 +34,9 @@ from tests.pallas_kernels.inputs import (
 )
 
 pytestmark = pytest.mark.timeout(180)
-GROUPS = itertools.cycle([(3, 1), (8, 0), (1, 2), (9, 1), (4, 1), (7, 0), (2, 2)])
+GROUPS = itertools.cycle([(3, 1), (9, 0), (1, 2), (8, 1), (4, 1), (7, 0), (2, 2)])
 """Query heads of a group, and sink pages."""
-SELECTIONS = itertools.cycle([(152, 16, 64), (40, 32, 128), (88, 16, 256)])
+SELECTIONS = itertools.cycle([(152, 16, 64), (40, 32, 256), (88, 16, 128), (520, 16, 128), (64, 64, 64)])
 """Pages, page size and head_dim."""
 KINDS = FUSED["mosaic_gpu"]
 UPDATES = itertools.cycle([(4, 16, 64), (1, 32, 128), (17, 16, 256), (3, 64, 64)])
