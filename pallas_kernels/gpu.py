@@ -105,8 +105,9 @@ def kernel(
 
 def matrix(shape: Sequence[int], dtype: Any) -> Any:
     """Shared memory for an operand of wgmma, (..., rows, columns), in the layout that it wants."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    itemsize = jnp.dtype(dtype).itemsize
+    row = min(128, shape[-1] * itemsize)  # bytes
+    transforms = (plgpu.TilingTransform((8, row // itemsize)), plgpu.SwizzleTransform(row))
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 

@@ -100,14 +100,17 @@ def register_score(score: PageScore) -> None:
     SCORES[score.name] = score
 
 
-def check_kernel(kernel: str, statistics: Statistics, score: str, group_reduce: str) -> None:
-    """Raises `NotImplementedError` for what no kernel selects by."""
+def check_linear(kernel: str, score: str) -> None:
+    """Raises `NotImplementedError` for a score by which no kernel selects."""
+    linear = tuple(name for name, known in SCORES.items() if known.coefficients is not None)
+    check_supported(kernel, score=(score, linear))
+
+
+def check_full_precision(kernel: str, statistics: Statistics, group_reduce: str) -> None:
+    """Raises `NotImplementedError` for what a kernel of full precision and no shares does not select by."""
     kind = "full precision" if statistics.scales is None else "8-bit"
     check_supported(
-        kernel,
-        statistics=(kind, ("full precision",)),
-        score=(score, tuple(name for name, known in SCORES.items() if known.coefficients is not None)),
-        group_reduce=(group_reduce, ("mean", "max")),
+        kernel, statistics=(kind, ("full precision",)), group_reduce=(group_reduce, ("mean", "max"))
     )
 
 

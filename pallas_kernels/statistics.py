@@ -18,7 +18,7 @@ from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import check_registered
 from pallas_kernels.settings import under_fixed_settings
 
-_INT8_MAX = 127
+INT8_MAX = 127
 
 
 @flax.struct.dataclass
@@ -121,26 +121,32 @@ class PageStatistic:
         """Vectors kept per page (Z)."""
         return len(self.parts)
 
-    @property
-    def fused(self) -> bool:
-        """Whether kernels compute it while they write pages; else it follows in a pass of its own."""
-        return not self.quantized and self.vectors <= 2 and all(part.of == KEYS for part in self.parts)
+    def fused_by(self, kernels: str | None) -> bool:
+        """Whether kernels compute it while they write pages; else it follows in a pass of its own.
+
+        Args:
+          kernels: name of an implementation, None on a device without kernels. Those of TPUs write no 8 bits.
+        """
+        writes = not self.quantized or kernels != "mosaic_tpu"
+        return writes and self.vectors <= 2 and all(part.of == KEYS for part in self.parts)
 
     def compute(
         self, pages: Float[Array, "... 2 S D"], valid: Bool[Array, "... S"]
     ) -> Float[Array, "... Z D"]:
-        """Of whole pages, in their dtype; what lies at invalid places does not matter, NaN included."""
+        """Of whole pages, in their dtype, or in float32 if 8 bits are made of it.
+
+        What lies at invalid places does not matter, NaN included.
+        """
         tokens = {part.of: pages[..., part.of, :, :].astype(jnp.float32) for part in self.parts}
         parts = [part.of_page(tokens[part.of], valid[..., None]) for part in self.parts]
-        return jnp.concatenate(parts, axis=-2).astype(pages.dtype)
+        return jnp.concatenate(parts, axis=-2).astype(jnp.float32 if self.quantized else pages.dtype)
 
     def keep(self, vectors: Float[Array, "*pages Z D"]) -> Statistics:
         """Vectors as they are kept; of 8 bits the nearest, and a vector of zeros has scale 0."""
         if not self.quantized:
             return Statistics(vectors, None, self.name)
-        scales = jnp.max(jnp.abs(vectors.astype(jnp.float32)), axis=-1) / _INT8_MAX
-        units = vectors / jnp.where(scales == 0, 1, scales)[..., None]
-        return Statistics(jnp.round(units).astype(jnp.int8), scales, self.name)
+        scales = jnp.max(jnp.abs(vectors.astype(jnp.float32)), axis=-1) / INT8_MAX
+        return Statistics(in_units(vectors, scales[..., None]), scales, self.name)
 
     def zeros(self, pages: tuple[int, ...], head_dim: int, dtype: str) -> Statistics:
         """Statistics of pages [B, K, P] without any token."""
@@ -149,6 +155,11 @@ class PageStatistic:
     def vector_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes of one vector where keys have `itemsize` bytes a channel."""
         return head_dim + 4 if self.quantized else head_dim * itemsize
+
+
+def in_units(vectors: Float[Array, "..."], scales: Float[Array, "..."]) -> Int8[Array, "..."]:
+    """Vectors over their scales, each number to the nearest of -127..127; a vector of zeros has scale 0."""
+    return jnp.round(vectors / jnp.where(scales == 0, 1, scales)).astype(jnp.int8)
 
 
 STATISTICS: Mapping[str, PageStatistic] = {}
@@ -162,8 +173,8 @@ def register_statistic(statistic: PageStatistic) -> None:
     See `pallas_kernels.register_score` for an example.
 
     Args:
-      statistic: of any number of vectors. Kernels compute one or two of keys while they write; the others,
-        and those of 8 bits, run through the reference.
+      statistic: of any number of vectors. Kernels compute one or two of keys while they write, in 8 bits
+        those for GPUs only; the others run through the reference.
 
     Raises:
       ValueError: the name is taken; it has no vector, or one not of keys or values, or not float32[..., D].

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
-    SCORES,
     STATISTICS,
     Statistics,
     dense_attention,
@@ -28,8 +27,6 @@ from pallas_kernels import (
 
 ROTATED_BYTES = 128 << 20
 """What the calls of one rotation read together: over twice the 50 MB of an H100's last-level cache."""
-
-UPDATED_STATISTICS = "min_max"
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,8 @@ class Case:
         window: slots of attention.
         score: of selection.
         tokens: that an update writes.
+        statistics: kept of every page, for selection and update.
+        group_reduce: of selection.
     """
 
     operation: str
@@ -82,6 +81,8 @@ class Case:
     window: int = 1
     score: str = ""
     tokens: int = 0
+    statistics: str = "min_max"
+    group_reduce: str = "mean"
 
     def pages(self, dims: Dimensions) -> int:
         """Pages of each sequence."""
@@ -98,9 +99,10 @@ class Case:
             case "attention":
                 return f"{self.batch}x{self.context}@{self.share:g}"
             case "select":
-                return f"{self.batch}x{self.pages(dims)} pages@{self.share:g}, {self.score}"
+                by = f"{self.score} of {self.statistics}, {self.group_reduce}"
+                return f"{self.batch}x{self.pages(dims)} pages@{self.share:g}, {by}"
             case "update":
-                return f"{self.batch}x{self.context}, {self.tokens} tokens"
+                return f"{self.batch}x{self.context}, {self.tokens} tokens, {self.statistics}"
             case _:
                 return f"{self.batch}x{self.context}"
 
@@ -110,25 +112,30 @@ class Case:
         Attention: keys and values of the pages that are read. Selection: the statistics of all pages. Update:
         the keys and values that are written, the keys of the pages that they lie in, those pages' statistics.
         """
-        rows = self.batch * dims.kv_heads * dims.vector_bytes
+        heads = self.batch * dims.kv_heads
         match self.operation:
             case "select":
-                return rows * self.pages(dims) * STATISTICS[SCORES[self.score].statistics[0]].vectors
+                return heads * self.pages(dims) * self.kept(dims)
             case "update":
                 touched = (self.first_token(dims) + self.tokens - 1) // dims.page_size + 1
-                return rows * (
-                    2 * self.tokens + touched * (dims.page_size + STATISTICS[UPDATED_STATISTICS].vectors)
-                )
+                read = 2 * self.tokens + touched * dims.page_size
+                return heads * (read * dims.vector_bytes + touched * self.kept(dims))
             case _:
-                return rows * self.selected(dims) * 2 * dims.page_size
+                return heads * self.selected(dims) * 2 * dims.page_size * dims.vector_bytes
+
+    def kept(self, dims: Dimensions) -> int:
+        """Bytes of the statistics of one page."""
+        statistic = STATISTICS[self.statistics]
+        return statistic.vectors * statistic.vector_bytes(dims.head_dim, jnp.dtype(dims.dtype).itemsize)
 
     def footprint(self, dims: Dimensions) -> int:
         """Bytes of device memory that one set of inputs takes."""
         if self.operation == "select":
             return self.bytes(dims)
-        cache = self.batch * dims.kv_heads * self.pages(dims) * 2 * dims.page_size * dims.vector_bytes
-        statistics = STATISTICS[UPDATED_STATISTICS].vectors if self.operation == "update" else 0
-        return cache + cache * statistics // (2 * dims.page_size)
+        page = 2 * dims.page_size * dims.vector_bytes
+        if self.operation == "update":
+            page += self.kept(dims)
+        return self.batch * dims.kv_heads * self.pages(dims) * page
 
     def rotated(self, dims: Dimensions) -> int:
         """Bytes of one set that its call can leave in a cache.
@@ -288,21 +295,19 @@ def _dense(case: Case, dims: Dimensions, implementation, sets: int, calls: int, 
 
 def _select(case: Case, dims: Dimensions, implementation, sets: int, calls: int, seed: int):
     keys = random_keys(seed)
-    statistics = [_statistics(next(keys), case, dims, SCORES[case.score].statistics[0]) for _ in range(sets)]
+    statistics = [_statistics(next(keys), case, dims) for _ in range(sets)]
     queries = [_queries(next(keys), case, dims)[:, 0] for _ in range(sets)]
     positions = jnp.full((case.batch,), case.context - 1, jnp.int32)
     budgets = jnp.full((case.batch,), case.selected(dims), jnp.int32)
-    options = {"page_size": dims.page_size, "capacity": case.selected(dims), "score": case.score}
+    options = {"page_size": dims.page_size, "capacity": case.selected(dims)}
+    options |= {"score": case.score, "group_reduce": case.group_reduce}
     step = jax.jit(partial(select_pages, implementation=implementation, **options))
     return lambda index: step(queries[index % sets], statistics[index % sets], positions, budgets)
 
 
 def _update(case: Case, dims: Dimensions, implementation, sets: int, calls: int, seed: int):
     rng, keys = np.random.default_rng(seed), random_keys(seed)
-    caches = [
-        (_pages(next(keys), case, dims), _statistics(next(keys), case, dims, UPDATED_STATISTICS))
-        for _ in range(sets)
-    ]
+    caches = [(_pages(next(keys), case, dims), _statistics(next(keys), case, dims)) for _ in range(sets)]
     shape = (case.batch, case.tokens, dims.kv_heads, dims.head_dim)
     k, v = normal(next(keys), shape, dims.dtype), normal(next(keys), shape, dims.dtype)
     write = jnp.ones((case.batch, case.tokens), bool)
@@ -329,10 +334,10 @@ def _queries(key: Array, case: Case, dims: Dimensions) -> Float[Array, "B W N D"
     return normal(key, (case.batch, case.window, dims.heads, dims.head_dim), dims.dtype)
 
 
-def _statistics(key: Array, case: Case, dims: Dimensions, kind: str) -> Statistics:
-    vectors = STATISTICS[kind].vectors
-    values = normal(key, (case.batch, dims.kv_heads, case.pages(dims), vectors, dims.head_dim), dims.dtype)
-    if kind != "min_max":
-        return Statistics(values, kind=kind)
-    signs = jnp.array([-1, 1], dims.dtype)[:, None]  # the lower bound first
-    return Statistics(jnp.abs(values) * signs, kind=kind)
+def _statistics(key: Array, case: Case, dims: Dimensions) -> Statistics:
+    statistic = STATISTICS[case.statistics]
+    shape = (case.batch, dims.kv_heads, case.pages(dims), statistic.vectors, dims.head_dim)
+    values = normal(key, shape, dims.dtype)
+    if case.statistics == "min_max":
+        values = jnp.abs(values) * jnp.array([-1, 1], dims.dtype)[:, None]  # the lower bound first
+    return statistic.keep(values)

@@ -100,12 +100,12 @@ Call = tuple[Callable[..., Any], tuple[Any, ...], tuple[tuple[str, Hashable], ..
 
 
 @functools.cache
-def operations(case: Case) -> tuple[tuple[str, Call], ...]:
-    """The operations of one decode step of a case, by what they do."""
-    return tuple(_operations(case))
+def operations(case: Case, kernels: str) -> tuple[tuple[str, Call], ...]:
+    """The operations of one decode step of a case, by what they do, on a device with these kernels."""
+    return tuple(_operations(case, kernels))
 
 
-def _operations(case: Case) -> Iterator[tuple[str, Call]]:
+def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
     config, model = case.config, case.model
     dense, sparse = jax.eval_shape(
         functools.partial(init_state, model, config, case.batch, case.capacity)
@@ -124,7 +124,7 @@ def _operations(case: Case) -> Iterator[tuple[str, Call]]:
         """Statistics that kernels do not compute while they write are an operation of their own."""
         write, kept = (integers(B), shape(B, tokens, dtype=bool)), layer.statistics
         k = v = shape(B, tokens, K, D)
-        fused = kept is not None and STATISTICS[kept.kind].fused
+        fused = kept is not None and STATISTICS[kept.kind].fused_by(kernels)
         yield "update", _call(update_pages, layer.pages, kept if fused else None, k, v, *write)
         if kept is not None and not fused:
             yield "update", _call(refresh_statistics, kept, layer.pages, *write)
@@ -164,7 +164,9 @@ def on_chip(chip: str) -> Any:
 def refusals(case: Case, chip: str) -> dict[str, str]:
     """What of a decode step runs through XLA on a chip, and why: reasons by what the operation does."""
     found: dict[str, str] = {}
-    for name, call in operations(case):
+    with on_chip(chip):
+        kernels = kernels_of_device()
+    for name, call in operations(case, kernels):
         reason = _refusal(chip, *_hashable(call))
         if reason is not None:
             found.setdefault(name, reason)
@@ -270,9 +272,9 @@ _HEAD = f"""# Which kernels a decode step runs through
 Written by `python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md`, which asks for every
 operation of every row on every chip, without one. A cell names what runs through XLA there, and why is told
 once in the log; "-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA
-always. Of 8-bit statistics, "update" is the statistics alone: the kernel writes the pages. Where a table does
-not say otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in bfloat16, head_dim 128, 4 query
-heads a KV head, one sequence. "all" is update, dense attention, selection and attention."""
+always. On TPUs, "update" of 8-bit statistics is the statistics alone: the kernel writes the pages. Where a
+table does not say otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in bfloat16, head_dim 128,
+4 query heads a KV head, one sequence. "all" is update, dense attention, selection and attention."""
 _ALL = ("update", "dense attention", "selection", "attention")
 
 

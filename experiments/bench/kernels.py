@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import IMPLEMENTATIONS, SCORES, kernels_of_device
+from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, kernels_of_device
 from retro_jax import make_mesh
 from retro_jax.experiments.bench.device_time import Timing, device_time
 from retro_jax.experiments.bench.kernel_baselines import BASELINES, FLASHINFER, Baseline, versions
@@ -41,8 +41,6 @@ from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.devices import local_devices
 from retro_jax.experiments.machine.memory import check_room
 from retro_jax.models.names import nearest
-
-"""The kernels that are tried first on each backend, as by `pallas_kernels.dispatch`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,10 @@ class BenchKernels(Output):
     """Of selection: share of the pages that is chosen."""
     scores: tuple[str, ...] = tuple(SCORES)
     """Of selection: how pages are scored."""
+    statistics: tuple[str, ...] = tuple(STATISTICS)
+    """Of selection, those that a score reads, and of update: what is kept of pages."""
+    group_reduces: tuple[str, ...] = ("mean", "mass")
+    """Of selection: how the scores of a group's query heads become one."""
     update_tokens: int = 4
     """Of update: consecutive tokens."""
     kv_heads: int = 8
@@ -163,11 +165,17 @@ class BenchKernels(Output):
             "attention": [Case("attention", *case, window=w) for case in shared for w in self.windows],
             "dense": [Case("dense", *case) for case in contexts],
             "select": [
-                Case("select", 1, pages * self.page_size, self.select_share, score=score)
-                for pages in self.select_pages
-                for score in self.scores
+                Case("select", 1, pages * self.page_size, self.select_share, 1, score, 0, kind, reduce)
+                for pages, score in itertools.product(self.select_pages, self.scores)
+                for kind in SCORES[score].statistics
+                for reduce in self.group_reduces
+                if kind in self.statistics
             ],
-            "update": [Case("update", *case, tokens=self.update_tokens) for case in contexts],
+            "update": [
+                Case("update", *case, tokens=self.update_tokens, statistics=kind)
+                for case in contexts
+                for kind in self.statistics
+            ],
         }
         return [case for operation in dict.fromkeys(self.operations) for case in every[operation]]
 
@@ -183,12 +191,12 @@ class BenchKernels(Output):
             raise ValueError(f"--select-share is {self.select_share}; it must be above 0 and at most 1")
         if min(self.select_pages, default=2) < 2:
             raise ValueError(f"--select-pages is {min(self.select_pages)}; it must be 2 or more")
-        for name, known in (("implementations", IMPLEMENTATIONS), ("scores", tuple(SCORES))):
+        lists = {"implementations": IMPLEMENTATIONS, "scores": SCORES}
+        for name, known in (lists | {"statistics": STATISTICS, "group_reduces": GROUP_REDUCE}).items():
             for value in getattr(self, name) or ():
                 if value not in known:
-                    raise ValueError(
-                        f"--{name} {value!r} is unknown{nearest(value, known)}; use {', '.join(known)}"
-                    )
+                    flag, what = name.replace("_", "-"), f"{value!r} is unknown{nearest(value, known)}"
+                    raise ValueError(f"--{flag} {what}; use {', '.join(known)}")
         planned = self.planned()
         if not planned:
             raise ValueError("there is nothing to measure; name --operations, and sizes for them")

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import by_sequence, dispatch
+from pallas_kernels.dispatch import by_sequence, dispatch, kernels_of_device
 from pallas_kernels.statistics import Statistics, statistic_of
 from pallas_kernels.update import reference
 from pallas_kernels.update.gpu import kernels as mosaic_gpu
@@ -41,7 +41,8 @@ def update_pages(
       TypeError: `statistics` are no `Statistics`.
       ValueError: they are of an unknown kind, or have arrays of another kind.
     """
-    if statistics is not None and not statistic_of(statistics).fused:
+    kernels = implementation or kernels_of_device()
+    if statistics is not None and not statistic_of(statistics).fused_by(kernels):
         pages, _ = update_pages(pages, None, k, v, start, write, implementation=implementation)
         return pages, refresh_statistics(statistics, pages, start, write, implementation=implementation)
     return dispatch(

@@ -6,19 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import SCORES, STATISTICS
+from pallas_kernels import IMPLEMENTATIONS, SCORES, STATISTICS
 from pallas_kernels.selection import reference as selection
 from pallas_kernels.update import reference as update
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 
-FUSED = [kind for kind, statistic in STATISTICS.items() if statistic.fused]
+KERNELS = [name for name in IMPLEMENTATIONS if name != "xla"]
+FUSED = {
+    kernels: [kind for kind, statistic in STATISTICS.items() if statistic.fused_by(kernels)]
+    for kernels in KERNELS
+}
 """Statistics that kernels compute."""
-SCORED = [
-    (score, kind)
-    for score, known in SCORES.items()
-    for kind in known.statistics
-    if kind in FUSED and known.coefficients is not None
-]
+SCORED = {
+    kernels: [
+        (score, kind)
+        for score, known in SCORES.items()
+        for kind in known.statistics
+        if kind in FUSED[kernels] and known.coefficients is not None
+    ]
+    for kernels in KERNELS
+}
 """Scores that kernels know, and what each reads."""
 
 
@@ -33,15 +40,24 @@ def assert_close(got, expected, tolerance):
 
 
 def assert_same_update(got, inputs):
-    """The pages alike; statistics too, but for an ulp of their dtype where they are sums in another order."""
+    """The pages alike; statistics too, but for an ulp of their dtype where they are sums in another order.
+
+    In 8 bits that is an ulp of a float32 sum, by which a number halfway between two steps may take the other.
+    """
     expected = jax.jit(update.update_pages)(*inputs)
     np.testing.assert_array_equal(*(np.asarray(pages, np.float32) for pages in (got[0], expected[0])))
     if inputs[1] is None:
         assert got[1] is None
         return
-    sums = any(part.fold.finish for part in STATISTICS[inputs[1].kind].parts)
+    statistic = STATISTICS[inputs[1].kind]
+    sums = any(part.fold.finish for part in statistic.parts)
     tolerance = float(jnp.finfo(inputs[0].dtype).eps) if sums else 0
     assert got[1].kind == inputs[1].kind
+    if statistic.quantized:
+        np.testing.assert_allclose(got[1].scales, expected[1].scales, rtol=1e-6)
+        steps = np.abs(np.subtract(*(np.asarray(result[1].values, int) for result in (got, expected))))
+        assert steps.max() <= 1 and np.mean(steps > 0) < 1e-3
+        return
     fresh = [np.asarray(result[1].values, np.float32) for result in (got, expected)]
     np.testing.assert_allclose(*fresh, rtol=tolerance, atol=tolerance)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import STATISTICS, Statistics
+from pallas_kernels import STATISTICS
 
 PAGES = 12
 
@@ -25,7 +25,7 @@ def random_statistics(rng, lengths, page_size, heads, pages, kind, dim, dtype):
     values[:, :, alike : 2 * alike] = values[:, :, 2 * alike : 3 * alike]
     for b, length in enumerate(lengths):
         values[b, :, -(-length // page_size) :] = np.nan
-    return Statistics(jnp.asarray(values, dtype), kind=kind)
+    return STATISTICS[kind].keep(jnp.asarray(values, dtype))
 
 
 def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_pages=PAGES):
@@ -38,7 +38,7 @@ def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_
     statistics = None
     if kind:
         values = rng.standard_normal((*pages.shape[:3], STATISTICS[kind].vectors, dim))
-        statistics = Statistics(jnp.asarray(values, dtype), kind=kind)
+        statistics = STATISTICS[kind].keep(jnp.asarray(values, dtype))
     pages, k, v = (jnp.asarray(array, dtype) for array in (pages, k, v))
     return [pages, statistics, k, v, jnp.asarray(start), jnp.asarray(write)]
 

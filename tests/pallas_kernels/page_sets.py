@@ -41,16 +41,31 @@ def distance(got, expected, scores, sizes, forced=()):
     return max(np.finfo(float).tiny, *distances)  # above 0 though it be a tie
 
 
-def scores_and_sizes(q, statistics, score, group_reduce):
-    """Scores[B, K, P] in float64 of q[B, N, D] and statistics; sums of their terms' sizes."""
-    q, statistics = np.asarray(q, np.float64), np.asarray(statistics.values, np.float64)
-    q = q.reshape(len(q), statistics.shape[1], -1, q.shape[-1])
+def scores_and_sizes(q, statistics, newest, score, group_reduce):
+    """Scores[B, K, P] in float64 of q[B, N, D] and statistics; what their rounding is proportional to.
+
+    That is the sums of their terms' sizes. A share rounds by its own size times that of its logit, of the
+    logits that it is a share of, and of one exponential; shares that are no normal float32 are alike.
+    """
+    q, vectors = (np.asarray(x, np.float64) for x in (q, statistics.values))
+    if statistics.scales is not None:
+        with np.errstate(invalid="ignore"):  # scales of what is not written are NaN
+            vectors = vectors * np.asarray(statistics.scales, np.float64)[..., None]
+    q = q.reshape(len(q), vectors.shape[1], -1, q.shape[-1])
     weights = np.stack([np.minimum(q, 0), np.maximum(q, 0)], 3) if score == "bounds" else q[:, :, :, None]
-    reduce = {"mean": np.mean, "max": np.max}[group_reduce]
-    return (
-        reduce(np.einsum("bkgzd,bkpzd->bkgp", *arrays), axis=2)
-        for arrays in ((weights, statistics), (np.abs(weights), np.abs(statistics)))
+    scores, sizes = (
+        np.einsum("bkgzd,bkpzd->bkgp", *arrays)
+        for arrays in ((weights, vectors), (np.abs(weights), np.abs(vectors)))
     )
+    if group_reduce == "mass":
+        before = np.arange(vectors.shape[2]) < newest[:, None, None, None]
+        logits, sizes = (np.where(before, x * q.shape[-1] ** -0.5, 0) for x in (scores, sizes))
+        shares = np.where(before, np.exp(logits - logits.max(axis=3, keepdims=True, initial=0)), 0)
+        shares /= np.maximum(shares.sum(axis=3, keepdims=True), np.finfo(float).tiny)
+        sizes = shares * (1 + sizes + (shares * sizes).sum(axis=3, keepdims=True)) + 2**-126 / ROUNDING
+        scores = np.where(before, shares, -np.inf)
+    reduce = {"mean": np.mean, "max": np.max, "mass": np.mean}[group_reduce]
+    return (reduce(x, axis=2) for x in (scores, sizes))
 
 
 def largest_distance(got, expected, q, statistics, positions, *, page_size, score, group_reduce, sink_pages):
@@ -58,10 +73,11 @@ def largest_distance(got, expected, q, statistics, positions, *, page_size, scor
     (ids, counts), (expected_ids, expected_counts) = (map(np.asarray, chosen) for chosen in (got, expected))
     if not np.array_equal(counts, expected_counts):
         return np.inf
-    scores, sizes = scores_and_sizes(q, statistics, score, group_reduce)
+    pages = np.asarray(positions) // page_size
+    scores, sizes = scores_and_sizes(q, statistics, pages, score, group_reduce)
     worst = 0.0
     for b, head in itertools.product(*map(range, counts.shape)):
-        count, newest = counts[b, head], int(positions[b]) // page_size
+        count, newest = counts[b, head], int(pages[b])
         rows = ids[b, head, :count], expected_ids[b, head, :count]
         forced = {newest, *range(min(sink_pages, newest + 1))}
         worst = max(worst, distance(*rows, scores[b, head], sizes[b, head], forced))

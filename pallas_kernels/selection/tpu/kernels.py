@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.operation import before_launch, check_supported, operation
-from pallas_kernels.scores import GROUP_REDUCE, SCORES, check_kernel
+from pallas_kernels.scores import GROUP_REDUCE, SCORES, check_full_precision, check_linear
 from pallas_kernels.selection.tpu.choice import CHUNK, choose, scratch_of
 from pallas_kernels.statistics import Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
@@ -40,7 +40,8 @@ def select_pages(
     interpret: Any = False,
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """See `pallas_kernels.selection.api.select_pages`; pages ascend, `block` of a head are read at once."""
-    check_kernel("Mosaic TPU", statistics, score, group_reduce)
+    check_full_precision("Mosaic TPU", statistics, group_reduce)
+    check_linear("Mosaic TPU", score)
     statistics = statistics.values
     B, N, D = q.shape
     K, P, Z = statistics.shape[1:4]

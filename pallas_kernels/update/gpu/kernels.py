@@ -1,7 +1,7 @@
 """Page update on Hopper GPUs, in place and in one launch: a warpgroup per sequence, KV head and touched page.
 
 Each thread owns channels of the page: it writes the new keys and values there and reduces the page's keys to
-the statistics, without shared memory.
+the statistics, without shared memory but for the largest magnitude of a vector that is kept in 8 bits.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.gpu import check_support, kernel, row_layout
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import operation
-from pallas_kernels.statistics import STATISTICS, Statistics
+from pallas_kernels.statistics import INT8_MAX, STATISTICS, Statistics, in_units
 
 MAX_TOKENS = 32
 """Tokens of one update, the bits of the word that says which of them are written."""
@@ -43,7 +43,8 @@ def update_pages(
         )
     touched = (T + S - 2) // S + 1
     layout = row_layout(D)
-    parts = () if statistics is None else STATISTICS[statistics.kind].parts
+    statistic = None if statistics is None else STATISTICS[statistics.kind]
+    parts = statistic.parts if statistic else ()
 
     def body(
         k_ref,  # [B, T, K, D], as v
@@ -52,6 +53,7 @@ def update_pages(
         write_ref,  # [B, T]
         pages_ref,  # [B, K, P, 2, S, D]
         statistics_ref=None,  # [B, K, P, Z, D]
+        scales_ref=None,  # [B, K, P, Z], of 8-bit statistics
     ):
         b, head, index = (lax.axis_index(axis) for axis in ("sequence", "head", "page"))
         start = start_ref[b]
@@ -89,7 +91,11 @@ def update_pages(
                 keys.append((key, (first + row < end) & ~over))
             keys += [(key, here) for _, here, key, _ in new]
             for z, value in enumerate([part.of_tokens(keys) for part in parts]):
-                statistics_ref[b, head, page, z] = value.astype(pages_ref.dtype)
+                if statistic.quantized:
+                    scale = jnp.max(jnp.abs(value)) / INT8_MAX
+                    scales_ref[b, head, page, z] = scale
+                    value = in_units(value, scale)
+                statistics_ref[b, head, page, z] = value.astype(statistics_ref.dtype)
 
     launch = kernel(
         body,
@@ -99,6 +105,7 @@ def update_pages(
         grid_names=("sequence", "head", "page"),
         interpret=interpret,
     )
-    state = [jax.new_ref(array) for array in jax.tree.leaves((pages, statistics))]
+    arrays, structure = jax.tree.flatten((pages, statistics))
+    state = [jax.new_ref(array) for array in arrays]
     launch(k.astype(pages.dtype), v.astype(pages.dtype), start, write, *state)
-    return state[0][...], None if statistics is None else statistics.replace(values=state[1][...])
+    return jax.tree.unflatten(structure, [ref[...] for ref in state])

@@ -36,7 +36,7 @@ TINY = (
     "--kv-heads", 2, "--group", 2, "--head-dim", 8, "--page-size", 8, "--dtype", "float32",
     "--calls", 2, "--warm-up", 1, "--ceiling-bytes", 65536,
 )  # fmt: skip
-ONE = ("--operations", "select", "--select-pages", 8, "--scores", "bounds", *TINY)
+ONE = ("--operations", "select", "--select-pages", 8, "--scores", "bounds", "--group-reduces", "mean", *TINY)
 
 
 def cells(table):
@@ -135,10 +135,15 @@ def test_bytes_that_must_move():
     assert Case("attention", 8, 32768, 0.125).bytes(H100) == 8 * 8 * 256 * 8192
     assert Case("dense", 8, 32768).bytes(H100) == 8 * 8 * 2048 * 8192
     assert Case("select", 1, 8192 * 16, 0.15, score="bounds").bytes(H100) == 8 * 8192 * 2 * 256
-    assert Case("select", 1, 8192 * 16, 0.15, score="mean_key").bytes(H100) == 8 * 8192 * 256
+    by = {"score": "mean_key", "statistics": "mean_key"}
+    assert Case("select", 1, 8192 * 16, 0.15, **by).bytes(H100) == 8 * 8192 * 256
+    by["statistics"] = "mean_key_int8"
+    assert Case("select", 1, 8192 * 16, 0.15, **by).bytes(H100) == 8 * 8192 * 132
     # 4 keys and values, the 16 keys of the page, its 2 vectors.
     assert Case("update", 1, 32768, tokens=4).bytes(H100) == 8 * 256 * (4 * 2 + 16 + 2)
     assert Case("update", 1, 32768, tokens=40).bytes(H100) == 8 * 256 * (40 * 2 + 3 * (16 + 2))
+    eight = Case("update", 1, 32768, tokens=4, statistics="mean_key_int8")
+    assert eight.bytes(H100) == 8 * (256 * (4 * 2 + 16) + 132)
 
 
 def test_footprint_is_the_memory_of_one_set(monkeypatch):
@@ -152,6 +157,8 @@ def test_footprint_is_the_memory_of_one_set(monkeypatch):
     update = Case("update", 2, 64, tokens=4)
     prepare(update, DIMS, "xla", 1, 2, 0)
     assert sum(made[:2]) == update.footprint(DIMS)  # pages and statistics
+    eight = Case("update", 2, 64, tokens=4, statistics="mean_key_int8")
+    assert eight.footprint(DIMS) == made[0] + 2 * 2 * 8 * (8 + 4)
     assert Case("attention", 2, 64, 0.25).footprint(DIMS) == made[0]
 
 
@@ -220,7 +227,8 @@ def test_bench_kernels(json_command, command, tmp_path):
     out = tmp_path / "more" / "kernels"
     flags = (
         *TINY, "--cases", "2x128@0.25", "--contexts", "1x64", "--windows", 1, 2, "--select-pages", 16,
-        "--scores", "bounds", "--baselines", "jax", "--out", out,
+        "--scores", "mean_key", "--statistics", "min_max", "mean_key_int8", "--baselines", "jax",
+        "--out", out,
     )  # fmt: skip
     values = json_command("bench", "kernels", *flags)
     assert values == json.loads((out / "results.json").read_text())
@@ -229,8 +237,10 @@ def test_bench_kernels(json_command, command, tmp_path):
         ("attention", "2x128@0.25", 1, "xla"),
         ("attention", "2x128@0.25", 2, "xla"),
         ("dense", "1x64", None, "xla"),
-        ("select", "1x16 pages@0.15, bounds", None, "xla"),
-        ("update", "1x64, 4 tokens", None, "xla"),
+        ("select", "1x16 pages@0.15, mean_key of mean_key_int8, mean", None, "xla"),
+        ("select", "1x16 pages@0.15, mean_key of mean_key_int8, mass", None, "xla"),
+        ("update", "1x64, 4 tokens, min_max", None, "xla"),
+        ("update", "1x64, 4 tokens, mean_key_int8", None, "xla"),
         ("attention", "2x128@0.25", None, "jax.nn (xla)"),
         ("dense", "1x64", None, "jax.nn (xla)"),
     ]
@@ -273,6 +283,9 @@ def test_table_is_printed_and_what_is_missing_is_said(command, monkeypatch):
         (("--contexts", "1x64@1"), "'1x64@1' is no case; write BATCHxCONTEXT, as 1x32768"),
         (("--implementations", "triton"), "--implementations 'triton' is unknown; use xla, mosaic_gpu"),
         (("--scores", "best"), "--scores 'best' is unknown; use bounds, mean_key"),
+        (("--statistics", "median"), "--statistics 'median' is unknown; use min_max, mean_key"),
+        (("--group-reduces", "sum"), "--group-reduces 'sum' is unknown; use mean, max, mass"),
+        (("--operations", "select", "--statistics", "min_max", "--scores", "mean_key"), "nothing to measure"),
         (("--calls", 0), "--calls is 0; it must be 1 or more"),
         (("--windows", 0), "--windows 0 is not within 1..32768"),
         (("--select-share", 0), "--select-share is 0.0; it must be above 0 and at most 1"),

@@ -15,12 +15,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels import SCORES
 from pallas_kernels.attention.gpu import kernels as attention
 from pallas_kernels.gpu import DTYPES, HEAD_DIMS, PAGE_SIZES
 from pallas_kernels.selection.gpu import kernels as selection
 from pallas_kernels.update.gpu import kernels as update
-from retro_jax import DecodeConfig, decode_step, init_state, models, verified_decode
+from retro_jax import DecodeConfig, decode_step, init_state, models, preset, verified_decode
 from retro_jax.experiments.machine.programs import not_cached
 from tests.pallas_kernels.inputs import shapes_of_statistics
 from tests.retro_jax.tiny import tiny
@@ -125,15 +124,18 @@ def test_dense_attention(compiled, dim):
 
 
 @pytest.mark.parametrize(
-    ("dim", "pages", "score", "group_reduce", "group"),
+    ("dim", "pages", "score", "kind", "group_reduce", "group"),
     [
-        (64, 2048, "bounds", "max", 1),
-        (128, 8192, "bounds", "mean", 4),
-        (256, 680, "mean_key", "mean", 9),
-        (256, 2048, "bounds", "max", 16),
+        (64, 2048, "bounds", "min_max", "max", 1),
+        (128, 8192, "bounds", "min_max", "mean", 4),
+        (256, 680, "mean_key", "mean_key", "mean", 9),
+        (256, 2048, "bounds", "min_max", "max", 16),
+        (64, 40, "mean_key", "mean_key_int8", "mass", 16),
+        (128, 8192, "mean_key", "mean_key_int8", "mass", 4),
+        (256, 680, "mean_key", "mean_key_int8", "max", 9),
     ],
 )
-def test_selection(compiled, dim, pages, score, group_reduce, group):
+def test_selection(compiled, dim, pages, score, kind, group_reduce, group):
     function = functools.partial(
         selection.select_pages,
         page_size=16,
@@ -142,7 +144,7 @@ def test_selection(compiled, dim, pages, score, group_reduce, group):
         group_reduce=group_reduce,
         sink_pages=1,
     )
-    statistics = shapes_of_statistics(SCORES[score].statistics[0], (B, K, pages), dim)
+    statistics = shapes_of_statistics(kind, (B, K, pages), dim)
     scalars = shape(B, dtype=jnp.int32)
     _, kernels = compiled(function, shape(B, K * group, dim), statistics, scalars, scalars)
     assert_no_spills(kernels, "score_pages", "choose_pages")
@@ -151,7 +153,7 @@ def test_selection(compiled, dim, pages, score, group_reduce, group):
 
 @pytest.mark.parametrize(
     ("dim", "page_size", "tokens", "kind"),
-    [(64, 16, 1, "min_max"), (128, 32, 4, "mean_key"), (256, 16, 16, "min_max")],
+    [(64, 16, 1, "mean_key_int8"), (128, 32, 4, "mean_key"), (256, 16, 16, "min_max")],
 )
 def test_update(compiled, dim, page_size, tokens, kind):
     pages = shape(B, K, 256, 2, page_size, dim)
@@ -170,7 +172,8 @@ def test_update(compiled, dim, page_size, tokens, kind):
     )
     assert_no_spills(kernels, "update_pages")
     memory = executable.memory_analysis()
-    assert memory.alias_size_in_bytes == 2 * (pages.size + statistics.values.size)
+    state = jax.tree.leaves((pages, statistics))
+    assert memory.alias_size_in_bytes == sum(array.size * array.dtype.itemsize for array in state)
     assert memory.temp_size_in_bytes < pages.size // 8
 
 
@@ -191,6 +194,32 @@ def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, mo
     )
     pages = state.layers[0].pages
     assert executable.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize
+
+
+def test_nothing_but_kernels_touches_the_pages_of_the_recommended_preset(compiled, monkeypatch):
+    """Nor their statistics: each of the arrays is an argument of kernels, and otherwise only passed on."""
+    for module in ("dispatch", "update.api"):
+        monkeypatch.setattr(f"pallas_kernels.{module}.kernels_of_device", lambda: "mosaic_gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    model = dataclasses.replace(
+        tiny(group=3, layers=1).config, head_dim=64, dtype="bfloat16", max_positions=4096
+    )
+    config = preset("mean-key", budget_tokens=128, dense_layers=0, implementation="mosaic_gpu")
+    state = jax.eval_shape(lambda: init_state(model, config, B, 4096))
+    params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
+
+    def step(params, state, tokens):
+        return decode_step(params, model, config, state, tokens)
+
+    executable, kernels = compiled(step, params, state, shape(B, dtype=jnp.int32), donate=1)
+    assert set(kernels) == {"retro_attention", "merge", "score_pages", "choose_pages", "update_pages"}
+    (layer,) = state.layers
+    for array in jax.tree.leaves((layer.pages, layer.statistics)):
+        dtype = {"bfloat16": "bf16", "int8": "s8", "float32": "f32"}[array.dtype.name]
+        sizes = re.escape(f"{dtype}[{','.join(map(str, array.shape))}]")
+        made = set(re.findall(rf"^ *(?:ROOT )?%\S+ = .*{sizes}\S* (\S+?)\(", executable.as_text(), re.M))
+        assert "parameter" in made
+        assert made <= {"parameter", "custom-call", "get-tuple-element", "bitcast", "tuple"}
 
 
 def test_drafts_and_checks_run_through_the_kernels_and_copy_no_cache(compiled, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Statistics
+from pallas_kernels import GROUP_REDUCE, STATISTICS, Statistics
 from pallas_kernels.attention import reference as attention_reference
 from pallas_kernels.attention.gpu import kernels as attention
 from pallas_kernels.attention.gpu.blocks import Blocks
@@ -34,8 +34,11 @@ from tests.pallas_kernels.inputs import (
 )
 
 pytestmark = pytest.mark.timeout(180)
-REDUCTIONS = itertools.cycle([("mean", 3, 1), ("max", 8, 0), ("mean", 1, 2), ("max", 9, 1)])
-"""How the scores of a group are reduced, its query heads, sink pages."""
+GROUPS = itertools.cycle([(3, 1), (9, 0), (1, 2), (8, 1), (4, 1), (7, 0), (2, 2)])
+"""Query heads of a group, and sink pages."""
+SELECTIONS = itertools.cycle([(152, 16, 64), (40, 32, 256), (88, 16, 128), (520, 16, 128), (64, 64, 64)])
+"""Pages, page size and head_dim."""
+KINDS = FUSED["mosaic_gpu"]
 UPDATES = itertools.cycle([(4, 16, 64), (1, 32, 128), (17, 16, 256), (3, 64, 64)])
 """Tokens, page size and head_dim."""
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
@@ -122,42 +125,51 @@ def test_dense_attention_equals_the_reference(blocks):
 
 
 @pytest.mark.parametrize(
-    ("score", "kind", "group_reduce", "group", "sink_pages"),
-    [(*scored, *next(REDUCTIONS)) for scored in SCORED for _ in range(2)],
+    ("score", "kind", "group_reduce", "parts", "group", "sink_pages", "pages", "page_size", "dim"),
+    [
+        (*scored, reduce, parts, *next(GROUPS), *next(SELECTIONS))
+        for scored, (reduce, parts) in itertools.product(
+            SCORED["mosaic_gpu"], zip(GROUP_REDUCE, itertools.cycle((1, 2)), strict=False)
+        )
+    ],
 )
-@pytest.mark.parametrize("parts", [1, 2])
-def test_selection_equals_the_reference(score, kind, group_reduce, group, sink_pages, parts):
+def test_selection_equals_the_reference(
+    score, kind, group_reduce, parts, group, sink_pages, pages, page_size, dim
+):
     rng = np.random.default_rng(group)
-    B, K, P, S, D, capacity = 3, 2, 152, 16, 64, 80
-    positions = np.array([P * S - 5, 1100, 3])
-    statistics = random_statistics(rng, positions + 1, S, K, P, kind, D, jnp.bfloat16)
-    q = jnp.asarray(rng.standard_normal((B, K * group, D)), jnp.bfloat16)
+    B, K, capacity = 4, 2, min(80, pages)
+    positions = np.array([pages * page_size - 5, pages * page_size // 2, 3, -1])
+    statistics = random_statistics(rng, positions + 1, page_size, K, pages, kind, dim, jnp.bfloat16)
+    q = jnp.asarray(2 * rng.standard_normal((B, K * group, dim)), jnp.bfloat16)
     arguments = {
-        "page_size": S,
+        "page_size": page_size,
         "capacity": capacity,
         "score": score,
         "group_reduce": group_reduce,
         "sink_pages": sink_pages,
     }
     select = interpreted(selection.select_pages, parts=parts, **arguments)
-    for budgets in ([40, 69, 3], [77, 4, 80], [0, 35, 0]):
+    for budgets in ([40, 19, 3, 0], [pages // 2 + 1, 0, 80, 4]):
         inputs = (
             q,
             statistics,
             jnp.asarray(positions, jnp.int32),
-            jnp.asarray(budgets, jnp.int32),
+            jnp.minimum(jnp.asarray(budgets, jnp.int32), capacity),
         )
         assert_same_selection(select(*inputs), inputs, **arguments)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_ties_go_to_the_lower_page(parts):
+@pytest.mark.parametrize(
+    ("parts", "kind", "group_reduce"),
+    [(1, "mean_key", "mean"), (2, "mean_key", "mean"), (2, "mean_key_int8", "mass")],
+)
+def test_ties_go_to_the_lower_page(parts, kind, group_reduce):
     """All pages score alike, or there are eight scores, of both signs and zero; none of them rounds."""
     scores = np.array([0.0, -1.0, 2.0, -3.0, 1.0, -0.5, -2.0, 0.25] * 9)
     scores = np.stack([np.full(72, 0.5), scores])[:, None, :, None, None]
     inputs = (
         jnp.ones((2, 1, 64), jnp.bfloat16),
-        Statistics(jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16), kind="mean_key"),
+        STATISTICS[kind].keep(jnp.asarray(np.tile(scores, (1, 1, 1, 1, 64)), jnp.bfloat16)),
         jnp.asarray([70 * 16, 72 * 16 - 1], jnp.int32),
         jnp.asarray([37, 50], jnp.int32),
     )
@@ -165,7 +177,7 @@ def test_ties_go_to_the_lower_page(parts):
         "page_size": 16,
         "capacity": 50,
         "score": "mean_key",
-        "group_reduce": "mean",
+        "group_reduce": group_reduce,
         "sink_pages": 0,
     }
     ids, counts = run(selection.select_pages, *inputs, parts=parts, **arguments)
@@ -178,7 +190,7 @@ def test_ties_go_to_the_lower_page(parts):
 @pytest.mark.parametrize(
     ("tokens", "page_size", "dim", "kind"),
     [
-        *((*next(UPDATES), kind) for kind in (*FUSED, FUSED[0], None)),
+        *((*next(UPDATES), kind) for kind in (*KINDS, *KINDS, None)),
     ],
 )
 def test_update_equals_the_reference(tokens, page_size, dim, kind):
@@ -224,7 +236,6 @@ def test_attention_refuses_what_it_does_not_support(q, pages, message):
 def test_selection_and_update_refuse_what_they_do_not_support():
     arguments = {"page_size": 16, "capacity": 4, "score": "bounds", "group_reduce": "mean", "sink_pages": 1}
     for pages, message in (
-        (40, r"a cache of 40 pages is smaller than .* tile of 64"),
         (100, "100 pages are not a multiple of 8"),
         (70000, "70000 pages do not fit the shared memory"),
     ):

@@ -18,6 +18,7 @@ from tests.pallas_kernels.tpu.interpreter import INTERPRET, run
 
 pytestmark = pytest.mark.timeout(120)
 S = 16
+SCORES = SCORED["mosaic_tpu"]
 SIZES = itertools.cycle(  # reduction, group, sink pages, KV heads, pages, head_dim, dtype
     [
         ("mean", 3, 1, 2, 152, 64, jnp.bfloat16),
@@ -47,7 +48,7 @@ def assert_selects_what_the_reference_does(
 
 @pytest.mark.parametrize(
     ("score", "kind", "group_reduce", "group", "sink_pages", "heads", "pages", "dim", "dtype"),
-    [(*scored, *next(SIZES)) for scored in (*SCORED, *SCORED, SCORED[0])],
+    [(*scored, *next(SIZES)) for scored in (*SCORES, *SCORES, SCORES[0])],
 )
 def test_selection_equals_the_reference(
     score, kind, group_reduce, group, sink_pages, heads, pages, dim, dtype
