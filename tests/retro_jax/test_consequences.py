@@ -34,7 +34,7 @@ PAGE_SIZES = (8, 16)
 LENGTHS = (2, 13, 37)  # shorter than a window, than a page, and off every page boundary
 STEPS = 20
 ROOM = 120
-"""Tokens of a text and of its cache, in as many tests as can be, which so share the programs of three such."""
+"""Tokens of a text and of its cache, in as many tests as can be, which then share their programs."""
 
 
 def sparse(window: int, page_size: int, **fields) -> rj.DecodeConfig:
