@@ -33,6 +33,8 @@ demo: $(READY)
 	  --budgets 128 --windows 1 4 --bin-tokens 256 --out $(DEMO_OUT)
 
 # The tests compile every kernel by the real compilers, which lie outside the environment that programs run in.
+# They start Python some thirty times: where the environment keeps it from writing byte code, each would compile all.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint $(COMPILERS)
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_COMPILER):$(TPU_COMPILER) $(BIN)/python -m pytest $(FLAGS)
 

@@ -33,6 +33,8 @@ GROUPS = (1, 3, 4)
 PAGE_SIZES = (8, 16)
 LENGTHS = (2, 13, 37)  # shorter than a window, than a page, and off every page boundary
 STEPS = 20
+ROOM = 120
+"""Tokens of a text and of its cache, in as many tests as can be, which then share their programs."""
 
 
 def sparse(window: int, page_size: int, **fields) -> rj.DecodeConfig:
@@ -60,7 +62,7 @@ def test_with_a_budget_of_all_pages_it_is_full_attention(window, group, page_siz
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_a_window_of_one_is_quest(group, page_size):
-    model, tokens = tiny(group), token_ids(3, 90)
+    model, tokens = tiny(group), token_ids(3, ROOM)
     quest = sparse(1, page_size, method="quest")
     expected = forced_logits(model, quest, tokens, LENGTHS, 50)
     np.testing.assert_array_equal(forced_logits(model, sparse(1, page_size), tokens, LENGTHS, 50), expected)
@@ -72,7 +74,7 @@ def test_a_window_of_one_is_quest(group, page_size):
     ("group", "fields"), (*((group, {}) for group in GROUPS), (3, {"score": "mean_key"}))
 )
 def test_without_overwriting_it_is_quest(group, fields):
-    model, tokens = tiny(group), token_ids(3, 90)
+    model, tokens = tiny(group), token_ids(3, ROOM)
     expected = forced_logits(model, sparse(1, 8, method="quest", **fields), tokens, LENGTHS, 50)
     for window in WINDOWS[1:]:
         kept = forced_logits(model, sparse(window, 8, overwrite=False, **fields), tokens, LENGTHS, 50)
@@ -91,10 +93,10 @@ def test_without_overwriting_it_is_quest(group, fields):
 def test_in_the_first_sparse_layer_outputs_are_attention_over_the_union_of_page_sets(
     window, group, page_size, fields
 ):
-    model, tokens, dense, steps = tiny(group), token_ids(3, 120), 1, 24
+    model, tokens, dense, steps = tiny(group), token_ids(3, ROOM), 1, 24
     lengths = (2, 13, 91)
     config = sparse(window, page_size, dense_layers=dense, **fields)
-    state, _ = begin(model, config, tokens, lengths, 120)
+    state, _ = begin(model, config, tokens, lengths, ROOM)
     loaded = []  # per step: bool [B, K, P]
 
     def observe(state):
@@ -130,14 +132,14 @@ def _attend(q, k, v, pages, position, page_size):
 
 @pytest.mark.parametrize(("window", "fields"), ((1, {}), (3, {}), (3, CENTROIDS)))
 def test_a_scan_is_its_steps_and_a_saved_state_goes_on(window, fields):
-    model, tokens = tiny(3), token_ids(3, 40)
+    model, tokens = tiny(3), token_ids(3, ROOM)
     config = sparse(window, 8, **fields)
     scan = jax.jit(rj.decode, static_argnames=("model", "config", "steps"))
 
     def run(state, first, steps):
         return scan(model.params, model.config, config, state, first, steps=steps)
 
-    state, logits = begin(model, config, tokens, LENGTHS, 80)
+    state, logits = begin(model, config, tokens, LENGTHS, ROOM)
     assert_decided(logits)
     first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     whole_state, whole = run(state, first, 24)
@@ -167,13 +169,13 @@ def test_a_scan_is_its_steps_and_a_saved_state_goes_on(window, fields):
     (("full", 1, {}), ("retro", 1, {}), ("retro", 3, {}), ("retro", 3, CENTROIDS)),
 )
 def test_a_sequence_depends_neither_on_its_batch_nor_on_the_capacity(method, window, fields):
-    model, tokens = tiny(3), token_ids(3, 60)
+    model, tokens = tiny(3), token_ids(3, ROOM)
     config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(window, 8, **fields)
-    together = forced_logits(model, config, tokens, LENGTHS, STEPS, capacity=60)
+    together = forced_logits(model, config, tokens, LENGTHS, STEPS)
     larger = forced_logits(model, config, tokens, LENGTHS, STEPS, capacity=200)
     np.testing.assert_allclose(larger, together, atol=ATOL)
     for row, length in enumerate(LENGTHS):
-        alone = forced_logits(model, config, tokens[row : row + 1], [length], STEPS, capacity=60)
+        alone = forced_logits(model, config, tokens[row : row + 1], [length], STEPS)
         np.testing.assert_allclose(alone[:, 0], together[:, row], atol=ATOL)
 
 
@@ -182,9 +184,9 @@ def test_a_sequence_depends_neither_on_its_batch_nor_on_the_capacity(method, win
     (("full", 1, {}), *(("retro", window, {}) for window in WINDOWS), ("retro", 3, CENTROIDS)),
 )
 def test_what_lies_beyond_a_sequence_is_never_read(method, window, fields):
-    model, tokens = tiny(3), token_ids(3, 60)
+    model, tokens = tiny(3), token_ids(3, ROOM)
     config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(window, 8, **fields)
-    clean, _ = begin(model, config, tokens, LENGTHS, 100)
+    clean, _ = begin(model, config, tokens, LENGTHS, ROOM)
     beyond = np.arange(clean.capacity).reshape(-1, 8) >= np.asarray(clean.length)[:, None, None]  # [B, P, S]
 
     def poison(layer):
@@ -210,13 +212,13 @@ def test_what_lies_beyond_a_sequence_is_never_read(method, window, fields):
 
 @pytest.mark.parametrize(("window", "fields"), ((1, {}), (3, {}), (3, CENTROIDS)))
 def test_a_sequence_that_is_not_active_changes_nothing(window, fields):
-    model, tokens = tiny(3), token_ids(2, 60)
+    model, tokens = tiny(3), token_ids(3, ROOM)
     config = sparse(window, 8, **fields)
-    state, _ = force(model, config, begin(model, config, tokens, [9, 30], 60)[0], tokens, 5)
+    state, _ = force(model, config, begin(model, config, tokens, [9, 30, 13], ROOM)[0], tokens, 5)
     before = jax.tree.map(np.asarray, state)
-    active = jnp.array([True, False])
-    after, _ = step(model.params, model.config, config, state, jnp.array([3, 4]), active)
-    assert list(after.length) == [15, 35]
+    active = jnp.array([True, False, True])
+    after, _ = step(model.params, model.config, config, state, jnp.array([3, 4, 5]), active)
+    assert list(after.length) == [15, 35, 19]
     assert not np.array_equal(after.layers[-1].pages[0], before.layers[-1].pages[0])
     for new, old in zip(
         jax.tree.leaves(after.replace(metrics=None)),
@@ -228,9 +230,9 @@ def test_a_sequence_that_is_not_active_changes_nothing(window, fields):
 
 
 def test_settled_blocks_are_the_mean_of_their_values_in_the_cache():
-    model, tokens = tiny(3), token_ids(2, 60)
+    model, tokens, lengths = tiny(3), token_ids(3, ROOM), np.array([9, 30, 13])
     config = sparse(3, 8, **CENTROIDS)
-    state, _ = begin(model, config, tokens, [9, 30], 60)
+    state, _ = begin(model, config, tokens, lengths, ROOM)
 
     def check(state, settled):
         for layer in state.layers[config.dense_layers :]:
@@ -240,9 +242,9 @@ def test_settled_blocks_are_the_mean_of_their_values_in_the_cache():
                     got = layer.block_values[row, :, block]
                     np.testing.assert_allclose(got, values.mean(axis=(1, 2)), atol=1e-6)
 
-    check(state, [9, 30])
+    check(state, lengths)
     state, _ = force(model, config, state, tokens, 26)
-    check(state, [9 + 26 - 2, 30 + 26 - 2])  # the window's older tokens may still change
+    check(state, lengths + 26 - 2)  # the window's older tokens may still change
 
 
 @pytest.mark.parametrize(

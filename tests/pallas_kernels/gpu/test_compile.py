@@ -180,7 +180,9 @@ def test_update(compiled, dim, page_size, tokens, kind):
 def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    model = dataclasses.replace(tiny(group=3).config, head_dim=64, dtype="bfloat16", max_positions=4096)
+    model = dataclasses.replace(
+        tiny(group=3, layers=2).config, head_dim=64, dtype="bfloat16", max_positions=4096
+    )
     config = DecodeConfig(window=4, budget_tokens=128, dense_layers=1)
     state = jax.eval_shape(lambda: init_state(model, config, B, 4096))
     params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
