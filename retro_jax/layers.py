@@ -202,12 +202,14 @@ def sparse_layer(
     selection, kept = choose(config, _rules(config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
     attended = newly_attended(page_ids, counts, cache.last_loaded, positions, config.page_size)
+    # That was read before attention overwrites it: else XLA would keep a copy.
+    attended, last_loaded = lax.optimization_barrier((attended, cache.last_loaded))
     o, lse, last_loaded = retro_attention(
         q,
         pages,
         page_ids,
         counts,
-        cache.last_loaded,
+        last_loaded,
         positions,
         cache.outputs.o,
         cache.outputs.lse,

@@ -199,7 +199,7 @@ def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, mo
 
 
 def test_nothing_but_kernels_touches_the_pages_of_the_recommended_preset(compiled, monkeypatch):
-    """Nor their statistics: each of the arrays is an argument of kernels, and otherwise only passed on."""
+    """Nor their statistics, nor when they were loaded: each is an argument of kernels, and else passed on."""
     for module in ("dispatch", "update.api"):
         monkeypatch.setattr(f"pallas_kernels.{module}.kernels_of_device", lambda: "mosaic_gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -216,8 +216,8 @@ def test_nothing_but_kernels_touches_the_pages_of_the_recommended_preset(compile
     executable, kernels = compiled(step, params, state, shape(B, dtype=jnp.int32), donate=1)
     assert set(kernels) == {"retro_attention", "merge", "score_pages", "choose_pages", "update_pages"}
     (layer,) = state.layers
-    for array in jax.tree.leaves((layer.pages, layer.statistics)):
-        dtype = {"bfloat16": "bf16", "int8": "s8", "float32": "f32"}[array.dtype.name]
+    for array in jax.tree.leaves((layer.pages, layer.statistics, layer.last_loaded)):
+        dtype = {"bfloat16": "bf16", "int8": "s8", "int32": "s32", "float32": "f32"}[array.dtype.name]
         sizes = re.escape(f"{dtype}[{','.join(map(str, array.shape))}]")
         made = set(re.findall(rf"^ *(?:ROOT )?%\S+ = .*{sizes}\S* (\S+?)\(", executable.as_text(), re.M))
         assert "parameter" in made
