@@ -1,8 +1,8 @@
 """What rows of a study change beside a base, in percent of its excess.
 
 `python -m retro_jax.experiments.study.differences FOLDER` makes the tables of a folder's block means. Rows
-are named after what they add: "Quest, a sink page, top-p 0.9" is a row of "Quest, a sink page". They need not be
-variants that `retro-jax study` runs.
+are named after what they add: "Quest, a sink page, top-p 0.9" is a row of "Quest, a sink page". They need not
+be variants that `retro-jax study` runs.
 """
 
 from collections.abc import Sequence
