@@ -244,7 +244,7 @@ def sparse_layer(
     x = transformer.mlp(layer, model, x)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(config, cache), cache, query, Window(q, attention))
-    return x, cache, selection, attended, seen
+    return x, cache, selection, jnp.mean(attended, axis=1, dtype=jnp.float32), seen
 
 
 def _rules(config: DecodeConfig, cache: LayerState) -> Rules:
@@ -280,10 +280,10 @@ def newly_attended(
     last_loaded: Int[Array, "B K P"],
     positions: Int[Array, "B W"],
     page_size: int,
-) -> Float[Array, "B W"]:
-    """How many of the selected pages each slot had not attended to before, the mean over KV heads."""
+) -> Int[Array, "B K W"]:
+    """How many of the selected pages each slot had not attended to before."""
     slot = positions[:, None, :, None]  # [B, 1, W, 1]
     selected = (jnp.arange(page_ids.shape[-1]) < counts[..., None])[:, :, None]
     visible = jnp.take_along_axis(last_loaded, page_ids, axis=2)[:, :, None] < slot
     begun = page_ids[:, :, None] * page_size <= slot
-    return jnp.mean(jnp.sum(selected & visible & begun, axis=-1), axis=1, dtype=jnp.float32)
+    return jnp.sum(selected & visible & begun, axis=-1, dtype=jnp.int32)
