@@ -6,8 +6,6 @@ A text is decoded beside full attention's own pass over it. What the cache holds
 
 import json
 import time
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -29,7 +27,7 @@ from retro_jax.experiments.analyses.window import FullAttention, cached, full_at
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import block_means
 from retro_jax.experiments.io.files import write_file
-from retro_jax.experiments.io.folders import ResultFolder, write_results
+from retro_jax.experiments.io.folders import ResultFolder, reading, write_results
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.text import Texts, digest
@@ -253,16 +251,10 @@ class DistancesFolder(ResultFolder):
         Raises:
           ValueError: its file is damaged.
         """
-        try:
-            with np.load(self._file(name), allow_pickle=False) as arrays:
-                about = json.loads(str(arrays["about"]))
-                blocks = Distances(**{part.name: arrays[part.name] for part in fields(Distances)})
-                config = DecodeConfig(**about["config"])
-        except (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{self._file(name)} is damaged, or another version's ({error}); move it away, and the same "
-                "command computes it again"
-            ) from error
+        with reading(self._file(name)), np.load(self._file(name), allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["about"]))
+            blocks = Distances(**{part.name: arrays[part.name] for part in fields(Distances)})
+            config = DecodeConfig(**about["config"])
         return Case(name, name.rpartition("-w")[0], config, blocks, about["provenance"])
 
     def cases(self) -> list[Case]:

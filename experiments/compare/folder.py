@@ -1,8 +1,6 @@
 """The folder of a comparison: raw arrays per run, written at once and never overwritten."""
 
 import json
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from jaxtyping import Float
 from retro_jax import DecodeConfig, Score
 from retro_jax.experiments.compare.sweep import order, run_name
 from retro_jax.experiments.io.files import write_file
-from retro_jax.experiments.io.folders import ResultFolder
+from retro_jax.experiments.io.folders import ResultFolder, reading
 
 
 @dataclass(frozen=True)
@@ -79,24 +77,18 @@ class ComparisonFolder(ResultFolder):
         Raises:
             ValueError: its file is damaged.
         """
-        try:
-            with np.load(self._file(name), allow_pickle=False) as arrays:
-                about = json.loads(str(arrays["about"]))
-                return Run(
-                    name=name,
-                    config=DecodeConfig(**about["config"]),
-                    nll=arrays["nll"],
-                    exposure=np.array(about["metrics"]["exposure"], float),
-                    pages_loaded=about["metrics"]["pages_loaded"],
-                    kv_bytes=about["metrics"]["kv_bytes"],
-                    seconds=about["seconds"],
-                    provenance=about["provenance"],
-                )
-        except (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"{self._file(name)} is damaged, or another version's ({error}); move it away, and the same "
-                "command computes it again"
-            ) from error
+        with reading(self._file(name)), np.load(self._file(name), allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["about"]))
+            return Run(
+                name=name,
+                config=DecodeConfig(**about["config"]),
+                nll=arrays["nll"],
+                exposure=np.array(about["metrics"]["exposure"], float),
+                pages_loaded=about["metrics"]["pages_loaded"],
+                kv_bytes=about["metrics"]["kv_bytes"],
+                seconds=about["seconds"],
+                provenance=about["provenance"],
+            )
 
     def runs(self) -> list[Run]:
         """Reads every finished run, full attention first, then in the order of `order`."""

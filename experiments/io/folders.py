@@ -1,8 +1,11 @@
 """Folders of results that were all made in one way, which a JSON file in each of them tells."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +29,18 @@ def write_results(folder: Path, values: dict, table: str, pictures: Mapping[str,
     write_json(folder / "results.json", values)
     for name, contents in ({"table.md": table.encode()} | dict(pictures)).items():
         write_bytes(folder / name, contents)
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """While a file of arrays and their JSON is read: what is raised becomes a ValueError with the way out."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{file} is damaged, or another version's ({error}); move it away, and the same command computes "
+            "it again"
+        ) from error
 
 
 class ResultFolder:
