@@ -91,7 +91,8 @@ def watched_step(
     for index, (layer, kind, cache) in enumerate(stack[first:], start=first):
         # What lies above the layers that revise has only the newest query.
         window = plan.windows[index]
-        x, slots = x[:, -window:], slots.last(window)
+        if window < x.shape[1]:
+            x, slots = x[:, -window:], slots.last(window)
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > first else slots.newest
         below = None if plan.anchors[index] else loaded
