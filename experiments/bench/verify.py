@@ -1,13 +1,12 @@
 """Verified decoding beside full attention: tokens per second, acceptance, and what its parts take.
 
-All runs begin with the same context. Its pages are one buffer that goes from run to run: what lies beyond a
-sequence's length has no meaning, and the arrays beside the pages are copied for each run.
+All runs begin with the same context (`verify_context`).
 """
 
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -25,13 +24,13 @@ from retro_jax import (
     VerifiedMetrics,
     decode,
     decode_step,
-    init_state,
     verified_decode,
     verified_step,
 )
-from retro_jax.budget import Budget, largest
+from retro_jax.budget import largest
 from retro_jax.drafts import weight_bytes
 from retro_jax.experiments.bench.verify_command import BenchVerifyFlags
+from retro_jax.experiments.bench.verify_context import Context, read_context, unread_context
 from retro_jax.experiments.bench.verify_report import verify_report
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.folders import check_new, write_results
@@ -39,10 +38,8 @@ from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.text import text_tokens
 from retro_jax.experiments.machine.programs import release
-from retro_jax.generate import run_prefill
 from retro_jax.presets import preset_fields
 from retro_jax.sharding import mesh_of
-from retro_jax.state import LayerState
 from retro_jax.verify import check_verify
 
 STEPS, ROUNDS = 16, 4
@@ -88,71 +85,6 @@ def _rounds(params, model, config, state, tokens, acceptance, k, adapt):
     )
 
 
-@partial(jax.jit, static_argnames="batch")
-def _repeated(state, batch):
-    return jax.tree.map(lambda array: jnp.repeat(array, batch, axis=0), state)
-
-
-_copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-
-
-class Context:
-    """A state behind the context, from which several runs begin one after another.
-
-    Args:
-      model: the model.
-      config: how to draft, with the largest budget.
-      ids: tokens that all sequences share.
-      own: tokens of each sequence behind them.
-      capacity: tokens per sequence that the cache holds.
-      progress: told about the prefill.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        config: DecodeConfig,
-        ids: Int[np.ndarray, " T"],
-        own: Int[np.ndarray, "B T"],
-        capacity: int,
-        progress: Callable[[str, int, int], None],
-    ):
-        self.config, self._model, self._capacity = config, model, capacity
-        one, _ = run_prefill(model, config, init_state(model.config, config, 1, capacity), [ids], progress)
-        state = _repeated(one, len(own))
-        del one
-        state, logits = run_prefill(model, config, state, list(own), progress)
-        self.tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        self._pages = [layer.pages for layer in state.layers]
-        self._beside = state.replace(layers=()), [_beside_pages(layer) for layer in state.layers]
-
-    def begin(self, budget: float) -> DecodeState:
-        """The state with this budget; `end` takes its pages back."""
-        state, layers = _copies(self._beside)
-        config = replace(self.config, **budget_fields(budget))
-        return state.replace(budget=Budget.of(config, len(self.tokens)), layers=self._layers(layers))
-
-    def begin_full(self, config: DecodeConfig) -> DecodeState:
-        """The state of full attention behind the same tokens; `end` takes its pages back."""
-        batch, capacity = len(self.tokens), self._capacity
-        shapes = jax.eval_shape(partial(init_state, self._model.config, config, batch, capacity))
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.replace(layers=()))
-        layers = self._layers([{}] * len(shapes.layers))
-        return empty.replace(length=jnp.copy(self._beside[0].length), layers=layers)
-
-    def _layers(self, beside: Sequence[dict[str, Any]]) -> tuple[LayerState, ...]:
-        pages, self._pages = self._pages, None
-        return tuple(LayerState(pages=own, **others) for own, others in zip(pages, beside, strict=True))
-
-    def end(self, state: DecodeState) -> None:
-        """Takes the pages of a state that nothing more will be done with."""
-        self._pages = [layer.pages for layer in state.layers]
-
-
-def _beside_pages(layer: LayerState) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in vars(layer) if name != "pages"}
-
-
 @dataclass(frozen=True)
 class FullRun:
     """What full attention decoded.
@@ -192,14 +124,14 @@ class BenchVerify(BenchVerifyFlags):
         capacity = self.capacity
         every = [config for configs in contestants.values() for config in configs]
         model = self.load(every, self.batch, capacity)
-        ids, own = self._ids(model)
+        ids = self._ids(model)
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             run, rows, parts = None, [], []
             for name, configs in contestants.items():
                 itemsize = jnp.dtype(model.config.dtype).itemsize
                 pages = configs[0].num_pages(capacity)
                 config = largest(configs, pages, model.config.head_dim, itemsize)
-                context = Context(model, config, ids, own, capacity, progress)
+                context = Context(model, config, *self._context(model, config, ids, capacity, progress))
                 if run is None:
                     run = self._full(model, full, context)
                 more = self._parts(model, name, context)
@@ -281,8 +213,22 @@ class BenchVerify(BenchVerifyFlags):
         most = [(part, True) for part in parts if part["drafts"] == max(self.drafts)]
         return [(part, False) for part in parts] + most * self.adapt
 
-    def _ids(self, model: Model) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, "B T"]]:
-        """The tokens that all sequences share, and those of each."""
+    def _context(
+        self,
+        model: Model,
+        config: DecodeConfig,
+        ids: tuple[np.ndarray, np.ndarray] | None,
+        capacity: int,
+        progress: Callable[[str, int, int], None],
+    ) -> tuple[DecodeState, Int[jax.Array, " B"]]:
+        if ids is None:
+            return unread_context(model, config, self.context + self.own_tokens, self.batch, capacity)
+        return read_context(model, config, *ids, capacity, progress)
+
+    def _ids(self, model: Model) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, "B T"]] | None:
+        """The tokens that all sequences share, and those of each; None if none have to be read."""
+        if self.predict and not self.text:
+            return None
         needed = self.context + self.batch * self.own_tokens
         if self.text and model.tokenizer is None:
             raise ValueError(f"{self.model} has no tokenizer; leave --text out, for random tokens")

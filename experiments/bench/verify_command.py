@@ -19,7 +19,8 @@ class BenchVerifyFlags(Command):
     """
 
     text: tuple[Path, ...] = ()
-    """UTF-8 text files, which are joined. None: random tokens, whose acceptance says nothing of a text's."""
+    """UTF-8 text files, which are joined. None: random tokens, whose acceptance says nothing of a text's, and
+    with --predict none at all."""
     batch: int = 1
     """Sequences that are decoded together."""
     context: int = 4096

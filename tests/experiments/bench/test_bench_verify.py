@@ -68,6 +68,13 @@ def test_bench_verify(json_command, failure, tmp_path):
     assert "is not overwritten" in line
 
 
+def test_bench_verify_predicts_without_reading_a_context(json_command):
+    values = json_command("bench", "verify", "random:tiny", *SHORT, *DRAFT, "--predict")
+    assert values["rows"] == []
+    assert values["full"]["kv_bytes"] == (40 + 4 + 16) * 4 * 2 * (2 * 16 * 4)  # as if read
+    assert min(values["parts"][0][name] for name in ("draft_step_ms", "check_ms")) > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     (
