@@ -68,7 +68,7 @@ def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
         is_sparse and (number - 1) % config.anchor_every == 0
         for is_sparse, number in zip(sparse, numbers, strict=True)
     )
-    revised = math.ceil(config.revised_layers * sum(sparse))
+    revised = math.ceil(round(config.revised_layers * sum(sparse), 9))  # 0.55 * 20 is a little above 11
     windows = tuple(
         config.slots if is_sparse and number <= revised else 1
         for is_sparse, number in zip(sparse, numbers, strict=True)

@@ -61,6 +61,13 @@ def test_the_lowest_sparse_layers_revise(fields, windows):
     assert tuple(kept) == windows
 
 
+def test_a_share_that_is_whole_layers_is_so_many():
+    twenty = dataclasses.replace(TINY, num_layers=20)
+    for layers in range(1, 21):
+        config = rj.DecodeConfig("retro", window=2, dense_layers=0, revised_layers=layers / 100 * 5)
+        assert layer_plan(twenty, config).windows.count(2) == layers
+
+
 def test_a_window_shorter_than_the_positions_is_refused():
     kinds = (LayerKind(), LayerKind(window=64), LayerKind(), LayerKind())
     sliding = dataclasses.replace(TINY, layer_kinds=kinds)
