@@ -83,11 +83,12 @@ def with_caches(
         cache = {"cache_dtype": dtype}
         found[f"full attention, {dtype} cache"] = {"method": "full", "sink_pages": 0, **cache}
         for name, fields in variants.items():
-            words = f"{name}, {dtype} cache"
-            if fields.get("budget_covers") != "traffic":
+            words, traffic = f"{name}, {dtype} cache", {**fields, "budget_covers": "traffic"}
+            if fields != traffic:
                 found[words] = {**fields, **cache}
-            if fields["method"] in ("quest", "retro"):
-                found[f"{words}, equal bytes"] = {**fields, **cache, "budget_covers": "traffic"}
+                if fields["method"] not in ("quest", "retro") or traffic in variants.values():
+                    continue
+            found[f"{words}, equal bytes"] = {**traffic, **cache}
     return found
 
 
