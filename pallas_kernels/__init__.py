@@ -10,8 +10,9 @@ Axes: B batch, T tokens, W window slots, N query heads, K KV heads, G = N/K, D h
 cache, C selected pages (static capacity), S page_size, Z vectors per page of the statistics.
 
 The cache of one layer is one array, `pages[B, K, P, 2, S, D]`: keys (index 0) and values (1) of a page lie
-together, so one copy brings both. Layers are separate arrays: a kernel aliases the whole of its operand
-and updates it in place, which a slice of a stacked cache would not allow.
+together, so one copy brings both. In 8 bits it is two arrays, codes and scales (`QuantizedPages`). Layers are
+separate: a kernel aliases the whole of its operand and updates it in place, which a slice of a stacked cache
+would not allow.
 """
 
 from pallas_kernels import metadata  # noqa: F401  (makes its statistics and scores known)
@@ -27,6 +28,15 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
 from pallas_kernels.layout import KEYS, VALUES, pages_for
+from pallas_kernels.pages import (
+    CODES,
+    Pages,
+    QuantizedPages,
+    dequantized,
+    empty_pages,
+    quantize,
+    vector_bytes,
+)
 from pallas_kernels.scores import GROUP_REDUCE, SCORES, PageScore, register_score
 from pallas_kernels.selection import choose_pages, page_scores, select_pages
 from pallas_kernels.statistics import (
@@ -43,6 +53,7 @@ from pallas_kernels.statistics import (
 from pallas_kernels.update import refresh_statistics, update_pages
 
 __all__ = [
+    "CODES",
     "GROUP_REDUCE",
     "HIGHEST",
     "IMPLEMENTATIONS",
@@ -56,16 +67,21 @@ __all__ = [
     "PageScore",
     "PageStatistic",
     "PageVector",
+    "Pages",
+    "QuantizedPages",
     "Statistics",
     "attend_estimates",
     "attend_pages",
     "attention_mass",
     "choose_pages",
     "dense_attention",
+    "dequantized",
+    "empty_pages",
     "kernels_of_device",
     "merge",
     "page_scores",
     "pages_for",
+    "quantize",
     "refresh_statistics",
     "register_score",
     "register_statistic",
@@ -74,4 +90,5 @@ __all__ = [
     "selected_mass",
     "settle_blocks",
     "update_pages",
+    "vector_bytes",
 ]

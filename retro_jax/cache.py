@@ -9,7 +9,7 @@ from typing import Any
 import flax.struct
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import Statistics
+from pallas_kernels import Pages, Statistics
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 
 
@@ -81,7 +81,7 @@ class LayerState:
       kept: what eviction carries; None for a configuration that evicts nothing.
     """
 
-    pages: Float[Array, "B K P 2 S D"] = spread(SEQUENCES, HEADS)
+    pages: Pages = spread(SEQUENCES, HEADS)
     statistics: Statistics | None = spread(SEQUENCES, HEADS, default=None)
     block_values: Float[Array, "B K blocks D"] | None = spread(SEQUENCES, HEADS, default=None)
     last_loaded: Int[Array, "B K P"] | None = spread(SEQUENCES, HEADS, default=None)

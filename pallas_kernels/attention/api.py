@@ -1,4 +1,8 @@
-"""Public functions of attention over pages."""
+"""Public functions of attention over pages.
+
+Pages are floating-point numbers, or 8 bits with scales (`pallas_kernels.pages`); for anything else each
+function raises TypeError or ValueError.
+"""
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -6,12 +10,13 @@ from pallas_kernels.attention import mass, reference, residual
 from pallas_kernels.attention.gpu import kernels as mosaic_gpu
 from pallas_kernels.attention.tpu import kernels as mosaic_tpu
 from pallas_kernels.dispatch import by_sequence, dispatch
+from pallas_kernels.pages import Pages, check_pages
 from pallas_kernels.statistics import Statistics
 
 
 def retro_attention(
     q: Float[Array, "B W N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     last_loaded: Int[Array, "B K P"],
@@ -46,6 +51,7 @@ def retro_attention(
     Raises:
       ValueError: heads or slots do not fit together.
     """
+    check_pages(pages)
     slots, heads = q.shape[1:3]
     if heads % pages.shape[1]:
         raise ValueError(f"{heads} query heads are not a multiple of {pages.shape[1]} KV heads")
@@ -75,7 +81,7 @@ def retro_attention(
 
 def dense_attention(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
     *,
     implementation: str | None = None,
@@ -94,6 +100,7 @@ def dense_attention(
     Raises:
       ValueError: query heads are not a multiple of KV heads.
     """
+    check_pages(pages)
     if q.shape[2] % pages.shape[1]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {pages.shape[1]} KV heads")
     return dispatch(
@@ -113,7 +120,7 @@ def dense_attention(
 
 def attend_pages(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"] | None = None,
     *,
@@ -124,6 +131,7 @@ def attend_pages(
     Runs block by block up to the last position in use, so that the cost follows the context and not the
     capacity of the cache.
     """
+    check_pages(pages)
     return dispatch(
         "attend_pages",
         implementation,
@@ -138,7 +146,7 @@ def attend_pages(
 
 def attention_mass(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"],
     *,
@@ -158,6 +166,7 @@ def attention_mass(
       group_reduce: name in `GROUP_REDUCE`.
       implementation: see `pallas_kernels.dispatch`.
     """
+    check_pages(pages)
     return dispatch(
         "attention_mass",
         implementation,
@@ -173,7 +182,7 @@ def attention_mass(
 
 def selected_mass(
     q: Float[Array, "B N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     positions: Int[Array, " B"],
@@ -192,6 +201,7 @@ def selected_mass(
       group_reduce: name in `GROUP_REDUCE`.
       implementation: see `pallas_kernels.dispatch`.
     """
+    check_pages(pages)
     return dispatch(
         "selected_mass",
         implementation,
@@ -208,7 +218,7 @@ def selected_mass(
 
 def settle_blocks(
     block_values: Float[Array, "B K blocks D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     first: Int[Array, " B"],
     settled: Int[Array, " B"],
     *,
@@ -227,6 +237,7 @@ def settle_blocks(
       count: blocks to look at.
       implementation: see `pallas_kernels.dispatch`.
     """
+    check_pages(pages)
     return dispatch(
         "settle_blocks",
         implementation,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.reference import fold_rows, tokens_of_pages
 from pallas_kernels.layout import KEYS
+from pallas_kernels.pages import Pages, gather_pages, slice_pages
 from pallas_kernels.scores import GROUP_REDUCE
 
 _BLOCK_TOKENS = 1024
@@ -18,7 +19,7 @@ _BLOCK_TOKENS = 1024
 
 def attention_mass(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"],
     *,
@@ -32,9 +33,7 @@ def attention_mass(
 
     def logits(index):
         first = jnp.minimum(index * block, P - block)  # the last block may reach back into the one before
-        keys = lax.dynamic_slice_in_dim(pages, first, block, axis=2)[:, :, :, KEYS].reshape(
-            B, K, -1, q.shape[3]
-        )
+        keys = slice_pages(pages, first, block)[:, :, :, KEYS].reshape(B, K, -1, q.shape[3])
         key = first * S + jnp.arange(block * S)
         mask = (key >= index * block * S) & (key <= limit)
         mask &= tokens_of_pages(lax.dynamic_slice_in_dim(allowed, first, block, axis=2), S)[:, :, None]
@@ -58,7 +57,7 @@ def attention_mass(
 
 def selected_mass(
     q: Float[Array, "B N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     positions: Int[Array, " B"],
@@ -69,7 +68,7 @@ def selected_mass(
     (B, N, D), (K, P, _, S, _) = q.shape, pages.shape[1:]
     C = page_ids.shape[2]
     ids = jnp.clip(page_ids, 0, P - 1)
-    keys = jnp.take_along_axis(pages, ids[..., None, None, None], axis=2)[:, :, :, KEYS]
+    keys = gather_pages(pages, ids)[:, :, :, KEYS]
     selected = (jnp.arange(C) < counts[..., None])[..., None]
     mask = selected & (ids[..., None] * S + jnp.arange(S) <= positions[:, None, None, None])
     scores = _logits(q.reshape(B, K, N // K, D), keys.reshape(B, K, -1, D), mask.reshape(B, K, 1, -1))

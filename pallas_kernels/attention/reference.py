@@ -1,7 +1,8 @@
 """Attention over pages in plain `jnp`: the definition, and the path on the CPU.
 
 Everything is made of two functions: `attend`, softmax attention that also returns its log-sum-exp, and
-`merge`, which joins attention over two disjoint sets of keys. Softmax is in float32.
+`merge`, which joins attention over two disjoint sets of keys. Softmax is in float32. Keys and values
+in 8 bits are taken as the numbers that they stand for, in float32.
 """
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS, VALUES
+from pallas_kernels.pages import Pages, gather_pages, slice_pages
 
 _BLOCK_TOKENS = 1024  # of dense attention: a block of keys and values stays in a core's cache
 
@@ -77,7 +79,7 @@ def tokens_of_pages(mask: Bool[Array, "B K C"], page_size: int) -> Bool[Array, "
 
 def retro_attention(
     q: Float[Array, "B W N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     last_loaded: Int[Array, "B K P"],
@@ -89,7 +91,7 @@ def retro_attention(
     B, W, N, _ = q.shape
     K, P, _, S, D = pages.shape[1:]
     ids = jnp.clip(page_ids, 0, P - 1)
-    loaded = jnp.take_along_axis(pages, ids[..., None, None, None], axis=2)
+    loaded = gather_pages(pages, ids)
     k = loaded[:, :, :, KEYS].reshape(B, K, -1, D)
     v = loaded[:, :, :, VALUES].reshape(B, K, -1, D)
 
@@ -112,7 +114,7 @@ def retro_attention(
 
 def dense_attention(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.dense_attention`."""
@@ -121,7 +123,7 @@ def dense_attention(
 
 def attend_pages(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"] | None = None,
 ) -> Float[Array, "B T N D"]:
@@ -134,7 +136,7 @@ def attend_pages(
 
     def add_block(index, carry):
         first = jnp.minimum(index * block, P - block)  # the last block may reach back into the one before
-        loaded = lax.dynamic_slice_in_dim(pages, first, block, axis=2)
+        loaded = slice_pages(pages, first, block)
         k = loaded[:, :, :, KEYS].reshape(B, K, -1, D)
         v = loaded[:, :, :, VALUES].reshape(B, K, -1, D)
         key = first * S + jnp.arange(block * S)

@@ -20,17 +20,19 @@ settled blocks are estimated: those whose every token is older than all queries 
 values will not change again, and each of their values is read once, when the block settles.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.reference import attend, fold_rows, rows_of_slots, unfold_rows
 from pallas_kernels.layout import VALUES
+from pallas_kernels.pages import Pages, dequantized
 from pallas_kernels.statistics import Statistics
 
 
 def settle_blocks(
     block_values: Float[Array, "B K blocks D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     first: Int[Array, " B"],
     settled: Int[Array, " B"],
     *,
@@ -45,8 +47,9 @@ def settle_blocks(
     whole = (block >= 0) & ((block + 1) * size <= settled[:, None]) & (block < blocks)
     page = jnp.clip(block, 0, blocks - 1)[..., None] * block_pages + jnp.arange(block_pages)
     sequence = jnp.arange(B)[:, None, None]
-    values = pages[sequence, :, page, VALUES]  # [B, count, block_pages, K, S, D]
-    means = jnp.mean(values.astype(jnp.float32), axis=(2, 4)).astype(block_values.dtype)
+    values = jax.tree.map(lambda array: array[sequence, :, page, VALUES], pages)
+    values = dequantized(values).astype(jnp.float32)  # [B, count, block_pages, K, S, D]
+    means = jnp.mean(values, axis=(2, 4)).astype(block_values.dtype)
     return block_values.at[jnp.arange(B)[:, None], :, jnp.where(whole, block, blocks)].set(means, mode="drop")
 
 

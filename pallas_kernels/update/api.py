@@ -3,6 +3,7 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import by_sequence, dispatch, kernels_of_device
+from pallas_kernels.pages import Pages, check_pages
 from pallas_kernels.statistics import Statistics, statistic_of
 from pallas_kernels.update import reference
 from pallas_kernels.update.gpu import kernels as mosaic_gpu
@@ -10,7 +11,7 @@ from pallas_kernels.update.tpu import kernels as mosaic_tpu
 
 
 def update_pages(
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
@@ -18,11 +19,14 @@ def update_pages(
     write: Bool[Array, "B T"],
     *,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
+) -> tuple[Pages, Statistics | None]:
     """Write keys and values of T consecutive positions, over what was there.
 
     The statistics of every touched page are computed anew from the page, over its tokens up to the last one
     written: a key that is overwritten can shrink them.
+
+    Pages in 8 bits get codes and scales (`pallas_kernels.pages.quantize`) of the tokens that are written, and
+    no others change; statistics are those of the keys as they are read back.
 
     Args:
       pages: keys and values of one layer; donate it to update in place.
@@ -38,9 +42,10 @@ def update_pages(
       The new pages and statistics.
 
     Raises:
-      TypeError: `statistics` are no `Statistics`.
-      ValueError: they are of an unknown kind, or have arrays of another kind.
+      TypeError: `statistics` are no `Statistics`, or `pages` of no dtype of pages.
+      ValueError: they are of an unknown kind, or have arrays of another kind; or scales of pages do not fit.
     """
+    check_pages(pages)
     kernels = implementation or kernels_of_device()
     if statistics is not None and not statistic_of(statistics).fused_by(kernels):
         pages, _ = update_pages(pages, None, k, v, start, write, implementation=implementation)
@@ -65,7 +70,7 @@ def update_pages(
 
 def refresh_statistics(
     statistics: Statistics,
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     *,
@@ -81,7 +86,12 @@ def refresh_statistics(
       start: position of the first of the T tokens; may be negative where the first ones are not written.
       write: which of them were written. A sequence without any is left as it is.
       implementation: see `pallas_kernels.dispatch`.
+
+    Raises:
+      TypeError: as for `update_pages`.
+      ValueError: as for `update_pages`.
     """
+    check_pages(pages)
     return dispatch(
         f"refresh_statistics of {statistic_of(statistics).name!r}",
         implementation,

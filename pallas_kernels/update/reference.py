@@ -4,25 +4,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.pages import Pages, QuantizedPages, dequantized, quantize
 from pallas_kernels.statistics import STATISTICS, Statistics
 
 
 def update_pages(
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
-) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
+) -> tuple[Pages, Statistics | None]:
     """See `pallas_kernels.update.api.update_pages`."""
     B, T = write.shape
     P, _, S = pages.shape[2:5]
     sequence = jnp.arange(B)[:, None]
     position = start[:, None] + jnp.arange(T)
     page = jnp.where(write, position // S, P)  # P lies outside: dropped
-    entry = jnp.stack([k, v], axis=3).astype(pages.dtype)
-    pages = pages.at[sequence, :, page, :, position % S].set(entry, mode="drop")
+    entry = jnp.stack([k, v], axis=3)
+    if isinstance(pages, QuantizedPages):
+        entry = QuantizedPages(*quantize(entry, pages.dtype))
+    else:
+        entry = entry.astype(pages.dtype)
+    pages = jax.tree.map(
+        lambda kept, new: kept.at[sequence, :, page, :, position % S].set(new, mode="drop"), pages, entry
+    )
     if statistics is not None:
         statistics = refresh_statistics(statistics, pages, start, write)
     return pages, statistics
@@ -30,7 +37,7 @@ def update_pages(
 
 def refresh_statistics(
     statistics: Statistics,
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
 ) -> Statistics:
@@ -41,11 +48,14 @@ def refresh_statistics(
     position = start[:, None] + jnp.arange(T)
     end = jnp.max(jnp.where(write, position + 1, 0), axis=1)[:, None]
     touched = start[:, None] // S + jnp.arange((T + S - 2) // S + 1)
-    read = pages[sequence, :, jnp.clip(touched, 0, P - 1)]  # [B, touched, K, 2, S, D]
+    read = jax.tree.map(lambda array: array[sequence, :, jnp.clip(touched, 0, P - 1)], pages)
+    read = dequantized(read)  # [B, touched, K, 2, S, D]
     valid = touched[..., None] * S + jnp.arange(S) < end[..., None]
     statistic = STATISTICS[statistics.kind]
     fresh = statistic.keep(statistic.compute(read, jnp.broadcast_to(valid[:, :, None], (*read.shape[:3], S))))
     touched = jnp.where((touched >= 0) & (touched * S < end), touched, P)
     return jax.tree.map(
-        lambda kept, new: kept.at[sequence, :, touched].set(new, mode="drop"), statistics, fresh
+        lambda kept, new: kept.at[sequence, :, touched].set(new.astype(kept.dtype), mode="drop"),
+        statistics,
+        fresh,
     )

@@ -18,12 +18,13 @@ from pallas_kernels.attention.gpu.blocks import Blocks, choose_blocks
 from pallas_kernels.attention.gpu.thread_block import LOWEST, attend_to_split
 from pallas_kernels.gpu import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
 from pallas_kernels.operation import operation
+from pallas_kernels.pages import Pages
 
 
 @operation
 def retro_attention(
     q: Float[Array, "B W N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     last_loaded: Int[Array, "B K P"],
@@ -46,7 +47,7 @@ def retro_attention(
 @operation
 def dense_attention(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
     *,
     blocks: Blocks | None = None,

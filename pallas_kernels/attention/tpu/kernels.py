@@ -21,6 +21,7 @@ from pallas_kernels.attention.tpu.blocks import Blocks, choose_blocks, smem_byte
 from pallas_kernels.attention.tpu.page_stream import PageStream
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import before_launch, operation
+from pallas_kernels.pages import Pages
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 MAX_ROWS = 128
@@ -35,7 +36,7 @@ LOWEST = -1e30
 @operation
 def retro_attention(
     q: Float[Array, "B W N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     last_loaded: Int[Array, "B K P"],
@@ -57,7 +58,7 @@ def retro_attention(
 @operation
 def dense_attention(
     q: Float[Array, "B T N D"],
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     positions: Int[Array, "B T"],
     *,
     blocks: Blocks | None = None,

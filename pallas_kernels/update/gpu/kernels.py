@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.gpu import check_support, kernel, row_layout
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import operation
+from pallas_kernels.pages import Pages
 from pallas_kernels.statistics import INT8_MAX, STATISTICS, Statistics, in_units
 
 MAX_TOKENS = 32
@@ -24,7 +25,7 @@ MAX_TOKENS = 32
 
 @operation
 def update_pages(
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
@@ -32,7 +33,7 @@ def update_pages(
     write: Bool[Array, "B T"],
     *,
     interpret: Any = None,
-) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
+) -> tuple[Pages, Statistics | None]:
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import before_launch, operation
+from pallas_kernels.pages import Pages
 from pallas_kernels.statistics import STATISTICS, PageStatistic, Statistics
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
@@ -25,7 +26,7 @@ _ROWS = 16
 
 @operation
 def update_pages(
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     statistics: Statistics | None,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
@@ -33,7 +34,7 @@ def update_pages(
     write: Bool[Array, "B T"],
     *,
     interpret: Any = False,
-) -> tuple[Float[Array, "B K P 2 S D"], Statistics | None]:
+) -> tuple[Pages, Statistics | None]:
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
