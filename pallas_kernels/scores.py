@@ -106,14 +106,6 @@ def check_linear(kernel: str, score: str) -> None:
     check_supported(kernel, score=(score, linear))
 
 
-def check_full_precision(kernel: str, statistics: Statistics, group_reduce: str) -> None:
-    """Raises `NotImplementedError` for what a kernel of full precision and no shares does not select by."""
-    kind = "full precision" if statistics.scales is None else "8-bit"
-    check_supported(
-        kernel, statistics=(kind, ("full precision",)), group_reduce=(group_reduce, ("mean", "max"))
-    )
-
-
 def attention_weights(
     scores: Float[Array, "B K G P"], before: Bool[Array, " B #K #G P"], head_dim: int
 ) -> Float[Array, "B K G P"]:

@@ -125,9 +125,10 @@ class PageStatistic:
         """Whether kernels compute it while they write pages; else it follows in a pass of its own.
 
         Args:
-          kernels: name of an implementation, None on a device without kernels. Those of TPUs write no 8 bits.
+          kernels: name of an implementation, None on a device without kernels. Those of TPUs write one vector
+            in 8 bits.
         """
-        writes = not self.quantized or kernels != "mosaic_tpu"
+        writes = not self.quantized or kernels != "mosaic_tpu" or self.vectors == 1
         return writes and self.vectors <= 2 and all(part.of == KEYS for part in self.parts)
 
     def compute(
@@ -173,8 +174,8 @@ def register_statistic(statistic: PageStatistic) -> None:
     See `pallas_kernels.register_score` for an example.
 
     Args:
-      statistic: of any number of vectors. Kernels compute one or two of keys while they write, in 8 bits
-        those for GPUs only; the others run through the reference.
+      statistic: of any number of vectors. Kernels compute one or two of keys while they write, those for
+        TPUs one in 8 bits; the others run through the reference.
 
     Raises:
       ValueError: the name is taken; it has no vector, or one not of keys or values, or not float32[..., D].

@@ -5,6 +5,8 @@ Compiling offline for another chip than the default device's goes by JAX's own s
 """
 
 import contextlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +102,14 @@ def check_support(dtype: Any, head_dim: int, page_size: int) -> None:
         head_dim=(head_dim, HEAD_DIMS),
         page_size=(page_size, PAGE_SIZES),
     )
+
+
+def tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Of an array in VMEM, where the last two axes fill whole registers."""
+    *outer, rows, columns = shape
+    size = jnp.dtype(dtype).itemsize
+    sublanes = SUBLANES * 4 // size
+    return math.prod(outer) * -(-rows // sublanes) * sublanes * -(-columns // LANES) * LANES * size
 
 
 def check_memory(operation: str, chip: Chip, *, vmem: int, smem: int) -> None:

@@ -289,9 +289,9 @@ _HEAD = f"""# Which kernels a decode step runs through
 Written by `python -m retro_jax.experiments.bench.kernel_pairs --out docs/kernels.md`, which asks for every
 operation of every row on every chip, without one. A cell names what runs through XLA there, and why is told
 once in the log; "-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA
-always. On TPUs, "update" of 8-bit statistics is the statistics alone: the kernel writes the pages. Where a
-table does not say otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in bfloat16, head_dim 128,
-4 query heads a KV head, one sequence. "all" is update, dense attention, selection and attention."""
+always. Where a table does not say otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in
+bfloat16, head_dim 128, 4 query heads a KV head, one sequence. "all" is update, dense attention, selection and
+attention."""
 _ALL = ("update", "dense attention", "selection", "attention")
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pallas_kernels.tpu import CHIPS
-from retro_jax import DecodeConfig
+from retro_jax import DecodeConfig, preset
 from retro_jax.experiments.io.flags import Output
 from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
@@ -38,6 +38,8 @@ class BenchTpuStatic(Output):
     """Tokens per page; None: what is recommended for each chip."""
     windows: tuple[int, ...] = (1, 2, 4, 8)
     """Of RetroAttention; 1 is Quest, which always runs, as does full attention."""
+    presets: tuple[str, ...] = ()
+    """Further rows by these, such as "mean-key", at the same page sizes and budget."""
     budget: float = 0.15
     """Share of the context that a step may load per layer and KV head."""
     devices: int = 4
@@ -52,11 +54,11 @@ class BenchTpuStatic(Output):
         check_new(self.out)
         self._check()
         cases = [
-            (CHIPS[chip], size, context, window)
+            (CHIPS[chip], size, context, name, config)
             for chip in self.chips
             for size in self.page_sizes or (CHIPS[chip].page_size,)
             for context in self.contexts
-            for window in (0, *sorted({1, *self.windows}))
+            for name, config in self._configs(size).items()
         ]
         rows = []
         with Progress() as progress:
@@ -90,16 +92,25 @@ class BenchTpuStatic(Output):
         if min(self.devices, self.batch, *self.windows, *self.contexts) < 1:
             raise ValueError("--devices, --batch, --windows and --contexts must be 1 or more")
 
-    def _row(self, chip, page_size, context, window) -> dict:
-        """A method's step; window 0 is full attention."""
-        method = {0: "full", 1: "quest"}.get(window, "retro")
-        config = DecodeConfig(method, window=window or None, budget=self.budget, page_size=page_size)
+    def _configs(self, page_size: int) -> dict[str, DecodeConfig]:
+        """What is predicted, by the name of its row."""
+        fields = {"budget": self.budget, "page_size": page_size}
+        windows = {
+            f"retro w={window}": DecodeConfig("retro", window=window, **fields)
+            for window in sorted(set(self.windows) - {1})
+        }
+        presets = {name: preset(name, **fields) for name in self.presets}
+        full, quest = DecodeConfig("full", **fields), DecodeConfig("quest", window=1, **fields)
+        return {"full": full, "quest": quest, **windows, **presets}
+
+    def _row(self, chip, page_size, context, name, config) -> dict:
+        """A method's step."""
         parts = decode_step(SIZES[self.model], config, chip, context, self.devices, self.batch)
         return {
             "chip": chip.name,
             "page_size": page_size,
             "context": context,
-            "method": f"retro w={window}" if window > 1 else method,
+            "method": name,
             "config": asdict(config),
             "parts": [asdict(part) for part in parts],
             "seconds": sum(part.layers * part.time for part in parts),
@@ -123,20 +134,36 @@ def _binding(row: dict) -> str:
     return max(seconds, key=seconds.get)
 
 
+_COSTS = ("MB", "bundles", "bytes us", "us", "us / bytes us")
+
+
+def _costs(part: dict) -> list[str]:
+    return [
+        f"{part['bytes'] / 1e6:.2f}",
+        str(part["bundles"]),
+        rounded(1e6 * part["memory"]),
+        rounded(1e6 * part["time"]),
+        f"{part['time'] / part['memory']:.2f}",
+    ]
+
+
 def static_report(values: dict) -> str:
     """Returns the results as Markdown: the steps, and sparse attention against its bandwidth time.
 
     Args:
       values: as in results.json.
     """
-    steps, kernels = [], []
+    steps, kernels, selections = [], [], []
     quest = {}
     for row in values["rows"]:
         place = row["chip"], row["page_size"], row["context"]
-        if row["config"]["method"] == "quest":
+        if row["method"] == "quest":
             quest[place] = row
         times = [_milliseconds(row, name) for name in PARTS]
         steps.append([*map(str, place), row["method"], *times, rounded(1e3 * row["seconds"]), _binding(row)])
+        part = _of(row, "selection")
+        if part is not None:
+            selections.append([*map(str, place), row["method"], *_costs(part), part["binds"]])
         part = _of(row, "attention")
         if part is not None:
             over_quest = part["time"] / _of(quest[place], "attention")["time"]
@@ -144,11 +171,7 @@ def static_report(values: dict) -> str:
                 [
                     *map(str, place),
                     row["method"],
-                    f"{part['bytes'] / 1e6:.2f}",
-                    str(part["bundles"]),
-                    rounded(1e6 * part["memory"]),
-                    rounded(1e6 * part["time"]),
-                    f"{part['time'] / part['memory']:.2f}",
+                    *_costs(part),
                     f"{over_quest:.3f}",
                     part["binds"],
                 ]
@@ -164,9 +187,11 @@ def static_report(values: dict) -> str:
         "issues, the time of its bytes at the bandwidth of HBM, and the predicted time with the latency "
         "of the first copy (microseconds).",
         markdown(
-            [*where, "MB", "bundles", "bytes us", "us", "us / bytes us", "/ Quest", "bound by"],
+            [*where, *_COSTS, "/ Quest", "bound by"],
             kernels,
         ),
+        "Selection of one sparse layer on one device, likewise; the choice waits for all scores.",
+        markdown([*where, *_COSTS, "bound by"], selections),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -186,8 +211,7 @@ def static_pictures(values: dict) -> dict[str, bytes]:
         for chip, page_size in chips:
             place = chip, page_size, context
             rows = [row for row in values["rows"] if (row["chip"], row["page_size"], row["context"]) == place]
-            decode = [row["config"] for row in rows]
-            names = [f"w={c['window']}" if c["method"] == "retro" else c["method"] for c in decode]
+            names = [row["method"].removeprefix("retro ") for row in rows]
             heights = {
                 name: [
                     1e3 * part["layers"] * part["time"] if (part := _of(row, name)) else 0.0 for row in rows

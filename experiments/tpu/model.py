@@ -108,16 +108,18 @@ def attention(model, chip, page_size, pages, window, items, layers, dense) -> Pa
     )
 
 
-def selection(model, chip, page_size, context, selected, batch, heads, layers) -> Part:
-    """Selection among all pages by bounds: scores while statistics arrive, then the choice."""
-    pages, dim = context // page_size, model.head_dim
-    statistics = jax.ShapeDtypeStruct((batch, heads, pages, 2, dim), jnp.bfloat16)
+def selection(model, config, chip, context, selected, batch, heads, layers) -> Part:
+    """Selection among all pages: scores while statistics arrive, then the choice."""
+    pages, dim = context // config.page_size, model.head_dim
+    kind = STATISTICS[config.kept_statistics]
+    statistics = jax.eval_shape(lambda: kind.zeros((batch, heads, pages), dim, "bfloat16")).values
     together = heads_per_step(batch, heads, chip.cores)
     turns = math.ceil(batch * heads / together / chip.cores)  # of the grid around blocks, on a core
     group = model.num_heads // model.num_kv_heads
     block = pages_per_block(chip.bandwidth, together, statistics)
-    schedule = _selection(chip.name, block=block, heads=heads, group=group, dim=dim)
-    size = turns * together * pages * STATISTICS["min_max"].vectors * dim * 2
+    by = {"score": config.score, "kind": kind.name, "group_reduce": config.group_reduce}
+    schedule = _selection(chip.name, block=block, heads=heads, group=group, dim=dim, **by)
+    size = turns * together * pages * kind.vectors * kind.vector_bytes(dim, 2)
     scores, memory, choice = tpu_selection.predict(chip.name, schedule, pages, selected, block, size)
     issue = turns * (scores + choice)
     streaming = max(turns * scores, memory)
@@ -168,7 +170,7 @@ def decode_step(
         selected = int(loads[0])
         windows = itertools.compress(plan.windows, plan.sparse)
         parts += [
-            selection(model, chip, config.page_size, context, selected, batch, heads, sparse),
+            selection(model, config, chip, context, selected, batch, heads, sparse),
             *(
                 attention(model, chip, config.page_size, selected, window, items, layers, dense=False)
                 for window, layers in sorted(Counter(windows).items(), reverse=True)

@@ -2,7 +2,8 @@
 
 The kernel is one loop over blocks of pages, which scores them, and behind its last turn the choice: loops
 that order the scores, search for the threshold (a loop over passes around one over chunks of scores), count,
-mark and look up. Their bundles are read off the schedule, how often they turn off the shapes.
+mark and look up. Shares of attention come before them, a loop over the heads of a group around three over
+chunks. Their bundles are read off the schedule, how often they turn off the shapes.
 """
 
 import functools
@@ -36,7 +37,7 @@ class SelectionSchedule:
 
     Attributes:
       block: bundles for each block of pages: their scores.
-      chunk: bundles of the choice for each chunk of 1024 pages, the search aside.
+      chunk: bundles of the choice for each chunk of 1024 pages, shares included, the search aside.
       search_chunk: bundles for each chunk and pass.
       search_pass: bundles for each pass beside.
       places: bundles for each 128 places of the result.
@@ -71,35 +72,52 @@ def loops(bundles: list[Bundle]) -> Loop:
     return root
 
 
-def measure(bundles: list[Bundle]) -> SelectionSchedule:
-    """The schedule of a selection.
+def measure(bundles: list[Bundle], group: int) -> SelectionSchedule:
+    """The schedule of a selection for `group` query heads of a KV head.
 
     Raises:
       RuntimeError: its loops are not those that the kernel is known to have.
     """
     root = loops(bundles)
-    if len(root.inner) != 1 or [len(loop.inner) for loop in root.inner[0].inner] != [0, 1, 0, 0, 0]:
+    nested = [len(loop.inner) for loop in root.inner[0].inner] if len(root.inner) == 1 else []
+    if nested not in ([0, 1, 0, 0, 0], [3, 0, 1, 0, 0, 0]):
         raise RuntimeError(f"the schedule of page selection has other loops than expected: {root}")
     grid = root.inner[0]
-    order, search, counting, marking, places = grid.inner
+    *shares, order, search, counting, marking, places = grid.inner
     start = next(i for i, bundle in enumerate(bundles) if bundle.depth == 2)
     block = sum(bundle.depth == 1 for bundle in bundles[:start])
     return SelectionSchedule(
         block=block,
-        chunk=order.own + counting.own + marking.own,
+        chunk=order.own
+        + counting.own
+        + marking.own
+        + group * sum(loop.own for head in shares for loop in head.inner),
         search_chunk=search.inner[0].own,
         search_pass=search.own,
         places=places.own,
-        once=root.own + grid.own - block,
+        once=root.own + grid.own - block + group * sum(head.own for head in shares),
     )
 
 
-def compile_selection(chip: str, block: int, heads: int, group: int, dim: int) -> None:
-    """Compiles the selection of one sequence by bounds for a chip, in bfloat16, `block` pages at a time."""
+def compile_selection(
+    chip: str, block: int, heads: int, group: int, dim: int, score: str, kind: str, group_reduce: str
+) -> None:
+    """Compiles the selection of one sequence for a chip, in bfloat16, `block` pages at a time.
+
+    Args:
+      chip: name in `CHIPS`.
+      block: pages of each head that a turn of the grid scores.
+      heads: KV heads.
+      group: query heads of each.
+      dim: of a head.
+      score: as `select_pages` has it.
+      kind: of statistics.
+      group_reduce: as `select_pages` has it.
+    """
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import Statistics
+    from pallas_kernels import STATISTICS
     from pallas_kernels.selection.tpu.kernels import select_pages
 
     def shape(*sizes, dtype=jnp.bfloat16):
@@ -109,21 +127,21 @@ def compile_selection(chip: str, block: int, heads: int, group: int, dim: int) -
         select_pages,
         page_size=16,
         capacity=_SELECTED,
-        score="bounds",
-        group_reduce="mean",
+        score=score,
+        group_reduce=group_reduce,
         sink_pages=1,
         block=block,
     )
     position = shape(1, dtype=jnp.int32)
-    statistics = Statistics(shape(1, heads, _PAGES, 2, dim))
+    statistics = jax.eval_shape(lambda: STATISTICS[kind].zeros((1, heads, _PAGES), dim, "bfloat16"))
     tpu_compiler.compile_for(chip, select, shape(1, heads * group, dim), statistics, position, position)
 
 
-def selection(chip: str, **arguments: int) -> SelectionSchedule:
+def selection(chip: str, *, group: int, **arguments: int | str) -> SelectionSchedule:
     """The schedule of page selection; arguments as those of `compile_selection`."""
-    return measure(
-        dump("retro_jax.experiments.tpu.selection:compile_selection", "select_pages", chip=chip, **arguments)
-    )
+    arguments |= {"chip": chip, "group": group}
+    target = "retro_jax.experiments.tpu.selection:compile_selection"
+    return measure(dump(target, "select_pages", **arguments), group)
 
 
 def predict(chip: str, schedule: SelectionSchedule, pages: int, selected: int, block: int, bytes_read: int):

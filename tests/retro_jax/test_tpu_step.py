@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from pallas_kernels.tpu import CHIPS
-from retro_jax import DecodeConfig, init_state
+from retro_jax import DecodeConfig, init_state, preset
 from retro_jax.experiments.tpu import compiler as tpu_compiler
 from retro_jax.experiments.tpu.compiler import compile_step
 from retro_jax.models.presets import SIZES
@@ -42,3 +42,33 @@ def test_it_runs_through_the_kernels_and_copies_no_cache(chip, devices):
     sums = len(re.findall(r" all-reduce(?:-start)?\(", program))
     assert sums <= 2 * MODEL.num_layers + 3
     assert (sums > 0) == (devices > 1)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_nothing_but_kernels_touches_the_pages_of_the_recommended_preset(chip):
+    """Nor their statistics: each is an argument of kernels, and else passed on as it lies.
+
+    Or read ahead, to memory of the chip itself, `S(1)` or `S(3)`, from where a kernel takes it.
+    """
+    model = dataclasses.replace(MODEL, width=512, hidden_width=512, vocab_size=1024)
+    config = preset("mean-key", dense_layers=1)
+    program = compile_step(chip, 1, model, config, capacity=65536).as_text()
+    calls = re.findall(r'custom_call_target="tpu_custom_call".*op_name="\S*?(\w+)/pallas_call', program)
+    assert {name: calls.count(name) for name in calls} == KERNELS
+
+    layer = jax.eval_shape(lambda: init_state(model, config, 1, 65536)).layers[-1]
+    B, K, P, Z, D = layer.statistics.values.shape
+    for sizes in (  # scales have pages along the lanes in memory
+        f"bf16[{','.join(map(str, layer.pages.shape))}]",
+        f"s8[{B},{K},{P},{Z},{D}]",
+        f"s8[{B},{K},{P},{D}]",
+        f"f32[{B},{K},{P},{Z}]",
+        f"f32[{B},{K},{Z},{P}]",
+    ):
+        made = {
+            name
+            for kind, name in re.findall(rf"%\S+ = ([^=]*?{re.escape(sizes)}[^=]*?) ([\w-]+)\(", program)
+            if not (name.startswith("copy-") and re.match(r"[^}]*S\([13]\)}", kind))
+        }
+        assert made
+        assert made <= {"parameter", "custom-call", "get-tuple-element", "bitcast", "tuple"}

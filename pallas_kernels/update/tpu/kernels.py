@@ -2,10 +2,15 @@
 
 A page of all KV heads comes in one copy. The copies of all sequences of a grid step are in flight together,
 since at a few tokens it is latency that counts.
+
+A copy cannot begin or end within the rows or lanes that lie together in memory. Two vectors of a page are a
+piece of their own. Of statistics with one vector, and of the scales of 8-bit ones, neighbours come along
+and go back as they came: 8 pages of vectors (a quarter of a tile (32, 128) in 8 bits), and 128 of scales,
+which lie along the lanes. The last piece may end beyond the last page, where memory has whole tiles too.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +20,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS, VALUES
-from pallas_kernels.operation import before_launch, operation
+from pallas_kernels.operation import before_launch, check_supported, operation
 from pallas_kernels.pages import Pages
-from pallas_kernels.statistics import STATISTICS, PageStatistic, Statistics
-from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
+from pallas_kernels.statistics import INT8_MAX, STATISTICS, PageStatistic, Statistics, in_units
+from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip, tiled_bytes
 
 _ROWS = 16
 """Rows of a page that are changed together: those of a register in bfloat16."""
@@ -39,22 +44,17 @@ def update_pages(
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
     check_support(pages.dtype, D, S)
+    if statistics is not None and statistics.scales is not None:
+        check_supported("Mosaic TPU", vectors_in_8_bits=(statistics.values.shape[3], (1,)))
     statistic = None if statistics is None else STATISTICS[statistics.kind]
-    # One vector per page: pages become the rows, which is how XLA lays the array out. Copies are of 8 rows.
-    rows = 1 if statistic is None or statistic.vectors == 2 else SUBLANES
-    if P % rows:
-        raise NotImplementedError(
-            f"update_pages: {P} pages are not a multiple of {rows}, as the Mosaic TPU kernel needs "
-            f"for {statistic.name!r} statistics"
-        )
+    kept, pieces = _kept(statistics)
     touched = (T + S - 2) // S + 1
-    slices = (touched + rows - 2) // rows + 1
-
     target = chip()
     lanes = max(D, LANES) * pages.dtype.itemsize
-    page_bytes, slice_bytes = 2 * K * S * lanes, K * max(rows, 2) * lanes
-    token_bytes = 4 * T * _padded(K, _ROWS) * lanes
-    sequence_bytes = touched * page_bytes + slices * slice_bytes + token_bytes
+    page_bytes, token_bytes = 2 * K * S * lanes, 4 * T * _padded(K, _ROWS) * lanes
+    fresh = [piece.buffer(array.shape, touched) for piece, array in zip(pieces, kept, strict=True)]
+    kept_bytes = sum(tiled_bytes(shape, array.dtype) for shape, array in zip(fresh, kept, strict=True))
+    sequence_bytes = touched * page_bytes + kept_bytes + token_bytes
     together = _sequences_per_step(B, sequence_bytes, target)
     smem = 4 * (SUBLANES * _padded(B, LANES) + _padded(B, SUBLANES) * _padded(T, LANES))
     check_memory("update_pages", target, vmem=together * sequence_bytes, smem=smem)
@@ -66,16 +66,17 @@ def update_pages(
     last = jnp.where(end > 0, jnp.minimum(-(-end // S), P), 0)
     spans = jnp.stack([first, last, end])
     positions = jnp.where(write & (positions >= 0) & (positions < P * S), positions, -1)
-    scratch = [pltpu.VMEM((together, touched, K, 2, S, D), pages.dtype)]
-    state = [pages]
-    if statistic is not None:
-        shape = (K, 2, D) if rows == 1 else (K, rows, D)
-        scratch.append(pltpu.VMEM((together, slices, *shape), pages.dtype))
-        state.append(statistics.values if rows == 1 else statistics.values.reshape(B, K, P, D))
+    scratch = [
+        pltpu.VMEM((together, touched, K, 2, S, D), pages.dtype),
+        *(pltpu.VMEM((together, *shape), array.dtype) for shape, array in zip(fresh, kept, strict=True)),
+    ]
+    if interpret:  # its memory has no tiles
+        kept = [piece.whole(array) for piece, array in zip(pieces, kept, strict=True)]
+    state = [pages, *kept]
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     tokens = pl.BlockSpec((together, T, K, D), lambda step, *_: (step, 0, 0, 0))
     launch = pl.pallas_call(
-        functools.partial(_body, together=together, rows=rows, statistic=statistic),
+        functools.partial(_body, together=together, pieces=pieces, statistic=statistic),
         name="update_pages",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -84,21 +85,83 @@ def update_pages(
             out_specs=[hbm] * len(state),
             scratch_shapes=[*scratch, pltpu.SemaphoreType.DMA],
         ),
-        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in state],
+        # XLA may take all of an array to VMEM and back, unless it is told that HBM is meant. It cannot be
+        # told so of what may be a program's own result: pages, and statistics that are not reshaped.
+        out_shape=[
+            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+            *(
+                (pltpu.HBM if piece.pages else jax.ShapeDtypeStruct)(array.shape, array.dtype)
+                for piece, array in zip(pieces, kept, strict=True)
+            ),
+        ],
         input_output_aliases={4 + index: index for index in range(len(state))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=target.vmem),
         cost_estimate=pl.CostEstimate(
             flops=0,
-            bytes_accessed=B * (2 * touched * page_bytes + 2 * slices * slice_bytes + token_bytes // 2),
+            bytes_accessed=B * (2 * touched * page_bytes + 2 * kept_bytes + token_bytes // 2),
             transcendentals=0,
         ),
         interpret=interpret,
     )
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)
-    pages, *rest = launch(spans, positions, k, v, *state)
+    pages, *kept = launch(spans, positions, k, v, *state)
     if statistics is None:
         return pages, None
-    return pages, statistics.replace(values=rest[0].reshape(statistics.values.shape))
+    if interpret:
+        kept = [
+            lax.slice_in_dim(array, 0, P, axis=piece.axis) for array, piece in zip(kept, pieces, strict=True)
+        ]
+    values, *scales = kept
+    scales = jnp.swapaxes(*scales, 2, 3) if scales else None
+    return pages, statistics.replace(values=values.reshape(statistics.values.shape), scales=scales)
+
+
+class _Piece(NamedTuple):
+    """What is copied at once of an array of statistics: some pages of all KV heads.
+
+    Attributes:
+      axis: of the array, its pages.
+      pages: how many; 0 is a page by itself, whose neighbours are not copied.
+    """
+
+    axis: int
+    pages: int
+
+    def buffer(self, shape: tuple[int, ...], touched: int) -> tuple[int, ...]:
+        """Shape of all pieces of an array of this shape that `touched` pages lie in."""
+        kept = [self.pages] if self.pages else []
+        count = (touched + self.pages - 2) // self.pages + 1 if self.pages else touched
+        return (count, shape[1], *shape[2 : self.axis], *kept, *shape[self.axis + 1 :])
+
+    def of(self, array: Any, sequence: Array, number: Array) -> Any:
+        """The piece of this number."""
+        if self.pages == array.shape[self.axis]:
+            number = slice(None)
+        elif self.pages:
+            number = pl.ds(pl.multiple_of(number * self.pages, self.pages), self.pages)
+        return array.at[(sequence, *[slice(None)] * (self.axis - 1), number)]
+
+    def whole(self, array: Array) -> Array:
+        """The array padded to whole pieces."""
+        pad = -array.shape[self.axis] % max(self.pages, 1)
+        return jnp.pad(array, [(0, pad if axis == self.axis else 0) for axis in range(array.ndim)])
+
+
+def _kept(statistics: Statistics | None) -> tuple[list[Array], list[_Piece]]:
+    """The arrays of statistics in the order of axes in which XLA has them in memory, and their pieces.
+
+    Of one vector per page, pages are the rows; scales [B, K, 1, P] have them along the lanes.
+    """
+    if statistics is None:
+        return [], []
+    B, K, P, Z, D = statistics.values.shape
+    if Z == 2:
+        return [statistics.values], [_Piece(2, 0)]
+    kept, pieces = [statistics.values.reshape(B, K, P, D)], [_Piece(2, min(SUBLANES, P))]
+    if statistics.scales is not None:
+        kept.append(jnp.swapaxes(statistics.scales, 2, 3))
+        pieces.append(_Piece(3, min(LANES, P)))
+    return kept, pieces
 
 
 def _padded(size, tile):
@@ -119,26 +182,13 @@ def _body(
     v_ref,
     *refs,
     together: int,
-    rows: int,
+    pieces: list[_Piece],
     statistic: PageStatistic | None,
 ):
     """The kernel's body; pages and statistics come in and go out under two names of one array."""
-    if statistic is None:
-        (
-            _,
-            pages_ref,  # [B, K, P, 2, S, D]
-            buffer_ref,  # [together, touched, K, 2, S, D]
-            arrived,
-        ) = refs
-    else:
-        (
-            *_,
-            pages_ref,
-            statistics_ref,  # [B, K, P, 2, D], or [B, K, P, D]
-            buffer_ref,
-            fresh_ref,  # [together, slices, K, 2 or rows, D]
-            arrived,
-        ) = refs
+    refs = refs[1 + len(pieces) :]
+    pages_ref, *kept_refs = refs[: 1 + len(pieces)]  # [B, K, P, 2, S, D]; those of `_kept`
+    buffer_ref, *fresh_refs, arrived = refs[1 + len(pieces) :]  # [together, touched, K, 2, S, D]; pieces
     heads, page_size = pages_ref.shape[1], pages_ref.shape[4]
 
     def sequence(index):
@@ -160,20 +210,18 @@ def _body(
         def copy(there, here):
             act(pltpu.make_async_copy(*((here, there) if back else (there, here)), arrived))
 
-        def copy_statistics(index, there, here):
-            def copy_slice(number, slot):
-                place = number if rows == 1 else pl.ds(pl.multiple_of(number * rows, rows), rows)
-                copy(there.at[sequence(index), :, place], here.at[index, slot])
-
-            for_pages(index, copy_slice, rows)
-
         def copy_sequence(index):
             def copy_page(page, slot):
                 copy(pages_ref.at[sequence(index), :, page], buffer_ref.at[index, slot])
 
             for_pages(index, copy_page)
-            if statistic is not None and (back or rows > 1):  # those of other pages in the slice stay
-                copy_statistics(index, statistics_ref, fresh_ref)
+            for kept_ref, fresh_ref, piece in zip(kept_refs, fresh_refs, pieces, strict=True):
+
+                def copy_piece(number, slot, there=kept_ref, here=fresh_ref, piece=piece):
+                    copy(piece.of(there, sequence(index), number), here.at[index, slot])
+
+                if back or piece.pages:  # those of other pages in the piece stay
+                    for_pages(index, copy_piece, piece.pages or 1)
 
         for_sequences(copy_sequence)
 
@@ -203,17 +251,28 @@ def _body(
         first, end = spans_ref[0, sequence(index)], spans_ref[2, sequence(index)]
         row = lax.broadcasted_iota(jnp.int32, pages_ref.shape[4:], 0)
 
+        def store(which, page, head, fresh):
+            """Puts what is new of a page in its place, and leaves the others of the piece as they are."""
+            axis, pages = pieces[which]
+            number = lax.div(page, jnp.int32(pages or 1)) - lax.div(first, jnp.int32(pages or 1))
+            place = fresh_refs[which].at[index, number, head]
+            if pages:
+                own = lax.broadcasted_iota(jnp.int32, place.shape, axis - 2) == lax.rem(
+                    page, jnp.int32(pages)
+                )
+                fresh = jnp.where(own, fresh, place[...].astype(fresh.dtype))
+            place[...] = fresh.astype(place.dtype)
+
         def compute(page, slot):
             valid = row + page * page_size < end
-            number = lax.div(page, jnp.int32(rows)) - lax.div(first, jnp.int32(rows))
             for head in range(heads):
                 keys = buffer_ref[index, slot, head, KEYS].astype(jnp.float32)
                 fresh = jnp.concatenate([part.of_page(keys, valid) for part in statistic.parts])
-                place = fresh_ref.at[index, number, head]
-                if rows > 1:  # only this page's row of the slice
-                    own = lax.broadcasted_iota(jnp.int32, place.shape, 0) == lax.rem(page, jnp.int32(rows))
-                    fresh = jnp.where(own, fresh, place[...].astype(jnp.float32))
-                place[...] = fresh.astype(place.dtype)
+                if statistic.quantized:
+                    scale = jnp.max(jnp.abs(fresh), axis=1, keepdims=True) / INT8_MAX
+                    store(1, page, head, scale)
+                    fresh = in_units(fresh, scale).astype(jnp.int32)
+                store(0, page, head, fresh)
 
         for_pages(index, compute)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pallas_kernels.tpu import CHIPS
-from retro_jax import DecodeConfig
+from retro_jax import DecodeConfig, preset
 from retro_jax.experiments.cli import main
 from retro_jax.experiments.tpu import compiler as tpu_compiler
 from retro_jax.experiments.tpu import model as tpu_model
@@ -58,6 +58,21 @@ def test_sparse_attention_reads_its_budget_and_statistics(scheduled):
     assert slow.bundles == 8 * (pages // 32 * SLOW.block + SLOW.item)
 
 
+def test_a_preset_selects_by_its_own_statistics(scheduled, monkeypatch):
+    """8-bit mean keys with a scale are 132 bytes a page, and what that saves is spent on pages."""
+    asked = []
+    monkeypatch.setattr(tpu_model, "_selection", lambda chip, **by: asked.append(by) or SELECTION)
+    config = preset("mean-key", budget=0.125)
+    part = parts_of(config)["selection"]
+    assert part.bytes == 2048 * 132 * 8
+    assert {(by["score"], by["kind"], by["group_reduce"]) for by in asked} == {
+        ("mean_key", "mean_key_int8", "mass")
+    }
+    quest = parts_of(DecodeConfig("quest", budget=0.125))
+    assert parts_of(config)["attention"].bytes > quest["attention"].bytes
+    assert quest["selection"].bytes == 2048 * 512 * 8
+
+
 def test_devices_and_cores_share_the_heads(scheduled):
     config = DecodeConfig("quest", page_size=32)
     one, four = parts_of(config), parts_of(config, devices=4)
@@ -69,11 +84,19 @@ def test_devices_and_cores_share_the_heads(scheduled):
 
 def test_the_command_writes_its_results_once(scheduled, tmp_path, capsys):
     flags = ["bench", "tpu-static", "--chips", "v5e", "--contexts", "32768", "--out", str(tmp_path / "out")]
+    flags += ["--presets", "mean-key"]
     main(flags)
     assert "| v5e" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["full", "quest", "retro w=2", "retro w=4", "retro w=8"]
-    assert [row["config"]["window"] for row in rows] == [None, 1, 2, 4, 8]
+    assert [row["method"] for row in rows] == [
+        "full",
+        "quest",
+        "retro w=2",
+        "retro w=4",
+        "retro w=8",
+        "mean-key",
+    ]
+    assert [row["config"]["window"] for row in rows] == [None, 1, 2, 4, 8, None]
     assert (tmp_path / "out" / "steps.png").read_bytes().startswith(b"\x89PNG")
     for row in rows:
         assert row["seconds"] == pytest.approx(sum(p["layers"] * p["time"] for p in row["parts"]))
@@ -90,6 +113,7 @@ def test_the_command_writes_its_results_once(scheduled, tmp_path, capsys):
         (["--devices", "3"], "8 KV heads of llama3.1-8b do not divide over 3 devices"),
         (["--contexts", "1000"], "1000 tokens is not a multiple of pages of 16"),
         (["--windows", "0"], "must be 1 or more"),
+        (["--presets", "meankey"], "preset 'meankey' is unknown (did you mean 'mean-key'?)"),
     ],
 )
 def test_bad_flags_are_named(scheduled, capsys, flags, message):
@@ -113,13 +137,34 @@ def test_the_longest_search_is_counted():
 
 def test_a_schedule_with_other_loops_is_refused():
     with pytest.raises(RuntimeError, match="other loops than expected"):
-        measure(parse("   0x1 LB: > {}\n   0x2 LB: >> {}\n   0x3   :  {}\n"))
+        measure(parse("   0x1 LB: > {}\n   0x2 LB: >> {}\n   0x3   :  {}\n"), 1)
 
 
 @pytest.mark.skipif(not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test")
 @pytest.mark.timeout(240)
-def test_selection_has_the_loops_that_are_counted():
-    schedule = tpu_selection.selection("v5e", block=256, heads=8, group=4, dim=128)
+@pytest.mark.parametrize(
+    ("by", "least", "most"),
+    [
+        # Beside 41 us that the statistics of 8 heads take to arrive.
+        ({"score": "bounds", "kind": "min_max", "group_reduce": "mean"}, 2e-6, 12e-6),
+        # Beside 10.6 us.
+        ({"score": "mean_key", "kind": "mean_key_int8", "group_reduce": "mass"}, 3e-6, 13e-6),
+    ],
+)
+def test_selection_has_the_loops_that_are_counted(by, least, most):
+    schedule = tpu_selection.selection("v5e", block=512, heads=8, group=4, dim=128, **by)
     assert min(vars(schedule).values()) > 0
-    choice = schedule.choice(8192, 1229) / CHIPS["v5e"].clock
-    assert 2e-6 < choice < 20e-6  # beside 41 us that the statistics of 8 heads take to arrive
+    assert schedule.block < 512 * 8 * 256 / CHIPS["v5e"].bytes_per_bundle  # a mean key in bfloat16
+    assert least < schedule.choice(8192, 1229) / CHIPS["v5e"].clock < most
+
+
+def test_shares_are_counted_for_each_head_of_a_group():
+    choice = ["LB: >> {}", "LB: >> {}", "LB: >>> {}", "LB: >> {}", "LB: >> {}", "LB: >> {}"]
+    shares = ["LB: >> {}", *["LB: >>> {}"] * 3]
+    without, with_shares = (
+        measure(parse("\n".join(f"0x{i} {line}" for i, line in enumerate(["LB: > {}", *lines]))), 4)
+        for lines in (choice, [*shares, *choice])
+    )
+    assert with_shares.chunk == without.chunk + 4 * 3
+    assert with_shares.once == without.once + 4
+    assert with_shares.search_chunk == without.search_chunk == 1

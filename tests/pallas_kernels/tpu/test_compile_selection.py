@@ -30,27 +30,30 @@ def integers(*sizes):
     return shape(*sizes, dtype=jnp.int32)
 
 
-SELECTIONS = [  # batch, KV heads, group, pages, page size, head_dim, score, reduction, dtype
-    (1, 8, 4, 2048, 16, 128, "bounds", "mean", jnp.bfloat16),
-    (2, 8, 4, 8192, 16, 128, "bounds", "max", jnp.bfloat16),
+SELECTIONS = [  # batch, KV heads, group, pages, page size, head_dim, statistics, reduction, dtype
+    (1, 8, 4, 2048, 16, 128, "min_max", "mean", jnp.bfloat16),
+    (2, 8, 4, 8192, 16, 128, "min_max", "max", jnp.bfloat16),
     (1, 8, 4, 8192, 16, 128, "mean_key", "mean", jnp.bfloat16),
-    (4, 3, 3, 300, 32, 64, "bounds", "mean", jnp.bfloat16),
-    (1, 32, 1, 1000, 128, 256, "bounds", "mean", jnp.bfloat16),
-    (2, 2, 9, 513, 64, 128, "bounds", "max", jnp.float32),
+    (4, 3, 3, 300, 32, 64, "min_max", "mean", jnp.bfloat16),
+    (1, 32, 1, 1000, 128, 256, "min_max", "mean", jnp.bfloat16),
+    (2, 2, 9, 513, 64, 128, "min_max", "max", jnp.float32),
     (1, 1, 8, 40, 16, 256, "mean_key", "max", jnp.float32),
+    (1, 8, 4, 8192, 16, 128, "mean_key_int8", "mass", jnp.bfloat16),
+    (2, 3, 9, 520, 16, 128, "mean_key_int8", "max", jnp.bfloat16),
+    (1, 9, 1, 5, 16, 256, "min_max", "mass", jnp.float32),
 ]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("case", SELECTIONS)
 def test_selection(chip, case):
-    B, K, group, pages, page_size, dim, score, group_reduce, dtype = case
-    statistics = shapes_of_statistics(SCORES[score].statistics[0], (B, K, pages), dim, dtype)
+    B, K, group, pages, page_size, dim, kind, group_reduce, dtype = case
+    statistics = shapes_of_statistics(kind, (B, K, pages), dim, dtype)
     function = functools.partial(
         selection.select_pages,
         page_size=page_size,
         capacity=-(-pages // 7),
-        score=score,
+        score=next(name for name, score in SCORES.items() if kind in score.statistics),
         group_reduce=group_reduce,
         sink_pages=1,
     )
@@ -70,6 +73,9 @@ UPDATES = [  # batch, KV heads, pages, page size, head_dim, tokens, statistics, 
     (1, 32, 256, 128, 128, 32, None, jnp.bfloat16),
     (3, 2, 512, 64, 128, 8, "mean_key", jnp.float32),
     (2, 8, 64, 16, 64, 4, "min_max", jnp.float32),
+    (1, 8, 8192, 16, 128, 8, "mean_key_int8", jnp.bfloat16),
+    (2, 9, 1000, 32, 256, 1, "mean_key_int8", jnp.bfloat16),
+    (2, 2, 5, 16, 128, 4, "mean_key_int8", jnp.bfloat16),
 ]
 
 

@@ -26,6 +26,8 @@ SIZES = itertools.cycle(  # reduction, group, sink pages, KV heads, pages, head_
         ("max", 9, 0, 3, 300, 128, jnp.bfloat16),
         ("max", 4, 1, 2, 256, 128, jnp.float32),
         ("max", 1, 2, 1, 40, 256, jnp.float32),
+        ("mass", 4, 1, 2, 136, 64, jnp.bfloat16),
+        ("mass", 3, 1, 3, 70, 128, jnp.float32),
     ]
 )
 

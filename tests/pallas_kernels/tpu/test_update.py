@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import STATISTICS
 from pallas_kernels.update.tpu import kernels as mosaic_tpu
 from tests.pallas_kernels.equality import FUSED, assert_same_update
 from tests.pallas_kernels.inputs import random_update, shapes_of_statistics
@@ -55,6 +56,32 @@ def test_update_equals_the_reference(kind, tokens, page_size, dim, heads, dtype)
     assert_updates_as_the_reference_does(inputs)
 
 
+@pytest.mark.parametrize(
+    ("kind", "pages", "lengths"),
+    [
+        ("mean_key_int8", 136, [128 * 16 + 3, 136 * 16, 5]),  # scales of two pieces, the last one cut short
+        ("mean_key_int8", 5, [5 * 16, 33]),
+        ("mean_key", 20, [17 * 16 + 1, 20 * 16]),
+    ],
+)
+def test_pages_that_are_no_whole_pieces(kind, pages, lengths):
+    inputs = random_update(np.random.default_rng(pages), lengths, 8, 16, 2, 64, kind, jnp.bfloat16, pages)
+    assert_updates_as_the_reference_does(inputs)
+
+
+def test_8_bit_statistics_are_those_of_the_whole_page():
+    """A past key that was a page's largest shrinks the scale; keys that are all zero have scale 0."""
+    rng = np.random.default_rng(3)
+    inputs = random_update(rng, [16 + 8, 8], 8, 16, 1, 64, "mean_key_int8", jnp.float32, PAGES)
+    pages, _, k, *_ = inputs
+    inputs[0] = pages.at[0, 0, 1, 0, 2].set(1e4)
+    inputs[2] = k.at[1].set(0)
+    result = run(mosaic_tpu.update_pages, *inputs)
+    assert 0 < result[1].scales[0, 0, 1, 0] < 1
+    assert result[1].scales[1, 0, 0, 0] == 0
+    assert_same_update(result, inputs)
+
+
 def test_only_the_tokens_to_write_are_written():
     rng = np.random.default_rng(0)
     inputs = random_update(rng, [40, 33], 4, 16, 2, 64, "min_max", jnp.bfloat16, PAGES)
@@ -89,7 +116,11 @@ def test_the_interpreter_finds_a_copy_that_nobody_waits_for(monkeypatch):
     assert races
 
 
-def test_update_refuses_what_it_does_not_support():
+def test_update_refuses_what_it_does_not_support(monkeypatch):
+    two = dataclasses.replace(STATISTICS["min_max"], name="two_int8", quantized=True)
+    monkeypatch.setitem(STATISTICS, "two_int8", two)
+    assert not two.fused_by("mosaic_tpu") and two.fused_by("mosaic_gpu")
+
     def update(tokens=1, pages=16, heads=1, page_size=16, dim=64, kind="min_max", dtype="bfloat16"):
         return jax.eval_shape(
             mosaic_tpu.update_pages,
@@ -103,7 +134,7 @@ def test_update_refuses_what_it_does_not_support():
     for message, arguments in [
         ("dtype float16 has no Mosaic TPU kernel", {"dtype": jnp.float16}),
         ("head_dim 96 has no Mosaic TPU kernel", {"dim": 96}),
-        ("20 pages are not a multiple of 8", {"pages": 20, "kind": "mean_key"}),
+        (r"vectors_in_8_bits 2 has no Mosaic TPU kernel \(1\)", {"kind": "two_int8"}),
         (
             r"needs \d+ bytes of VMEM, and a v5e has \d+",
             {"heads": 128, "page_size": 128, "dim": 256, "tokens": 2, "dtype": jnp.float32},
