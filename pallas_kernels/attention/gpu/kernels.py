@@ -60,7 +60,7 @@ def dense_attention(
     return _merge(o, lse, None, None, q.shape, interpret)[0]
 
 
-def check(q: Array, pages: Array) -> None:
+def check(q: Array, pages: Pages) -> None:
     """Raises `NotImplementedError` for what the kernels do not support."""
     check_support(pages.dtype, pages.shape[-1], pages.shape[-2])
     if q.dtype != pages.dtype:
