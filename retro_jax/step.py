@@ -38,6 +38,9 @@ def decode_step(
     The dense layers run for the newest token only; every layer above takes the hidden states of the whole
     window, so that a corrected attention output below overwrites the keys and values above it.
 
+    Called in a loop, it keeps a device as busy as `decode` does if no call waits for the one before: leave
+    tokens on the device, and read them a step late.
+
     Args:
       params: weights.
       model: the model's configuration; static.
