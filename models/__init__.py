@@ -2,8 +2,8 @@
 
 What may change here: how a model is described, computed layer by layer, and read from files, with its
 tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours. Its rooms, each of
-which imports those before it only: `config` (sizes, layer kinds), `rope` and `transformer`, `families`,
-`formats`, `presets` and `load`.
+which imports those before it only: `config` (sizes, layer kinds), `rope`, `joined`, `transformer`,
+`families`, `formats`, `presets` and `load`.
 
 Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """

@@ -4,6 +4,7 @@ What may change here: a part that layers can differ in is a field of `LayerKind`
 `ModelConfig`; its default leaves every model as it is.
 """
 
+import math
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
@@ -200,6 +201,11 @@ class ModelConfig:
         if self.layer_kinds is not None:
             return self.layer_kinds
         return (LayerKind(Rope(self.rope_theta, self.rope_scaling)),) * self.num_layers
+
+    @property
+    def parts(self) -> int:
+        """The most devices that a layer can be divided over, as many KV heads and hidden channels on each."""
+        return math.gcd(self.num_kv_heads, self.hidden_width)
 
     @property
     def group(self) -> int:

@@ -10,6 +10,7 @@ float32, the residual stream has the configuration's dtype.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from retro_jax.models.config import LayerKind, ModelConfig
+from retro_jax.models.joined import join_columns, joined_fields, split_columns
 from retro_jax.models.rope import apply_rope
 
 
@@ -28,20 +30,18 @@ def weight(divided: int | None = None, **options: Any) -> Any:
 
 @flax.struct.dataclass
 class LayerParams:
-    """Weights of one layer; biases and q/k norms are None where the family has none."""
+    """Weights of one layer; biases and q/k norms are None where the family has none.
+
+    Query, key and value lie in one matrix, gate and up in another: see `joined`.
+    """
 
     attn_norm: Float[Array, " M"] = weight()
-    wq: Float[Array, "M ND"] = weight(divided=1)
-    wk: Float[Array, "M KD"] = weight(divided=1)
-    wv: Float[Array, "M KD"] = weight(divided=1)
+    wqkv: Float[Array, "M QKV"] = weight(divided=1)
     wo: Float[Array, "ND M"] = weight(divided=0)
     mlp_norm: Float[Array, " M"] = weight()
-    w_gate: Float[Array, "M F"] = weight(divided=1)
-    w_up: Float[Array, "M F"] = weight(divided=1)
+    w_gate_up: Float[Array, "M 2F"] = weight(divided=1)
     w_down: Float[Array, "F M"] = weight(divided=0)
-    bq: Float[Array, " ND"] | None = weight(divided=0, default=None)
-    bk: Float[Array, " KD"] | None = weight(divided=0, default=None)
-    bv: Float[Array, " KD"] | None = weight(divided=0, default=None)
+    bqkv: Float[Array, " QKV"] | None = weight(divided=0, default=None)
     q_norm: Float[Array, " D"] | None = weight(default=None)
     k_norm: Float[Array, " D"] | None = weight(default=None)
 
@@ -82,10 +82,14 @@ def qkv(
     Queries carry the layer's scale, so that every attention multiplies its scores by D ** -0.5 alone.
     """
     h = rms_norm(x, layer.attn_norm, config.norm_eps)
-    q, k, v = h @ layer.wq, h @ layer.wk, h @ layer.wv
-    if layer.bq is not None:
-        q, k, v = q + layer.bq, k + layer.bk, v + layer.bv
-    q, k, v = (a.reshape(*x.shape[:2], -1, config.head_dim) for a in (q, k, v))
+    joined = h @ layer.wqkv
+    if layer.bqkv is not None:
+        joined = joined + layer.bqkv
+    widths = joined_fields(config)["wqkv"].values()
+    q, k, v = (
+        columns.reshape(*x.shape[:2], -1, config.head_dim)
+        for columns in split_columns(joined, [*widths], config.parts)
+    )
     if layer.q_norm is not None:
         q = rms_norm(q, layer.q_norm, config.norm_eps)
         k = rms_norm(k, layer.k_norm, config.norm_eps)
@@ -108,7 +112,8 @@ def attention_output(
 def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
     """Adds the gated MLP (SwiGLU, arXiv 2002.05202) to the residual stream."""
     h = rms_norm(x, layer.mlp_norm, config.norm_eps)
-    return x + (jax.nn.silu(h @ layer.w_gate) * (h @ layer.w_up)) @ layer.w_down
+    gate, up = split_columns(h @ layer.w_gate_up, [config.hidden_width] * 2, config.parts)
+    return x + (jax.nn.silu(gate) * up) @ layer.w_down
 
 
 @jax.named_scope("logits")
@@ -162,15 +167,18 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     so that tokens remain distinguishable after many layers.
     """
     M, F, D = config.width, config.hidden_width, config.head_dim
-    q_width, kv_width = config.num_heads * D, config.num_kv_heads * D
+    widths = joined_fields(config)
     depth_scale = (2 * config.num_layers) ** -0.5
     keys = iter(jax.random.split(key, 10 * config.num_layers + 2))
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Array:
         return _normal(next(keys), (rows, columns), scale * rows**-0.5, config.dtype)
 
-    def bias(size: int) -> Array | None:
-        return _normal(next(keys), (size,), 0.5, config.dtype) if config.qkv_bias else None
+    def joined(field: str, draw: Callable[[int], Array]) -> Array:
+        return join_columns([draw(width) for width in widths[field].values()], config.parts)
+
+    def column(size: int) -> Array:
+        return _normal(next(keys), (size,), 0.5, config.dtype)
 
     def norm(size: int, present: bool = True) -> Array | None:
         return jnp.ones(size, config.dtype) if present else None
@@ -178,17 +186,12 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     def layer() -> LayerParams:
         return LayerParams(
             attn_norm=norm(M),
-            wq=matrix(M, q_width),
-            wk=matrix(M, kv_width),
-            wv=matrix(M, kv_width),
-            wo=matrix(q_width, M, depth_scale),
+            wqkv=joined("wqkv", lambda width: matrix(M, width)),
+            wo=matrix(config.num_heads * D, M, depth_scale),
             mlp_norm=norm(M),
-            w_gate=matrix(M, F),
-            w_up=matrix(M, F),
+            w_gate_up=joined("w_gate_up", lambda width: matrix(M, width)),
             w_down=matrix(F, M, depth_scale),
-            bq=bias(q_width),
-            bk=bias(kv_width),
-            bv=bias(kv_width),
+            bqkv=joined("bqkv", column) if config.qkv_bias else None,
             q_norm=norm(D, config.qk_norm),
             k_norm=norm(D, config.qk_norm),
         )

@@ -162,7 +162,7 @@ def sparse_layer(
     index: Int[Array, ""] | int,
     below: Selection | None = None,
     watch: Watch | None = None,
-) -> tuple[Float[Array, "B W M"], LayerState, Selection, Float[Array, "B W"], Any]:
+) -> tuple[Float[Array, "B W M"], LayerState, Selection, Int[Array, "B K C"] | None, Any]:
     """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
 
     Args:
@@ -179,8 +179,8 @@ def sparse_layer(
       watch: an analysis; None: none.
 
     Returns:
-      The corrected hidden states, the new state, the pages that were loaded, how many of them each slot newly
-      attended to (mean over KV heads), and what `watch` returned.
+      The corrected hidden states, the new state, the pages that were loaded, what `newly_attending` says of
+      them (None without older slots: the newest attends to all of them), and what `watch` returned.
     """
     positions = slots.positions
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
@@ -204,9 +204,11 @@ def sparse_layer(
     query = Query(q[:, -1], positions[:, -1], slots.budgets, index)
     selection, kept = choose(config, _rules(model, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
-    attended = newly_attended(page_ids, counts, cache.last_loaded, positions, config.page_size)
-    # That was read before attention overwrites it: else XLA would keep a copy.
-    attended, last_loaded = lax.optimization_barrier((attended, cache.last_loaded))
+    attending, last_loaded = None, cache.last_loaded
+    if positions.shape[1] > 1:
+        attending = newly_attending(page_ids, counts, last_loaded, config.page_size)
+        # That was read before attention overwrites it: else XLA would keep a copy.
+        attending, last_loaded = lax.optimization_barrier((attending, last_loaded))
     o, lse, last_loaded = retro_attention(
         q,
         pages,
@@ -247,7 +249,7 @@ def sparse_layer(
     x = transformer.mlp(layer, model, x)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
-    return x, cache, selection, jnp.mean(attended, axis=1, dtype=jnp.float32), seen
+    return x, cache, selection, attending, seen
 
 
 def _rules(model: ModelConfig, config: DecodeConfig, cache: LayerState) -> Rules:
@@ -276,16 +278,17 @@ def settle(
     )
 
 
-def newly_attended(
+def newly_attending(
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     last_loaded: Int[Array, "B K P"],
-    positions: Int[Array, "B W"],
     page_size: int,
-) -> Int[Array, "B K W"]:
-    """How many of the selected pages each slot had not attended to before."""
-    slot = positions[:, None, :, None]  # [B, 1, W, 1]
-    selected = (jnp.arange(page_ids.shape[-1]) < counts[..., None])[:, :, None]
-    visible = jnp.take_along_axis(last_loaded, page_ids, axis=2)[:, :, None] < slot
-    begun = page_ids[:, :, None] * page_size <= slot
-    return jnp.sum(selected & visible & begun, axis=-1, dtype=jnp.int32)
+) -> Int[Array, "B K C"]:
+    """The position from which on queries attend to each selected page and have not before; else the largest.
+
+    Those are the positions after the step that loaded the page last, within the page or behind it.
+    """
+    selected = jnp.arange(page_ids.shape[-1]) < counts[..., None]
+    unseen = jnp.take_along_axis(last_loaded, page_ids, axis=2) + 1
+    first = jnp.maximum(unseen, page_ids * page_size)
+    return jnp.where(selected, first, jnp.iinfo(jnp.int32).max)

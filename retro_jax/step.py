@@ -18,7 +18,11 @@ from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
 from retro_jax.plan import layer_plan
 from retro_jax.rectify import rectify
+from retro_jax.selection import Selection
 from retro_jax.state import DecodeState
+
+Load = tuple[Selection, Int[Array, "B K C"] | None, int]
+"""What a sparse layer loaded, `newly_attending` of it, and the layer's window."""
 
 
 @under_fixed_settings
@@ -34,6 +38,9 @@ def decode_step(
 
     The dense layers run for the newest token only; every layer above takes the hidden states of the whole
     window, so that a corrected attention output below overwrites the keys and values above it.
+
+    Called in a loop, it keeps a device as busy as `decode` does if no call waits for the one before: leave
+    tokens on the device, and read them a step late.
 
     Args:
       params: weights.
@@ -88,8 +95,7 @@ def watched_step(
 
     x = jnp.concatenate([state.hidden, x], axis=1)
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
-    attended, read = [jnp.zeros(slots.valid.shape)], [jnp.zeros(active.shape, bool)]
-    loaded = None
+    positions, loads, loaded = slots.positions, [], None
     for index, (layer, kind, cache) in enumerate(stack[first:], start=first):
         # What lies above the layers that revise has only the newest query.
         window = plan.windows[index]
@@ -98,12 +104,11 @@ def watched_step(
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > first else slots.newest
         below = None if plan.anchors[index] else loaded
-        x, cache, loaded, pages, seen = sparse_layer(
+        x, cache, loaded, attending, seen = sparse_layer(
             layer, model, kind, config, cache, x, slots, write, index, below, watch
         )
         layers.append(cache)
-        attended.append(jnp.pad(pages, ((0, 0), (config.slots - window, 0))))
-        read.append(loaded.fresh)
+        loads.append((loaded, attending, window))
         watched.append(seen)
 
     state = DecodeState(
@@ -112,7 +117,7 @@ def watched_step(
         decoded=jnp.minimum(state.decoded + active, config.slots - 1),
         hidden=hidden,
         layers=tuple(layers),
-        metrics=_metrics(model, config, state, active, attended, read),
+        metrics=_metrics(model, config, state, active, positions, loads),
         stale=state.stale,
     )
     logits = transformer.logits(params, model, x[:, -1:])[:, 0]
@@ -130,15 +135,12 @@ def _metrics(
     config: DecodeConfig,
     state: DecodeState,
     active: Bool[Array, " B"],
-    attended: list[Float[Array, "B W"]],
-    read: list[Bool[Array, " B"]],
+    positions: Int[Array, "B W"],
+    loads: list[Load],
 ) -> StepMetrics:
-    """What this step attended to, loaded and read; see `StepMetrics`.
-
-    By layer: the pages that each slot newly attended to, and whether pages were scored.
-    """
+    """What this step attended to, loaded and read; see `StepMetrics`."""
     plan = layer_plan(model, config)
-    by_age = jnp.flip(sum(attended), axis=1) / max(plan.num_sparse, 1)
+    by_age = jnp.flip(_pages_attended(positions, loads), axis=1) / max(plan.num_sparse, 1)
     loaded = by_age[:, 0]  # the newest attends to every page that is loaded
 
     context = jnp.where(active, state.length + 1, 0)
@@ -151,9 +153,28 @@ def _metrics(
     if config.residual_pages:
         by_page += active * cached  # of a block that settles, a value a step
     vectors = (plan.num_dense * 2 * context + plan.num_sparse * 2 * config.page_size * loaded) * cached
-    vectors += sum(read) * by_page
+    fresh = sum((selection.fresh for selection, _, _ in loads), jnp.zeros(active.shape, jnp.int32))
+    vectors += fresh * by_page
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
+
+
+def _pages_attended(positions: Int[Array, "B W"], loads: list[Load]) -> Float[Array, "B W"]:
+    """Pages that each slot newly attended to, the mean over KV heads, summed over layers.
+
+    Those of all layers are counted at once: each count by itself would be launched in each layer.
+    """
+    B, W = positions.shape
+    if not loads:
+        return jnp.zeros((B, W))
+    newest = jnp.where(positions[:, -1:] >= 0, sum(selection.counts for selection, _, _ in loads), 0)
+    older = jnp.zeros((*newest.shape, W - 1), jnp.int32)
+    for window in {window for *_, window in loads if window > 1}:
+        first = jnp.concatenate([first for _, first, other in loads if other == window], axis=2)
+        newly = first[:, :, None] <= positions[:, None, -window:-1, None]
+        counts = jnp.sum(newly, axis=-1, dtype=jnp.int32)
+        older += jnp.pad(counts, ((0, 0), (0, 0), (W - window, 0)))
+    return jnp.mean(jnp.concatenate([older, newest[..., None]], axis=-1), axis=1, dtype=jnp.float32)
 
 
 def full_cache_bytes(

@@ -39,6 +39,7 @@ OPTIMIZED = (
     "test_bench_decode",
     "test_compile",
     "test_compile_selection",
+    "test_cuda_step",
     "test_tpu_step",
 )
 """Modules that time what was compiled, or compile for another chip."""

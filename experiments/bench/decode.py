@@ -1,14 +1,13 @@
-"""Speed of decoding: the methods of this library, and transformers beside them, in one run.
+"""Speed of decoding: the methods of this library, and other programs beside them, in one run.
 
 The contestants take turns, a few steps each, in an order that rotates, so that whatever else the machine does
 meets all of them. Times are wall time of single steps, the token on the host; ratios are medians over rounds.
+Beside them stands the limit: what the bytes of weights and cache that a step must read take at the bandwidth
+that the device reads with in the same run.
 """
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from retro_jax import DecodeConfig, Model, decode_step, init_state
+from retro_jax import DecodeConfig, Model, decode, decode_step, init_state
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
-from retro_jax.experiments.bench.transformers_export import export
+from retro_jax.experiments.bench.decode_processes import folder_of_processes, torch_step, transformers
+from retro_jax.experiments.bench.kernels import read_bandwidth
 from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.progress import Progress
@@ -38,14 +38,19 @@ from retro_jax.methods import METHODS
 from retro_jax.presets import preset_fields
 from retro_jax.sharding import mesh_of
 
-REFERENCE = Path(__file__).with_name("transformers_reference.py")
 WARM_UP_STEPS = 3
 
 
 class Contestant(Protocol):
-    """Something that decodes greedily from a prefilled context."""
+    """Something that decodes greedily from a prefilled context.
+
+    Attributes:
+        name: for the table.
+        scan: decodes so many steps in one call; returns the milliseconds of one. None: it cannot.
+    """
 
     name: str
+    scan: Callable[[int], float] | None
 
     @property
     def kv_bytes(self) -> float | None:
@@ -61,6 +66,9 @@ class Contestant(Protocol):
 def _step(params, model, config, state, tokens):
     state, logits = decode_step(params, model, config, state, tokens)
     return state, jnp.argmax(logits, -1).astype(jnp.int32)
+
+
+_scan = jax.jit(decode, static_argnames=("model", "config", "steps"), donate_argnames="state")
 
 
 class Ours:
@@ -109,61 +117,14 @@ class Ours:
             tokens.append(values.tolist())
         return milliseconds, tokens
 
-
-class Transformers:
-    """Hugging Face transformers on the same weights, in a process of its own.
-
-    Args:
-        python: an interpreter that has torch and transformers.
-        model: exported to a temporary folder.
-        ids: the context to prefill.
-
-    Raises:
-        ValueError: the interpreter does not start, or the model cannot be exported.
-    """
-
-    name = "transformers"
-    kv_bytes = None
-
-    def __init__(self, python: Path, model: Model, ids: Int[np.ndarray, "B T"]):
-        self._folder = tempfile.TemporaryDirectory(prefix="retro-jax-export-")
-        folder = Path(self._folder.name)
-        export(model, folder)
-        np.save(folder / "ids.npy", ids)
-        arguments = [folder, folder / "ids.npy", cpus(), model.config.dtype]
-        command = [python, REFERENCE, *arguments]
-        self._log = folder / "stderr.txt"
-        try:
-            with self._log.open("w") as log:
-                self._process = subprocess.Popen(
-                    [str(part) for part in command],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                )
-        except OSError as error:
-            raise ValueError(f"--reference {python} does not run: {error}; name an interpreter") from None
-        self.version = self._answer()["version"]
-
-    def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
-        """As `Contestant`."""
-        self._process.stdin.write(json.dumps({"steps": count}) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        return answer["milliseconds"], answer["tokens"]
-
-    def close(self) -> None:
-        """Ends the process and removes the exported weights."""
-        self._process.communicate()
-        self._folder.cleanup()
-
-    def _answer(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            last = self._log.read_text().strip().splitlines()[-1:]
-            raise ValueError(f"the interpreter of --reference failed: {' '.join(last)}")
-        return json.loads(line)
+    def scan(self, count: int) -> float:
+        """As `Contestant`; the first call of a count compiles it."""
+        start = time.perf_counter()
+        self._state, decoded = _scan(
+            self._model.params, self._model.config, self._config, self._state, self._tokens, steps=count
+        )
+        self._tokens = jax.block_until_ready(decoded.pending)
+        return (time.perf_counter() - start) * 1e3 / count
 
 
 class BenchDecode(BenchDecodeFlags):
@@ -173,15 +134,20 @@ class BenchDecode(BenchDecodeFlags):
         """Runs all contestants and prints the tables."""
         configs = self.configurations()
         load = os.getloadavg()[0]
-        capacity = max(self.contexts) + WARM_UP_STEPS + self.rounds * self.steps
+        capacity = self._capacity(max(self.contexts))
+        bandwidth = max(read_bandwidth(self.ceiling_bytes, calls=10, warm_up=2).values())
         model = self.load(list(configs.values()), self.batch, capacity, together=True)
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
-            measured = [self._measure(model, configs, context, progress) for context in self.contexts]
+            measured = [
+                self._measure(model, configs, context, bandwidth, progress) for context in self.contexts
+            ]
         values = {
             "model": self.model,
             "dtype": model.config.dtype,
             "batch": self.batch,
             "configs": {name: asdict(config) for name, config in configs.items()},
+            "weight_bytes": weight_bytes(model),
+            "ceiling_gb_per_s": bandwidth,
             "contexts": measured,
             "steps": WARM_UP_STEPS + self.rounds * self.steps,
             "load_before": load,
@@ -203,8 +169,8 @@ class BenchDecode(BenchDecodeFlags):
         Raises:
             ValueError: a flag is out of its range, or two contradict each other.
         """
-        if min(*self.contexts, self.batch, self.steps, self.rounds) < 1:
-            raise ValueError("--contexts, --batch, --steps and --rounds must be 1 or more")
+        if min(*self.contexts, self.batch, self.steps, self.rounds, self.ceiling_bytes) < 1:
+            raise ValueError("--contexts, --batch, --steps, --rounds and --ceiling-bytes must be 1 or more")
         if self.out is not None and self.out.suffix != ".json":
             raise ValueError(f"--out {self.out} is no JSON file; name it *.json")
         check_new(self.out)
@@ -220,34 +186,84 @@ class BenchDecode(BenchDecodeFlags):
             configs[f"preset {name}"] = self.config.config(**preset_fields(name))
         return configs
 
+    def _capacity(self, context: int) -> int:
+        """Tokens of a sequence that one contestant decodes or begins with."""
+        single = WARM_UP_STEPS + self.rounds * self.steps
+        return context + single + (self.rounds + 1) * self.steps * self.scan
+
     def _measure(
-        self, model: Model, configs: dict[str, DecodeConfig], context: int, progress: Progress
+        self,
+        model: Model,
+        configs: dict[str, DecodeConfig],
+        context: int,
+        bandwidth: float,
+        progress: Progress,
     ) -> dict:
         """One context: what all contestants took, as JSON values."""
         rng = np.random.default_rng(self.seed)
         ids = rng.integers(model.config.vocab_size, size=(self.batch, context), dtype=np.int32)
-        capacity = context + WARM_UP_STEPS + self.rounds * self.steps
-        # The reference first: an interpreter that fails should do so before the long prefills.
-        reference = Transformers(self.reference, model, ids) if self.reference else None
-        contestants: list[Contestant] = [
-            Ours(name, model, config, ids, capacity, progress) for name, config in configs.items()
-        ]
-        if reference:
-            contestants.append(reference)
-        milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
-        if reference:
-            reference.close()
+        capacity = self._capacity(context)
+        reference = torch = None
+        with folder_of_processes() as folder:
+            # Other programs first: an interpreter that fails should do so before the long prefills.
+            if self.reference:
+                reference = transformers(self.reference, model, ids, Path(folder))
+            if self.torch:
+                torch = torch_step(self.torch, model, self.batch, capacity, Path(folder))
+            others = [other for other in (reference, torch) if other]
+            contestants: list[Contestant] = [
+                *(Ours(name, model, config, ids, capacity, progress) for name, config in configs.items()),
+                *others,
+            ]
+            milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
+            read = {contestant.name: contestant.kv_bytes for contestant in contestants}
+            scans = scan_times(contestants, self.rounds, self.steps) if self.scan else {}
+            for other in others:
+                other.close()
         release()  # the next context's programs are other ones
+        rows = results(milliseconds)
+        for contestant in contestants:
+            row, bytes_read = rows[contestant.name], read[contestant.name]
+            row |= {"kv_bytes": bytes_read, "scan_ms": scans.get(contestant.name)}
+            if contestant is torch:
+                # The whole cache, dense; transformers' cache is its own matter.
+                bytes_read = dense_kv_bytes(model, capacity)
+            row["limit_ms"] = None
+            if bytes_read is not None:
+                row["limit_ms"] = (weight_bytes(model) + self.batch * bytes_read) / bandwidth / 1e6
         return {
             "context": context,
-            "contestants": {
-                name: row | {"kv_bytes": contestant.kv_bytes}
-                for contestant, (name, row) in zip(contestants, results(milliseconds).items(), strict=True)
-            },
+            "contestants": rows,
             "reference": reference and reference.version,
+            "torch": torch and torch.version,
             "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
             "milliseconds": milliseconds,
         }
+
+
+def weight_bytes(model: Model) -> int:
+    """Returns the bytes of weights that a step reads: all but an embedding that is not the head, too."""
+    params = model.params
+    table = 0 if params.head is None else params.embed.nbytes
+    return sum(weight.nbytes for weight in jax.tree.leaves(params)) - table
+
+
+def dense_kv_bytes(model: Model, tokens: int) -> int:
+    """Returns the bytes of so many tokens' keys and values."""
+    config = model.config
+    item = jnp.dtype(config.dtype).itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item * tokens
+
+
+def scan_times(contestants: Sequence[Contestant], rounds: int, steps: int) -> dict[str, float]:
+    """Returns milliseconds of a step where many are taken in one call, medians over rounds."""
+    able = [contestant for contestant in contestants if contestant.scan is not None]
+    for contestant in able:
+        contestant.scan(steps)  # compiles
+    times = [{contestant.name: contestant.scan(steps) for contestant in able} for _ in range(rounds)]
+    return {
+        contestant.name: float(np.median([each[contestant.name] for each in times])) for contestant in able
+    }
 
 
 def take_turns(
@@ -293,7 +309,10 @@ def speed_report(values: dict) -> str:
     """Returns the results of every context as Markdown."""
     parts = []
     for measured in values["contexts"]:
-        parts.append(f"{measured['context']} tokens of context")
+        parts.append(
+            f"{measured['context']} tokens of context; the limit is {values['weight_bytes'] / 1e9:.3g} GB of "
+            f"weights and what is read of the cache, at {values['ceiling_gb_per_s']:.4g} GB/s"
+        )
         parts.append(speed_table(measured["contestants"], values["batch"]))
         if measured["reference"]:
             parts.append(
@@ -306,7 +325,12 @@ def speed_report(values: dict) -> str:
 def speed_table(contestants: dict[str, dict], batch: int) -> str:
     """Returns the results of one context as a Markdown table, with each time over every other."""
     others = list(contestants)
-    header = ["", "ms/step", "10%-90%", "tokens/s", "KV MB/step", *(f"time / {name}" for name in others)]
+    header = ["", "ms/step", "10%-90%", "tokens/s", "KV MB/step", "limit ms", "limit / time", "in a scan"]
+    header += [f"time / {name}" for name in others]
+
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
     body = [
         [
             name,
@@ -314,6 +338,9 @@ def speed_table(contestants: dict[str, dict], batch: int) -> str:
             "{:.1f}-{:.1f}".format(*row["ms_10_90"]),
             f"{batch * 1e3 / row['ms_per_step']:.1f}",
             "" if row["kv_bytes"] is None else f"{row['kv_bytes'] / 1e6:.2f}",
+            number(row["limit_ms"], 2),
+            "" if row["limit_ms"] is None else f"{row['limit_ms'] / row['ms_per_step']:.2f}",
+            number(row["scan_ms"], 2),
             *(f"{row['time_over'][other]:.2f}" for other in others),
         ]
         for name, row in contestants.items()

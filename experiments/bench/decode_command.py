@@ -34,6 +34,13 @@ class BenchDecodeFlags(Command):
     """A Python interpreter with torch and transformers, which then decodes the same weights in turn. Where
     other programs use the CPU, set OMP_WAIT_POLICY=PASSIVE: torch's threads wait busily for each other, which
     multiplies its times then."""
+    torch: Path | None = None
+    """A Python interpreter with torch, whose compiled dense step of the same sizes, with random weights, then
+    takes turns too. On a GPU JAX must leave it room: XLA_PYTHON_CLIENT_MEM_FRACTION=0.5."""
+    scan: bool = True
+    """Also time as many steps in one call, as generate takes them; it compiles a second program."""
+    ceiling_bytes: int = 1 << 28
+    """Size of the array whose reading gives the bandwidth that the limit is told by."""
     seed: int = 0
     """Of the random context."""
     out: Path | None = None

@@ -1,7 +1,6 @@
 """Our weights as a Hugging Face folder, for running transformers on exactly the same numbers."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from safetensors.numpy import save_file
 
 from retro_jax.models import Model, ModelConfig
 from retro_jax.models.families.family import NAMES
+from retro_jax.models.formats.weights import checkpoint_name, separate_weights
 
 
 def export(model: Model, folder: Path) -> None:
@@ -18,16 +18,12 @@ def export(model: Model, folder: Path) -> None:
         ValueError: the model scales its rotary embedding, or its layers differ, which is not exported.
     """
     (folder / "config.json").write_text(json.dumps(_config(model.config)))
-    places = [("", model.params, 0)]
-    places += [("layers.{i}.", layer, index) for index, layer in enumerate(model.params.layers)]
-    tensors = {}
-    for prefix, holder, index in places:
-        for field in fields(holder):
-            name, weight = prefix + field.name, getattr(holder, field.name)
-            if name in NAMES and weight is not None:
-                # Matrices are (in, out) here and (out, in) there, except the embedding.
-                array = np.asarray(weight if name == "embed" else weight.T)
-                tensors[NAMES[name].huggingface.format(i=index)] = np.ascontiguousarray(array)
+    table = {path: name.huggingface for path, name in NAMES.items()}
+    tensors = {
+        # Matrices are (in, out) here and (out, in) there, except the embedding.
+        checkpoint_name(table, path): np.ascontiguousarray(weight if path == "embed" else weight.T)
+        for path, weight in separate_weights(model.params, model.config).items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -1,6 +1,7 @@
 """From named tensors of a checkpoint to `Params`: all names and shapes are checked, then each is read."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from retro_jax.models.config import ModelConfig
+from retro_jax.models.joined import join_columns, joined_fields, split_columns
 from retro_jax.models.transformer import LayerParams, Params, random_params
 
 Progress = Callable[[str, int, int], None]
@@ -29,7 +31,7 @@ def load_params(
     """Checks every tensor of a checkpoint against the configuration, then reads and converts them one by one.
 
     Checkpoints store a matrix as (out, in), except the embedding, so all others are transposed. Besides the
-    finished weights, one tensor is held at a time.
+    finished weights, the tensors of one of them are held at a time.
 
     Args:
         config: what the weights must fit; its dtype is what they are converted to.
@@ -44,8 +46,8 @@ def load_params(
     Raises:
         ValueError: naming every missing, unexpected and misshapen tensor at once.
     """
-    targets = jax.eval_shape(lambda: _by_path(random_params(config, jax.random.key(0))))
-    names = {path: _checkpoint_name(table, path) for path in targets}
+    targets = jax.eval_shape(lambda: separate_weights(random_params(config, jax.random.key(0)), config))
+    names = {path: checkpoint_name(table, path) for path in targets}
     wanted = {
         names[path]: target.shape if path == "embed" else target.shape[::-1]
         for path, target in targets.items()
@@ -56,30 +58,59 @@ def load_params(
             f"{source} does not match the configuration of {config.name}, {len(problems)} problems:\n  "
             + "\n  ".join(problems)
         )
-    arrays = {}
-    for path, name in names.items():
-        stored = jnp.array(read(name))
-        arrays[path] = (stored if path == "embed" else stored.T).astype(config.dtype)
+    done = itertools.count(1)
+
+    def stored(path: str) -> np.ndarray:
+        array = read(names[path])
         if progress:
-            progress("load", len(arrays), len(names))
-    fields = [field.name for field in dataclasses.fields(LayerParams)]
+            progress("load", next(done), len(names))
+        return array
+
+    def weight(*paths: str) -> Array | None:
+        """The weight that these make, None if the model has none of them."""
+        if not {*paths} <= targets.keys():
+            return None
+        if len(paths) == 1:
+            array = stored(*paths)
+        else:
+            array = join_columns([stored(path).T for path in paths], config.parts).T
+        return (jnp.array(array) if paths == ("embed",) else jnp.array(array).T).astype(config.dtype)
+
+    joined = joined_fields(config)
+
+    def layer(index: int) -> LayerParams:
+        fields = [field.name for field in dataclasses.fields(LayerParams)]
+        return LayerParams(
+            **{
+                field: weight(*(f"layers.{index}.{part}" for part in joined.get(field, [field])))
+                for field in fields
+            }
+        )
+
     return Params(
-        embed=arrays["embed"],
-        layers=tuple(
-            LayerParams(**{field: arrays.get(f"layers.{layer}.{field}") for field in fields})
-            for layer in range(config.num_layers)
-        ),
-        final_norm=arrays["final_norm"],
-        head=arrays.get("head"),
+        embed=weight("embed"),
+        layers=tuple(map(layer, range(config.num_layers))),
+        final_norm=weight("final_norm"),
+        head=weight("head"),
     )
 
 
-def _by_path(params: Params) -> dict[str, Array]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+def separate_weights(params: Params, config: ModelConfig) -> dict[str, Array]:
+    """Weights by the paths that checkpoints have names for (`Family.names`), those that lie in one apart."""
+    joined, separate = joined_fields(config), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        holder, _, field = jax.tree_util.keystr(path, simple=True, separator=".").rpartition(".")
+        prefix = holder and f"{holder}."
+        if field in joined:
+            columns = split_columns(leaf, [*joined[field].values()], config.parts)
+            separate |= {prefix + name: array for name, array in zip(joined[field], columns, strict=True)}
+        else:
+            separate[prefix + field] = leaf
+    return separate
 
 
-def _checkpoint_name(table: Mapping[str, str], path: str) -> str:
+def checkpoint_name(table: Mapping[str, str], path: str) -> str:
+    """What a checkpoint calls the weight of a path, by a table of names with {i} for the layer."""
     layer = re.search(r"\d+", path)
     if layer is None:
         return table[path]

@@ -14,6 +14,7 @@ from retro_jax import models
 from retro_jax.models import LayerKind, Rope, families
 from retro_jax.models.families import QWEN3
 from retro_jax.models.families.family import NAMES, Family, FileFormat, WeightName, layer_fields
+from retro_jax.models.formats.weights import checkpoint_name, separate_weights
 from retro_jax.models.presets import SIZES
 from tests.models import golden
 
@@ -76,12 +77,11 @@ def toy_gguf(path, model: models.Model, **keys):
     writer.add_rope_freq_base(model.config.layers[0].rope.theta)
     for key, value in keys.items():
         writer.add_uint32(f"toy.{key}", value)
-    for path_, weight in jax.tree_util.tree_leaves_with_path(model.params):
-        parameter = jax.tree_util.keystr(path_, simple=True, separator=".")
-        _, layer, rest = parameter.split(".") if parameter.startswith("layers.") else ("", "", parameter)
-        name = TOY.names[f"layers.{{i}}.{rest}" if layer else rest].gguf.format(i=layer)
+    table = {path: name.gguf for path, name in TOY.names.items()}
+    for parameter, weight in separate_weights(model.params, config).items():
         array = np.asarray(weight, np.float32)
-        writer.add_tensor(name, np.ascontiguousarray(array if parameter == "embed" else array.T))
+        array = np.ascontiguousarray(array if parameter == "embed" else array.T)
+        writer.add_tensor(checkpoint_name(table, parameter), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -69,14 +69,14 @@ def test_an_array_for_which_no_field_says_it_is_refused(ages):
 def test_weights_are_divided_along_heads_hidden_channels_and_tokens():
     model = tiny(3)
     params = model.params.replace(head=model.params.embed.T)
-    bias = {name: jnp.zeros(size) for name, size in (("bq", 96), ("bk", 32), ("bv", 32), ("q_norm", 16))}
+    bias = {name: jnp.zeros(size) for name, size in (("bqkv", 160), ("q_norm", 16))}
     params = params.replace(layers=(params.layers[0].replace(**bias),))
     shardings = jax.tree_util.tree_leaves_with_path(params_shardings(params, MESH))
     found = {path[-1].name: tuple(sharding.spec) for path, sharding in shardings}
     whole = dict.fromkeys(("embed", "final_norm", "attn_norm", "mlp_norm", "q_norm"), ())
-    columns = dict.fromkeys(("wq", "wk", "wv", "w_gate", "w_up", "head"), (None, "model"))
+    columns = dict.fromkeys(("wqkv", "w_gate_up", "head"), (None, "model"))
     rows = dict.fromkeys(("wo", "w_down"), ("model", None))
-    assert found == whole | columns | rows | dict.fromkeys(("bq", "bk", "bv"), ("model",))
+    assert found == whole | columns | rows | {"bqkv": ("model",)}
 
 
 @flax.struct.dataclass

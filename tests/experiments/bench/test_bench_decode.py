@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 
 import retro_jax.experiments.bench.decode
-from retro_jax.experiments.bench.decode import BenchDecode, agreement, results, speed_table, take_turns
+from retro_jax.experiments.bench.decode import (
+    BenchDecode,
+    agreement,
+    results,
+    speed_table,
+    take_turns,
+    weight_bytes,
+)
 from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.methods import METHODS
 from retro_jax.models import LayerKind, Model, ModelConfig, RopeScaling, random_params
 
-SHORT = ("--contexts", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32)
+SHORT = ("--contexts", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32, "--ceiling-bytes", 1 << 20)
 
 
 class Clock:
     """A contestant whose every step takes the same time."""
+
+    scan = None
 
     def __init__(self, name, milliseconds, turns):
         self.name, self.milliseconds, self.turns = name, milliseconds, turns
@@ -49,11 +58,12 @@ def test_agreement():
 
 def test_speed_table():
     found = results({"full": [[10.0]], "retro": [[25.0]]})
-    found["full"]["kv_bytes"], found["retro"]["kv_bytes"] = 2.5e6, None
+    found["full"] |= {"kv_bytes": 2.5e6, "limit_ms": 8.0, "scan_ms": 9.5}
+    found["retro"] |= {"kv_bytes": None, "limit_ms": None, "scan_ms": None}
     lines = speed_table(found, batch=2).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "2.50", "1.00", "0.40"]
-    assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "", "2.50", "1.00"]
+    assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "2.50", "8.00", "0.80", "9.50", "1.00", "0.40"]
+    assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "", "", "", "", "2.50", "1.00"]
 
 
 def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
@@ -68,7 +78,12 @@ def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
         assert list(measured["contestants"]) == ["full", "retro w=2"]
         assert [len(turns) for turns in measured["milliseconds"].values()] == [2, 2]
         assert all(row["ms_per_step"] > 0 for row in measured["contestants"].values())
-        assert measured["reference"] is None
+        assert all(row["scan_ms"] > 0 for row in measured["contestants"].values())
+        assert measured["reference"] is None and measured["torch"] is None
+        weights = values["weight_bytes"]
+        for row in measured["contestants"].values():
+            limit = (weights + row["kv_bytes"]) / values["ceiling_gb_per_s"] / 1e6
+            assert row["limit_ms"] == pytest.approx(limit)
     short, long = (
         {name: row["kv_bytes"] for name, row in measured["contestants"].items()}
         for measured in values["contexts"]
@@ -103,6 +118,42 @@ def test_reference_that_fails_says_why(failure, tmp_path):
     python.chmod(0o755)
     line = failure("bench", "decode", "random:tiny", *SHORT, "--reference", python)
     assert "--reference failed: ModuleNotFoundError: no torch" in line
+
+
+OTHER = """
+import json, sys
+sizes = json.loads(sys.argv[2])
+assert sizes["batch"] == 1 and sizes["num_layers"] == 4 and sizes["dtype"] == "float32"
+print(json.dumps({"version": "torch of a test"}), flush=True)
+for line in sys.stdin:
+    steps = json.loads(line)["steps"]
+    print(json.dumps({"milliseconds": [4.0] * steps, "tokens": [[0]] * steps}), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script")
+def test_a_step_of_torch_takes_turns(json_command, tmp_path):
+    python = tmp_path / "python"
+    (tmp_path / "other.py").write_text(OTHER)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/other.py" "$@"\n')
+    python.chmod(0o755)
+    flags = ("--methods", "full", "--torch", python, "--no-scan")
+    values = json_command("bench", "decode", "random:tiny", *SHORT, *flags)
+    (measured,) = values["contexts"]
+    assert measured["torch"] == "torch of a test"
+    row = measured["contestants"]["torch"]
+    assert row["ms_per_step"] == 4.0 and row["scan_ms"] is None
+    # It reads the whole cache of 40 + 3 + 4 tokens.
+    read = values["weight_bytes"] + 47 * 4 * 2 * (2 * 16 * 4)
+    assert row["limit_ms"] == pytest.approx(read / values["ceiling_gb_per_s"] / 1e6)
+
+
+def test_an_embedding_that_is_not_the_head_is_not_read():
+    for tied in (False, True):
+        model = small(tie_embeddings=tied)
+        embed = model.params.embed.nbytes
+        whole = sum(weight.nbytes for weight in jax.tree.leaves(model.params))
+        assert weight_bytes(model) == (whole if tied else whole - embed)
 
 
 def small(**features):

@@ -1,0 +1,44 @@
+"""Matrices that lie in one, so that one product serves them all: query, key and value; gate and up.
+
+The columns of each lie in `ModelConfig.parts` equal parts, and in every part one matrix beside the other. A
+device of a mesh has some of the parts: its heads' columns of all matrices, as one piece.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from retro_jax.models.config import ModelConfig
+
+
+def joined_fields(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """By field of `LayerParams`: what lies in it, as checkpoints name it, and how many columns each has."""
+    query, pair = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "wqkv": {"wq": query, "wk": pair, "wv": pair},
+        "bqkv": {"bq": query, "bk": pair, "bv": pair},
+        "w_gate_up": {"w_gate": config.hidden_width, "w_up": config.hidden_width},
+    }
+
+
+def join_columns(
+    arrays: Sequence[Float[Array | np.ndarray, "... _"]], parts: int
+) -> Float[Array | np.ndarray, "... columns"]:
+    """Arrays, of NumPy or JAX, whose columns lie in `parts` parts, those of the first array first in each."""
+    namespace = arrays[0].__array_namespace__()
+    apart = [array.reshape(*array.shape[:-1], parts, array.shape[-1] // parts) for array in arrays]
+    return namespace.concat(apart, axis=-1).reshape(*arrays[0].shape[:-1], -1)
+
+
+def split_columns(
+    joined: Float[Array, "... columns"], widths: Sequence[int], parts: int
+) -> tuple[Float[Array, "... _"], ...]:
+    """What `join_columns` has joined, or the products with it: one array for each width."""
+    # A TPU's compiler would rather have the matrix in parts than the product, and copy it in each step.
+    joined = lax.platform_dependent(joined, tpu=lax.optimization_barrier, default=lambda joined: joined)
+    by_part = joined.reshape(*joined.shape[:-1], parts, joined.shape[-1] // parts)
+    ends = [sum(widths[: index + 1]) // parts for index in range(len(widths))]
+    pieces = zip([0, *ends], ends, widths, strict=False)
+    return tuple(by_part[..., start:end].reshape(*joined.shape[:-1], width) for start, end, width in pieces)
