@@ -19,11 +19,8 @@ from retro_jax.models import Model
 from retro_jax.requests import Pending, Reply, Request, check_request
 from retro_jax.sampling import KEY_KIND, Sampling, sequence_keys
 from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
-from retro_jax.sizes import MIN_CHUNK, batch_rows, cache_capacity, program_length
+from retro_jax.sizes import MIN_CHUNK, batch_rows, cache_capacity, newcomer_rows, program_length
 from retro_jax.slots import insert, read
-
-SLOTS_PER_NEWCOMER = 8
-"""Of so many slots one newcomer's prompt is read at a time: what those need adds an eighth to the cache."""
 
 _read = jax.jit(read, static_argnames=("model", "config", "sampling"), donate_argnames="state")
 _insert = jax.jit(insert, donate_argnames="state")
@@ -154,7 +151,7 @@ class _Batch:
             )
         self.model, self.config, self.sampling = model, config, sampling
         self.stops, self.stop, self.chunk, self.steps = stops, stop, chunk, steps
-        self.rows = batch_rows(max(slots // SLOTS_PER_NEWCOMER, 1))
+        self.rows = newcomer_rows(slots)
         self.state = new_state(model.config, config, slots, capacity)
         self.beside = new_state(model.config, config, self.rows, capacity)
         self.pending, self.remaining = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
