@@ -43,7 +43,7 @@ class Asked:
             yield slice(start, start + size)
 
     def most_gain(self, slots: int) -> float:
-        """Steps of all slots in fixed batches over those that make a token: the gain if nothing else counted."""
+        """Steps of all slots in fixed batches over those that make a token: the gain by idle slots alone."""
         steps = sum(slots * max(self.replies[batch]) for batch in self.batches(slots))
         return steps / sum(self.replies)
 
