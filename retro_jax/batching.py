@@ -77,6 +77,14 @@ def generate_many(
       TypeError: prompts are a single one, token ids are not whole numbers, or a key is none.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Reply up to there.
     """
+    _agree(
+        model,
+        prompts=prompts if isinstance(prompts, Sized) else None,
+        config=config,
+        sampling=sampling,
+        stop=(stop_tokens, stop),
+        limits=(max_new_tokens, slots, capacity, steps_per_call),
+    )
     if isinstance(prompts, str | Request):
         raise TypeError("prompts must be a list or an iterator; put a single prompt in brackets")
     for name, number in (("slots", slots), ("steps_per_call", steps_per_call)):
@@ -143,8 +151,6 @@ class _Batch:
     """The slots and who is in them; every call of its methods is one of all processes that share the mesh."""
 
     def __init__(self, model, config, sampling, stops, stop, slots, capacity, chunk, steps):
-        limits = slots, capacity, chunk, steps
-        check_processes_agree(config=config, sampling=sampling, stop=(stops, stop), limits=limits)
         if slots % (devices := batch_rows(1)):
             raise ValueError(
                 f"slots {slots} do not divide over {devices} devices of the mesh; use a multiple"
@@ -290,6 +296,7 @@ def _typed(keys: np.ndarray) -> Key[Array, " B"]:
     return jax.random.wrap_key_data(keys, impl=KEY_KIND)
 
 
+_agree = under_mesh_of_weights(lambda _, **arguments: check_processes_agree(**arguments))
 _start = under_mesh_of_weights(_Batch)
 _invite = under_mesh_of_weights(lambda _, batch, sequences: batch.invite(sequences))
 _round = under_mesh_of_weights(lambda _, batch: batch.round())
