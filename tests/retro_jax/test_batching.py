@@ -39,24 +39,33 @@ many = functools.partial(rj.generate_many, MODEL, **settings)
 
 
 @functools.cache
-def replies(name, sampling):
-    """Of all requests by a configuration, in the order in which they were finished."""
-    return tuple(many(REQUESTS, CONFIGS[name], 5, sampling=sampling))
+def replies():
+    """Of all requests, drawn by retro, in the order in which they were finished."""
+    return tuple(many(REQUESTS, CONFIGS["retro"], 5, sampling=DRAWN))
 
 
 def in_order(found):
     return sorted(found, key=lambda reply: reply.index)
 
 
-def replies_by_index(name, sampling):
-    return in_order(replies(name, sampling))
+def on_two_devices():
+    mesh = rj.make_mesh(2, 1)
+    sharded = dataclasses.replace(MODEL, params=rj.shard_params(MODEL.params, MODEL.config, mesh))
+    with pytest.raises(ValueError, match="slots 3 do not divide over 2 devices"):
+        rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings | {"slots": 3})
+    return tuple(rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings))
 
 
-@pytest.mark.parametrize(("name", "sampling"), (("retro", DRAWN), ("snapkv", None)), ids=("retro", "snapkv"))
-def test_replies_are_those_of_generate(name, sampling):
-    keys, by_index = sequence_keys(DRAWN, len(PROMPTS)), replies_by_index(name, sampling)
+@pytest.mark.parametrize(
+    ("name", "sampling", "run"),
+    (("retro", DRAWN, replies), ("snapkv", None, on_two_devices)),
+    ids=("retro, drawn", "snapkv under a mesh"),
+)
+def test_replies_are_those_of_generate(name, sampling, run):
+    keys, found = sequence_keys(DRAWN, len(PROMPTS)), run()
+    by_index = in_order(found)
     assert [reply.index for reply in by_index] == list(range(len(PROMPTS)))
-    assert [reply.index for reply in replies(name, sampling)] != list(range(len(PROMPTS)))
+    assert [reply.index for reply in found] != list(range(len(PROMPTS)))
     for begin in range(0, len(PROMPTS), SLOTS):
         some = slice(begin, begin + SLOTS)
         whole = rj.generate(
@@ -73,7 +82,7 @@ def test_replies_are_those_of_generate(name, sampling):
         for reply, tokens, logprobs in zip(by_index[some], whole.tokens, whole.logprobs, strict=True):
             limit, prompt = LIMITS[reply.index], PROMPTS[reply.index]
             ends = [place + 1 for place, token in enumerate(tokens) if token in (7, ord(STOP) - 32)]
-            end = min(*ends, limit) if len(ends) > 1 else min(ends[0], limit) if ends else limit
+            end = min([*ends, limit])
             assert_same_tokens(
                 MODEL, CONFIGS[name], prompt, reply.tokens, tokens[:end], sampling, keys[reply.index]
             )
@@ -91,7 +100,7 @@ def test_a_reply_depends_on_no_other():
         rj.Request(request.prompt, request.max_new_tokens, key)
         for request, key in zip(REQUESTS, keys, strict=True)
     ]
-    expected = replies_by_index("retro", DRAWN)
+    expected = in_order(replies())
     config, compiled = CONFIGS["retro"], batching._decode._cache_size()
     backwards = in_order(many(iter(asked[::-1]), config, 5, sampling=DRAWN))
     for reply, other in zip(backwards[::-1], expected, strict=True):
@@ -113,13 +122,13 @@ def test_what_an_iterator_cannot_give_comes_after_the_replies(bad):
     found, match = [], "the file is gone" if bad == "error" else "prompt 4 "
     with pytest.raises(OSError if bad == "error" else ValueError, match=match):
         found.extend(many(prompts(), CONFIGS["retro"], 5, sampling=DRAWN))
-    expected = replies_by_index("retro", DRAWN)[:4]
+    expected = in_order(replies())[:4]
     assert [reply.tokens for reply in in_order(found)] == [reply.tokens for reply in expected]
 
 
 @pytest.mark.parametrize("at", ("prompt", "reply"))
 def test_logits_that_are_not_finite_end_their_reply_alone(at):
-    bad, other = (replies_by_index("retro", DRAWN)[index] for index in (2, 1))
+    bad, other = (in_order(replies())[index] for index in (2, 1))
     elsewhere = {*PROMPTS[1], *other.tokens, *(PROMPTS[2] if at == "reply" else ())}
     token = next(token for token in (bad.tokens if at == "reply" else PROMPTS[2]) if token not in elsewhere)
     embed = MODEL.params.embed.at[token].set(jnp.nan)
@@ -227,14 +236,3 @@ def test_a_newcomer_is_put_in_place_without_a_copy_of_the_cache(name, dtype):
     compiled = jax.jit(insert, donate_argnums=0).lower(slots, newcomers, jnp.zeros(2, jnp.int32)).compile()
     pages = slots.layers[0].pages
     assert compiled.memory_analysis().temp_size_in_bytes < pages.size * pages.dtype.itemsize / 100
-
-
-def test_under_a_mesh():
-    mesh = rj.make_mesh(2, 1)
-    sharded = dataclasses.replace(MODEL, params=rj.shard_params(MODEL.params, MODEL.config, mesh))
-    config = CONFIGS["snapkv"]
-    found = in_order(rj.generate_many(sharded, REQUESTS, config, 5, **settings))
-    for reply, expected in zip(found, replies_by_index("snapkv", None), strict=True):
-        assert_same_tokens(MODEL, config, PROMPTS[reply.index], reply.tokens, expected.tokens)
-    with pytest.raises(ValueError, match="slots 3 do not divide over 2 devices"):
-        rj.generate_many(sharded, REQUESTS, config, 5, **settings | {"slots": 3})
