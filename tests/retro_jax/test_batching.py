@@ -34,6 +34,7 @@ PROMPTS = [RNG.integers(0, VOCAB, length) for length in (3, 41, 17, 1, 29, 16, 8
 LIMITS = (19, 4, 30, 9, 1, 25, 12)
 REQUESTS = [rj.Request(prompt, limit) for prompt, limit in zip(PROMPTS, LIMITS, strict=True)]
 
+PROGRAMS = batching._read, batching._insert, batching._decode
 settings = dict(slots=SLOTS, capacity=CAPACITY, steps_per_call=4, stop_tokens=[7], stop=[STOP])
 many = functools.partial(rj.generate_many, MODEL, **settings)
 
@@ -53,7 +54,10 @@ def on_two_devices():
     sharded = dataclasses.replace(MODEL, params=rj.shard_params(MODEL.params, MODEL.config, mesh))
     with pytest.raises(ValueError, match="slots 3 do not divide over 2 devices"):
         rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings | {"slots": 3})
-    return tuple(rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings))
+    before = [program._cache_size() for program in PROGRAMS]
+    found = tuple(rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings))
+    assert [program._cache_size() - old for program, old in zip(PROGRAMS, before, strict=True)] == [1, 1, 1]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -101,13 +105,13 @@ def test_a_reply_depends_on_no_other():
         for request, key in zip(REQUESTS, keys, strict=True)
     ]
     expected = in_order(replies())
-    config, compiled = CONFIGS["retro"], batching._decode._cache_size()
+    config, compiled = CONFIGS["retro"], [program._cache_size() for program in PROGRAMS]
     backwards = in_order(many(iter(asked[::-1]), config, 5, sampling=DRAWN))
     for reply, other in zip(backwards[::-1], expected, strict=True):
         assert (reply.tokens, reply.text) == (other.tokens, other.text)
     alone = list(many(asked[2:3], config, 5, sampling=DRAWN))
     assert alone[0].tokens == expected[2].tokens
-    assert batching._decode._cache_size() == compiled
+    assert [program._cache_size() for program in PROGRAMS] == compiled
 
 
 @pytest.mark.parametrize("bad", ([], [VOCAB], [1] * CAPACITY, "error"))
@@ -201,6 +205,13 @@ def test_a_reset_sequence_is_as_a_new_one_and_others_stay(name):
     for old, new, empty in zip(*map(jax.tree.leaves, (before, after, fresh)), strict=True):
         np.testing.assert_array_equal(new[0::2], old[0::2])
         np.testing.assert_array_equal(new[1], old[1] if id(empty) in pages else empty[1])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_no_array_of_a_new_state_has_a_type_that_programs_do_not_return(name):
+    """A program would be compiled once for a new state, and again for what it returned."""
+    state = rj.init_state(MODEL.config, STATES[name], 2, CAPACITY)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("name", STATES)
