@@ -92,6 +92,11 @@ def _benchmarks() -> Mapping[str, Entry]:
             "Measure verified decoding beside full attention, and predict it for any acceptance.",
             "retro_jax.experiments.bench.verify_command:BenchVerifyFlags",
         ),
+        "throughput": Entry(
+            "retro_jax.experiments.bench.throughput:BenchThroughput",
+            "Measure tokens per second over many prompts: fixed batches beside continuous batching.",
+            "retro_jax.experiments.bench.throughput_command:BenchThroughputFlags",
+        ),
         "kernels": Entry(
             "retro_jax.experiments.bench.kernels:BenchKernels",
             "Measure the device time of operations on pages, beside the read bandwidth of the device.",

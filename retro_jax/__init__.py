@@ -1,10 +1,10 @@
 """RetroAttention for JAX: functional decoding with full, Quest and retrospective sparse attention.
 
 The pure functions `prefill`, `extend`, `decode_step`, `decode`, `verified_step`, `verified_decode` and
-`teacher_force` take all state as one pytree; `generate` and `score` are the loops around them that most users
-want. Configuration, state, page selection by method, sampling, sharding and metrics live here, one module
-each; operations on pages are `pallas_kernels`', model families are `models`'. A method is one file in
-`methods/`.
+`teacher_force` take all state as one pytree; `generate`, `generate_many` and `score` are the loops around
+them that most users want. Configuration, state, page selection by method, sampling, sharding and metrics live
+here, one module each; operations on pages are `pallas_kernels`', model families are `models`'. A method is
+one file in `methods/`.
 
 What is named here is imported on first use, so that importing the package starts no JAX.
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pallas_kernels import register_score, register_statistic
+    from retro_jax.batching import generate_many
     from retro_jax.config import DecodeConfig, preset
     from retro_jax.decode import Decoded, decode, teacher_force
     from retro_jax.drafts import Acceptance, VerifiedMetrics
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from retro_jax.models import Model, load_model
     from retro_jax.prefill import extend, prefill
     from retro_jax.presets import PRESETS
+    from retro_jax.requests import Reply, Request
     from retro_jax.sampling import Sampling
     from retro_jax.score import Score, score
     from retro_jax.sharding import make_mesh, shard_params, shard_state
@@ -47,6 +49,8 @@ __all__ = [
     "Metrics",
     "Model",
     "NonFiniteLogits",
+    "Reply",
+    "Request",
     "Sampling",
     "Score",
     "VerifiedDecoded",
@@ -56,6 +60,7 @@ __all__ = [
     "decode_step",
     "extend",
     "generate",
+    "generate_many",
     "init_state",
     "load_model",
     "make_mesh",
@@ -75,6 +80,7 @@ __all__ = [
 _NAMES = {
     "pallas_kernels": ("register_score", "register_statistic"),
     "retro_jax.models": ("Model", "load_model"),
+    "retro_jax.batching": ("generate_many",),
     "retro_jax.config": ("DecodeConfig", "preset"),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
     "retro_jax.drafts": ("Acceptance", "VerifiedMetrics"),
@@ -83,6 +89,7 @@ _NAMES = {
     "retro_jax.metrics": ("Metrics",),
     "retro_jax.prefill": ("extend", "prefill"),
     "retro_jax.presets": ("PRESETS",),
+    "retro_jax.requests": ("Reply", "Request"),
     "retro_jax.sampling": ("Sampling",),
     "retro_jax.score": ("Score", "score"),
     "retro_jax.sharding": ("make_mesh", "shard_params", "shard_state"),

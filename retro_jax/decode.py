@@ -24,6 +24,8 @@ class Decoded:
     Attributes:
       tokens: the token chosen at each step; without meaning where `emitted` is False.
       emitted: steps in which the sequence was active.
+      logprobs: natural logarithm of each token's probability in the model's whole distribution, at
+        temperature 1 whatever the sampling.
       finite: whether all logits of the step were finite.
       pending: the last token of each sequence, chosen but not yet in the cache.
       remaining: tokens that each sequence may still emit; 0 once it has ended, by a stop token or for want
@@ -33,6 +35,7 @@ class Decoded:
 
     tokens: Int[Array, "B steps"]
     emitted: Bool[Array, "B steps"]
+    logprobs: Float[Array, "B steps"]
     finite: Bool[Array, "B steps"]
     pending: Int[Array, " B"]
     remaining: Int[Array, " B"]
@@ -89,12 +92,13 @@ def decode(
         stopped = jnp.any(tokens[:, None] == stop_tokens, axis=1)
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)
         finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
-        return (state, tokens, remaining), (tokens, active, finite, state.metrics)
+        logprobs = -negative_log_likelihood(logits, tokens)
+        return (state, tokens, remaining), (tokens, active, logprobs, finite, state.metrics)
 
     carry = state, first_tokens, remaining
     (state, pending, remaining), outputs = lax.scan(step, carry, length=steps)
-    tokens, emitted, finite = (array.swapaxes(0, 1) for array in outputs[:3])
-    return state, Decoded(tokens, emitted, finite, pending, remaining, metrics=outputs[3])
+    tokens, emitted, logprobs, finite = (array.swapaxes(0, 1) for array in outputs[:4])
+    return state, Decoded(tokens, emitted, logprobs, finite, pending, remaining, metrics=outputs[4])
 
 
 @flax.struct.dataclass

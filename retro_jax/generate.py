@@ -9,9 +9,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from retro_jax.config import DecodeConfig
-from retro_jax.decode import decode
+from retro_jax.decode import decode, negative_log_likelihood
 from retro_jax.drafts import Acceptance, VerifiedMetrics
-from retro_jax.inputs import NonFiniteLogits, Prompt, check_capacity, check_keys, prompt_ids
+from retro_jax.inputs import (
+    NonFiniteLogits,
+    Prompt,
+    check_capacity,
+    check_keys,
+    check_stop,
+    check_stop_tokens,
+    prompt_ids,
+)
 from retro_jax.metrics import Metrics
 from retro_jax.models import Model
 from retro_jax.prefill import extend
@@ -42,6 +50,8 @@ class Generation:
     Attributes:
       texts: the generated texts, without the stop token or string; empty where the model has no tokenizer.
       tokens: the generated token ids, the stop token or those of the stop string included.
+      logprobs: natural logarithm of each token's probability in the model's whole distribution where it was
+        chosen, at temperature 1 whatever the sampling; with `verify` that of full attention.
       finished: whether each sequence ended by a stop token or string.
       metrics: of the decode steps, or of the rounds of verified decoding; None if the prefill alone gave
         every token.
@@ -56,6 +66,7 @@ class Generation:
 
     texts: list[str]
     tokens: list[list[int]]
+    logprobs: list[list[float]]
     finished: list[bool]
     metrics: Metrics | VerifiedMetrics | None
     config: DecodeConfig
@@ -129,8 +140,8 @@ def generate(
             f"max_new_tokens {max_new_tokens} and steps_per_call {steps_per_call} must be at least 1"
         )
     ids = _turn_ids(model, prompts, previous)
-    stops = _stop_tokens(model, stop_tokens)
-    _check_stop(model, stop)
+    stops = check_stop_tokens(model, stop_tokens)
+    check_stop(model, stop)
     keys = sequence_keys(sampling, len(ids)) if keys is None else check_keys(keys, len(ids))
     exact = previous is None or previous.exact
     if verify is not None:
@@ -150,12 +161,15 @@ def generate(
     turns = [[] if new else previous.turns[index] for index, new in enumerate(prompted)]
     output, calls = Texts(model.tokenizer, turns, stops, stop, stream), []
     pending = np.zeros(batch, np.int32) if previous is None else previous.pending
+    logprobs = [[] for _ in ids]
 
     def result() -> Generation:
         gather = (Metrics if verify is None else VerifiedMetrics).gather
+        tokens = [output.tokens(index) for index in range(batch)]
         return Generation(
             texts=[output.text(index) for index in range(batch)],
-            tokens=[output.tokens(index) for index in range(batch)],
+            tokens=tokens,
+            logprobs=[own[: len(row)] for own, row in zip(logprobs, tokens, strict=True)],
             finished=list(output.ended),
             metrics=gather(calls).of(slice(batch)) if calls else None,
             config=config,
@@ -167,11 +181,14 @@ def generate(
 
     if prompted.any():
         state, logits = run_prefill(model, config, state, ids, progress)
-        chosen, finite = to_host((sample(logits, sampling, keys, state.length), jnp.isfinite(logits).all()))
+        chosen = sample(logits, sampling, keys, state.length)
+        likely = -negative_log_likelihood(logits, chosen)
+        chosen, likely, finite = to_host((chosen, likely, jnp.isfinite(logits).all()))
         pending = np.where(prompted, chosen[:batch], pending)
         if not finite:
             raise NonFiniteLogits("the logits after the prompt are not finite", result())
         output.append(pending[:, None], prompted[:, None])
+        _note(logprobs, likely[:batch, None], prompted[:, None])
 
     remaining = np.where(output.ended, 0, max_new_tokens - prompted).astype(np.int32)
     stops = np.array(stops, np.int32)
@@ -187,10 +204,11 @@ def generate(
             state, out = _verified_decode(*arguments, rounds, verify, *inputs, acceptance)
             acceptance = to_host(out.acceptance)
         calls.append(out.metrics)
-        fetched = to_host((out.tokens, out.emitted, out.finite, out.pending, out.remaining))
-        tokens, emitted, finite, pending, remaining = (values[:batch] for values in fetched)
+        fetched = to_host((out.tokens, out.emitted, out.logprobs, out.finite, out.pending, out.remaining))
+        tokens, emitted, likely, finite, pending, remaining = (values[:batch] for values in fetched)
         # A token chosen from a logit that is not finite has no meaning, nor have those after it.
         good = emitted & np.logical_and.accumulate(finite, axis=1)
+        _note(logprobs, likely, good)
         if verify is None or not stop:
             output.append(tokens, good)
         else:
@@ -208,6 +226,14 @@ def generate(
             progress("decode", min(done, max_new_tokens), max_new_tokens)
     output.flush()
     return result()
+
+
+def _note(
+    logprobs: list[list[float]], likely: Float[np.ndarray, "B T"], emitted: Bool[np.ndarray, "B T"]
+) -> None:
+    """Adds the log-probabilities of the emitted tokens to those of each sequence."""
+    for own, values, mask in zip(logprobs, likely, emitted, strict=True):
+        own.extend(values[mask].tolist())
 
 
 def _append_until_stop(
@@ -291,31 +317,9 @@ def _state_for(
     return previous.state
 
 
-def _stop_tokens(model: Model, stop_tokens: Sequence[int] | None) -> list[int]:
-    """The given stop tokens, or the tokenizer's."""
-    if stop_tokens is None:
-        return list(model.tokenizer.stop_ids) if model.tokenizer else []
-    for token in stop_tokens:
-        if not 0 <= token < model.config.vocab_size:
-            raise ValueError(
-                f"stop token {token} lies outside the vocabulary (0..{model.config.vocab_size - 1})"
-            )
-    return list(stop_tokens)
-
-
 def _padded(values: Int[np.ndarray, " B"], rows: int) -> Int[np.ndarray, " rows"]:
     """The values of the sequences, and zeros for the rows after them."""
     return np.pad(values, (0, rows - len(values)))
-
-
-def _check_stop(model: Model, stop: Sequence[str]) -> None:
-    """Raises TypeError or ValueError if these cannot be looked for in texts."""
-    if isinstance(stop, str):
-        raise TypeError("stop must be a list of strings; put a single one in brackets")
-    if not all(isinstance(string, str) and string for string in stop):
-        raise ValueError(f"stop has {list(stop)}; give strings of at least one character")
-    if stop and model.tokenizer is None:
-        raise ValueError(f"{model.config.name} has no tokenizer to look for stop strings; give stop_tokens")
 
 
 def run_prefill(

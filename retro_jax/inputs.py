@@ -134,7 +134,7 @@ def prompt_ids(model: Model, prompt: Prompt, index: int, first: bool) -> np.ndar
 
     Raises:
       TypeError: the prompt is neither a text nor token ids.
-      ValueError: it is empty, a text without a tokenizer, or has token ids out of range.
+      ValueError: it is empty, a text without a tokenizer, not one row of token ids, or has one out of range.
     """
     what = f"prompt {index}"
     if isinstance(prompt, str):
@@ -143,7 +143,10 @@ def prompt_ids(model: Model, prompt: Prompt, index: int, first: bool) -> np.ndar
         if not prompt:
             raise ValueError(f"{what} is empty; give at least one character")
         prompt = model.tokenizer.encode(prompt, add_bos=None if first else False)
-    return check_token_ids(model.config, np.asarray(prompt), what)
+    ids = np.asarray(prompt)
+    if ids.ndim != 1:
+        raise ValueError(f"{what} has shape {ids.shape}; give a text, or token ids along one axis")
+    return check_token_ids(model.config, ids, what)
 
 
 def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int:
@@ -165,3 +168,29 @@ def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int
             "capacity on the first turn, or generate fewer tokens"
         )
     return capacity
+
+
+def check_stop_tokens(model: Model, stop_tokens: Sequence[int] | None) -> list[int]:
+    """The given stop tokens, or the tokenizer's.
+
+    Raises:
+      ValueError: one lies outside the vocabulary.
+    """
+    if stop_tokens is None:
+        return list(model.tokenizer.stop_ids) if model.tokenizer else []
+    for token in stop_tokens:
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(
+                f"stop token {token} lies outside the vocabulary (0..{model.config.vocab_size - 1})"
+            )
+    return list(stop_tokens)
+
+
+def check_stop(model: Model, stop: Sequence[str]) -> None:
+    """Raises TypeError or ValueError if these cannot be looked for in texts."""
+    if isinstance(stop, str):
+        raise TypeError("stop must be a list of strings; put a single one in brackets")
+    if not all(isinstance(string, str) and string for string in stop):
+        raise ValueError(f"stop has {list(stop)}; give strings of at least one character")
+    if stop and model.tokenizer is None:
+        raise ValueError(f"{model.config.name} has no tokenizer to look for stop strings; give stop_tokens")

@@ -27,12 +27,21 @@ class Sampling(SamplingFields):
             raise ValueError(f"top_p {self.top_p} is not in (0, 1]; None keeps every token")
 
 
+KEY_KIND = "threefry2x32"
+"""Of random keys, whatever the process prefers: others draw differently in a batch of another size."""
+
+
 @under_fixed_settings
-def sequence_keys(sampling: Sampling, batch: int) -> Key[Array, " B"]:
-    """One random key per sequence, the same for a sequence's place whatever the size of the batch."""
+def sequence_keys(sampling: Sampling, batch: int, first: int | Int[Array, ""] = 0) -> Key[Array, " B"]:
+    """One random key per sequence, the same for a sequence's place whatever the size of the batch.
+
+    Args:
+      sampling: has the seed.
+      batch: B, sequences.
+      first: the place of the first of them.
+    """
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    # Of one kind, whatever the process prefers: others draw differently in a batch of another size.
-    return fold(jax.random.key(sampling.seed, impl="threefry2x32"), jnp.arange(batch))
+    return fold(jax.random.key(sampling.seed, impl=KEY_KIND), first + jnp.arange(batch))
 
 
 @under_fixed_settings

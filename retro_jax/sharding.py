@@ -222,4 +222,19 @@ def new_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: in
         return init_state(model, config, batch, capacity)
     check_mesh(model, mesh, batch)
     make = functools.partial(init_state, model, config, batch, capacity)
-    return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh))()
+    shapes = jax.eval_shape(make)
+    shardings = jax.tree.map(_as_returned, state_shardings(shapes, mesh), shapes)
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def _as_returned(sharding: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
+    """The sharding as programs return it: no axes of one device, none for an array without elements.
+
+    A program that gets a new state would else be compiled anew when it gets its own result.
+    """
+    if 0 in array.shape:
+        return NamedSharding(sharding.mesh, P())
+    axes = [axis if axis is not None and sharding.mesh.shape[axis] > 1 else None for axis in sharding.spec]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return NamedSharding(sharding.mesh, P(*axes))

@@ -51,6 +51,14 @@ def batch_rows(sequences: int, devices: int | None = None) -> int:
     return rounded_up(sequences, devices if sequences == 1 else 2 * devices if devices % 2 else devices)
 
 
+def newcomer_rows(slots: int) -> int:
+    """Rows of the state that prompts are read into while `slots` sequences are decoded.
+
+    One for each 8 slots, so that what they need adds an eighth to the cache.
+    """
+    return batch_rows(max(slots // 8, 1))
+
+
 def program_length(count: int, smallest: int, largest: int) -> int:
     """The power of two that holds `count`, at least `smallest`; `largest` if it is less."""
     return min(max(1 << (count - 1).bit_length(), smallest), largest)

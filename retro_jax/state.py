@@ -1,8 +1,9 @@
 """Everything that decoding carries from step to step, as one pytree."""
 
 import flax.struct
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import STATISTICS, QuantizedPages, empty_pages
 from pallas_kernels.dispatch import SEQUENCES
@@ -124,3 +125,21 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         if config.rectify_every
         else None,
     )
+
+
+def reset(
+    model: ModelConfig, config: DecodeConfig, state: DecodeState, which: Bool[Array, " B"]
+) -> DecodeState:
+    """The state with some of its sequences empty again, as `init_state` leaves them.
+
+    But for their pages: what lies there beyond a sequence's length has no meaning.
+    """
+    # Where pages reach beyond the model's last position, that is as many as the capacity takes.
+    capacity = min(state.capacity, model.max_positions)
+    empty = init_state(model, config, state.length.shape[0], capacity)
+    layers = (new.replace(pages=old.pages) for new, old in zip(empty.layers, state.layers, strict=True))
+
+    def pick(new: Array, old: Array) -> Array:
+        return jnp.where(which.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(pick, empty.replace(layers=tuple(layers)), state)

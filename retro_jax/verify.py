@@ -25,6 +25,7 @@ from pallas_kernels import refresh_statistics
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.cache import LayerState
 from retro_jax.config import DecodeConfig
+from retro_jax.decode import negative_log_likelihood
 from retro_jax.dense import dense_hidden
 from retro_jax.drafts import Acceptance, RoundMetrics, weight_bytes
 from retro_jax.inputs import check_bools, check_counts, check_ints, check_keys
@@ -44,6 +45,8 @@ class VerifiedTokens:
     Attributes:
       tokens: the tokens of each round; without meaning where `emitted` is False.
       emitted: which of them the sequence generated; the first ones of each round.
+      logprobs: natural logarithm of each token's probability in full attention's whole distribution, at
+        temperature 1 whatever the sampling.
       finite: whether all logits that chose the token were finite.
       pending: the last token of each sequence, chosen but not yet in the cache.
       metrics: of the round; of every round, stacked in front.
@@ -51,6 +54,7 @@ class VerifiedTokens:
 
     tokens: Int[Array, "B T"]
     emitted: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
     finite: Bool[Array, "B T"]
     pending: Int[Array, " B"]
     metrics: RoundMetrics
@@ -176,9 +180,10 @@ def verified_step(
     bare, x = dense_hidden(params, model, config, bare, row, passed, config.implementation)
     logits = transformer.logits(params, model, x)
     positions = state.length[:, None] + jnp.arange(1, k + 2)
-    chosen = sample(
-        logits.reshape(B * (k + 1), -1), sampling, jnp.repeat(keys, k + 1), positions.reshape(-1)
-    ).reshape(B, k + 1)
+    flat = logits.reshape(B * (k + 1), -1)
+    chosen = sample(flat, sampling, jnp.repeat(keys, k + 1), positions.reshape(-1))
+    logprobs = -negative_log_likelihood(flat, chosen).reshape(B, k + 1)
+    chosen = chosen.reshape(B, k + 1)
 
     agrees = (chosen[:, :k] == row[:, 1:]) & (jnp.arange(k) < drafted[:, None])
     accepted = jnp.sum(jnp.cumprod(agrees, axis=1), axis=1)
@@ -204,6 +209,7 @@ def verified_step(
     return state, VerifiedTokens(
         tokens=chosen,
         emitted=emitted,
+        logprobs=logprobs,
         finite=jnp.all(jnp.isfinite(logits), axis=-1) | ~emitted,
         pending=jnp.where(active, last, tokens),
         metrics=metrics,
@@ -273,10 +279,12 @@ def verified_decode(
 
     carry = state, first_tokens, remaining, acceptance
     (state, pending, remaining, acceptance), out = lax.scan(a_round, carry, length=rounds)
-    tokens, emitted, finite = (
-        array.swapaxes(0, 1).reshape(B, -1) for array in (out.tokens, out.emitted, out.finite)
+    tokens, emitted, logprobs, finite = (
+        array.swapaxes(0, 1).reshape(B, -1) for array in (out.tokens, out.emitted, out.logprobs, out.finite)
     )
-    return state, VerifiedDecoded(tokens, emitted, finite, pending, out.metrics, remaining, acceptance)
+    return state, VerifiedDecoded(
+        tokens, emitted, logprobs, finite, pending, out.metrics, remaining, acceptance
+    )
 
 
 @under_fixed_settings

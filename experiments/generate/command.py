@@ -19,6 +19,7 @@ class Generate(Configured, Command):
     """Continue prompts, or chat, with full attention, Quest or RetroAttention.
 
     The text goes to stdout as it is generated (several prompts: when all are finished), a summary to stderr.
+    Replies to --prompts go to --out, each as soon as it is finished.
     """
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -27,6 +28,13 @@ class Generate(Configured, Command):
     """UTF-8 text files to continue, as further prompts."""
     token_ids: Path | None = None
     """A .npy file of integers as further prompts, shape (tokens,) or (prompts, tokens)."""
+    prompts: Path | None = None
+    """A file of JSON lines, each {"prompt": a text or token ids} or {"messages": [...]}, and where wanted
+    "id" and "max_new_tokens", whose replies go to --out."""
+    out: Path | None = None
+    """The file of JSON lines for the replies to --prompts. The same command goes on after any stop."""
+    slots: int = 8
+    """Of --prompts so many are decoded together; one that ends makes room for the next."""
     prompt_chars: int | None = None
     """Use only so many characters of each prompt file."""
     chat: Flag[bool] = False
@@ -54,13 +62,16 @@ class Generate(Configured, Command):
             check_verify(config, self.verify)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        if self.prompts or self.out:
+            self._many()
+            return
         prompts = [*self.prompt, *(read_text(path, chars=self.prompt_chars) for path in self.prompt_file)]
         if self.token_ids:
             prompts += file_tokens(self.token_ids, None).tolist()
         if not prompts and not self.chat:
             raise ValueError(
-                "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy "
-                "or --chat"
+                "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy, "
+                "--prompts FILE.jsonl or --chat"
             )
         longest = max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=1)
         capacity = self.capacity or cache_capacity(longest + self.max_new_tokens)
@@ -138,6 +149,60 @@ class Generate(Configured, Command):
         if note := _covered(result, model):
             print(note, file=sys.stderr)
         return result, rates
+
+    def _many(self) -> None:
+        """Replies to the prompts of a file that its replies' file does not have yet."""
+        from retro_jax.experiments.generate.many import Work, read_prompts, reply_to, token_ids
+        from retro_jax.experiments.io.files import check_writable
+        from retro_jax.experiments.io.provenance import provenance
+        from retro_jax.experiments.machine.memory import check_memory
+        from retro_jax.sizes import cache_capacity, newcomer_rows
+
+        if not (self.prompts and self.out):
+            raise ValueError("--prompts FILE.jsonl and --out FILE.jsonl belong together; give both")
+        if self.prompt or self.prompt_file or self.token_ids or self.verify is not None:
+            raise ValueError(
+                "--prompts cannot be given with --prompt, --prompt-file, --token-ids or --verify; run one of "
+                "them"
+            )
+        if self.slots < 1:
+            raise ValueError(f"slots {self.slots} must be at least 1")
+        config, sampling = self.config.config(), self.sampling.sampling()
+        lines = read_prompts(self.prompts, self.max_new_tokens)
+        check_writable(self.out.parent)
+        rows = self.slots + newcomer_rows(self.slots)
+        model = self.load([config], rows, self.capacity or cache_capacity(1))
+        ids = token_ids(model, lines, self.chat, self.capacity)
+        needed = max(len(ids[line.id]) + line.max_new_tokens for line in lines)
+        capacity = self.capacity or cache_capacity(needed, model.config.max_positions)
+        check_memory(model.config, [config], rows, capacity, loaded=True)
+        asked = {
+            "model": self.model,
+            "dtype": model.config.dtype,
+            "revision": self.revision,
+            "chat": self.chat,
+        }
+        asked |= {"config": asdict(config), "sampling": asdict(sampling)}
+        work = Work(model, asked, config, sampling, ids, self.slots, capacity)
+        tokens = made = there = 0
+        with Progress() as show:
+            rates = Rates(show)
+            for reply, done in reply_to(work, lines, self.out):
+                rates("replies", done, len(lines))
+                if reply is None:
+                    there = done
+                else:
+                    tokens, made = tokens + len(reply.tokens), made + 1
+        values = {"out": str(self.out), "replies": made, "were_there": there, "tokens": tokens}
+        values |= {
+            "seconds": rates.seconds,
+            "compile_seconds": show.compile_seconds,
+            "provenance": provenance(),
+        }
+        text = f"{there + made} replies: {self.out}"
+        if made:
+            text += f" ({made} of them new: {tokens} tokens in {rates.seconds:.1f} s{_compiling(rates)})"
+        self.show(values, text)
 
     def _talk(self, model: "Model") -> None:
         """Reads messages from stdin until it ends, on one cache while the template keeps earlier turns."""

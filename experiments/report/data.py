@@ -14,7 +14,8 @@ from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Interval, block_means, bootstrap
-from retro_jax.experiments.runs.folder import KEYS, read_identity, read_lines, read_methods, read_results
+from retro_jax.experiments.io.lines import read_lines
+from retro_jax.experiments.runs.folder import KEYS, read_identity, read_methods, read_results
 
 FREE = ("methods", "presets", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
 """Fields of a run's configuration that change which results there are, and none of them."""

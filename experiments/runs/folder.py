@@ -5,20 +5,17 @@
     timings-P.jsonl       by host P: one line per batch and method, wall time; for the latency plot
     provenance-P.jsonl    by host P: one line per start
 
-A batch's lines are appended in one write and synced. A kill can leave a torn last line, which the next start
-cuts off and computes again; everything before it is whole.
+A batch's lines are appended in one write (see `io.lines`): what a kill tears is computed again.
 """
 
-import fcntl
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.io.files import finite, read_json, sync_folder
+from retro_jax.experiments.io.files import read_json
 from retro_jax.experiments.io.folders import ResultFolder
+from retro_jax.experiments.io.lines import LineFile, read_lines
 from retro_jax.experiments.runs.config import method_fields
 from retro_jax.presets import EARLIER_NAMES
 
@@ -53,24 +50,11 @@ class RunFolder(ResultFolder):
         return super().differences(found, wanted)
 
     def __enter__(self) -> "RunFolder":
-        self._file = os.open(self._results, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._file)
-            if isinstance(error, BlockingIOError):
-                raise ValueError(
-                    f"another process is writing {self._results}; wait for it, or choose another --out"
-                ) from None
-            raise OSError(
-                f"{self._results} cannot be locked ({error.strerror}); choose an --out on another file system"
-            ) from error
-        _cut_torn_line(self._results, self._file)
-        sync_folder(self.path)
+        self._file = LineFile(self.path / f"results-{self.process}.jsonl").__enter__()
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self._file)
+        self._file.__exit__()
 
     def done(self) -> set[tuple[str, str, int]]:
         """What is finished, by any host: (example, method, sample)."""
@@ -82,20 +66,12 @@ class RunFolder(ResultFolder):
         Raises:
           OSError: they could not be written; what was there before is as it was.
         """
-        _append(self._results, self._file, lines)
+        self._file.append(lines)
 
     def note(self, name: str, value: dict) -> None:
         """Appends one line to another file of the folder, such as timings; raises as `append`."""
-        file = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            _cut_torn_line(self.path / name, file)
-            _append(self.path / name, file, [value])
-        finally:
-            os.close(file)
-
-    @property
-    def _results(self) -> Path:
-        return self.path / f"results-{self.process}.jsonl"
+        with LineFile(self.path / name) as file:
+            file.append([value])
 
 
 def read_identity(path: Path) -> dict:
@@ -165,63 +141,3 @@ def read_results(path: Path) -> list[dict]:
             )
         seen.add(key)
     return found
-
-
-def read_lines(files: Iterable[Path], keys: Iterable[str]) -> list[dict]:
-    """The JSON lines of files, without a torn last one.
-
-    Args:
-      files: which.
-      keys: that each line has.
-
-    Raises:
-      ValueError: another line is broken, or one lacks a key.
-    """
-    found = []
-    for file in files:
-        lines = file.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):
-            value = _value(line)
-            if value is None and number < len(lines) - 1:
-                raise ValueError(f"{file} line {number} is broken; move the file away, or restore it")
-            if value is None:
-                continue
-            if missing := [key for key in keys if key not in value]:
-                raise ValueError(f"{file} line {number} has no {missing[0]!r}; move it away, or restore it")
-            found.append(value)
-    return found
-
-
-def _append(path: Path, file: int, lines: Sequence[dict]) -> None:
-    data = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines).encode()
-    size = os.fstat(file).st_size
-    try:
-        while data:
-            data = data[os.write(file, data) :]
-        os.fsync(file)
-    except OSError as error:
-        os.ftruncate(file, size)
-        raise OSError(
-            f"could not write to {path} ({error.strerror}); what was finished before is intact: free some "
-            "space and run the same command again"
-        ) from error
-
-
-def _cut_torn_line(path: Path, file: int) -> None:
-    """Cuts off what follows the last whole line, and a last line that is no JSON (a crash of the machine)."""
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    last = data.rfind(b"\n", 0, end - 1) + 1 if end else 0
-    if end and _value(data[last : end - 1]) is None:
-        end = last
-    if end < len(data):
-        os.ftruncate(file, end)
-        os.fsync(file)
-
-
-def _value(line: bytes) -> dict | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None

@@ -22,7 +22,9 @@ def init(rules, model, batch, pages):
     """Nothing evicted, nothing observed."""
     shape = batch, rules.observation, model.num_heads, model.head_dim
     prompt = Prompt(
-        queries=jnp.zeros(shape, model.dtype), at=jnp.full(shape[:2], -1), fresh=jnp.zeros(batch, bool)
+        queries=jnp.zeros(shape, model.dtype),
+        at=jnp.full(shape[:2], -1, jnp.int32),
+        fresh=jnp.zeros(batch, bool),
     )
     return all_alive_with_mass(rules, model, batch, pages).replace(prompt=prompt)
 

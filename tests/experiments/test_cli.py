@@ -95,8 +95,9 @@ def test_generate_needs_a_tokenizer_for_text(failure):
 
 
 def test_generate_needs_a_prompt(failure):
-    assert "pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy or --chat" in failure(
-        "generate", "random:tiny"
+    assert (
+        "pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy, --prompts FILE.jsonl or --chat"
+        in failure("generate", "random:tiny")
     )
 
 

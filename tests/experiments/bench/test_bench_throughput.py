@@ -1,0 +1,53 @@
+import json
+
+import numpy as np
+import pytest
+
+from retro_jax.experiments.bench.throughput import Asked, Made, parted, spread, throughput_report
+
+SHORT = ("--prompts", 5, "--prompt-tokens", 3, 9, "--reply-tokens", 2, 12, "--slots", 2, "--page-size", 8)
+
+
+def test_lengths_are_spread_over_the_scale():
+    lengths = spread(np.random.default_rng(0), 16, 1024, 7)
+    assert sorted(lengths) == [16, 32, 64, 128, 256, 512, 1024] and lengths != sorted(lengths)
+
+
+def test_the_gain_of_slots_that_are_never_idle():
+    asked = Asked([np.zeros(3)] * 5, (4, 1, 1, 2, 8))
+    assert asked.most_gain(2) == 2 * (4 + 2 + 8) / 16
+
+
+def test_where_replies_part():
+    fixed = Made([[1, 2, 3], [4, 5]], [[-1.0, -2.0, -3.0], [-1.0, -1.0]], 1.0)
+    many = Made([[1, 7, 3], [4, 5]], [[-1.0, -2.25, -3.0], [-1.0, -1.0]], 1.0)
+    assert parted(fixed, many) == [{"reply": 0, "after": 1, "gap": 0.25}] and parted(fixed, fixed) == []
+
+
+def test_bench_throughput(json_command, failure, tmp_path):
+    out = tmp_path / "throughput"
+    values = json_command("bench", "throughput", "random:tiny", *SHORT, "--dtype", "float32", "--out", out)
+    assert values == json.loads((out / "results.json").read_text())
+    (row,) = values["rows"]
+    assert row["tokens"] == sum(values["replies"]) and sorted(values["replies"])[::4] == [2, 12]
+    assert row["gain"] == pytest.approx(row["many_tokens_per_s"] / row["fixed_tokens_per_s"])
+    assert all(each["gap"] < 1e-4 for each in row["parted"])
+    (out / "table.md").read_text().index("of 5")
+    assert throughput_report(values) == (out / "table.md").read_text()
+    assert "is not overwritten" in failure("bench", "throughput", "random:tiny", *SHORT, "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    (
+        (("--methods",), "nothing to measure; name --methods or --presets"),
+        (("--slots",), "--slots, --prompts and --steps-per-call must be 1 or more"),
+        (("--prompts", 0), "--slots, --prompts and --steps-per-call must be 1 or more"),
+        (("--reply-tokens", 9, 3), "--reply-tokens 9 3 must rise from 1 or more"),
+        (("--prompt-tokens", 0, 3), "--prompt-tokens 0 3 must rise from 1 or more"),
+        (("--text", "nowhere.txt"), "there is no file nowhere.txt"),
+        (("--text", __file__), "random:tiny has no tokenizer; leave --text out"),
+    ),
+)
+def test_bench_throughput_refuses(failure, flags, message):
+    assert message in failure("bench", "throughput", "random:tiny", *SHORT, *flags)
