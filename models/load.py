@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from retro_jax.models.balance import balance_keys
 from retro_jax.models.formats.gguf import load_gguf
 from retro_jax.models.formats.huggingface import download, load_folder
 from retro_jax.models.formats.weights import Progress
@@ -23,7 +24,7 @@ def load_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a model by name.
+    """Loads a model by name, with balanced keys (`models.balance`).
 
     Args:
         name: a preset ("smollm2-135m"), a local Hugging Face folder, a .gguf file, a Hugging Face hub id
@@ -38,6 +39,11 @@ def load_model(
         OSError: if the model cannot be fetched.
         ValueError: if the name has none of these forms, or the source is broken or not supported.
     """
+    model = _read(name, dtype, revision, seed, progress)
+    return dataclasses.replace(model, params=balance_keys(model.params, model.config))
+
+
+def _read(name: str, dtype: str | None, revision: str | None, seed: int, progress: Progress | None) -> Model:
     if name.startswith("random:"):
         return _random_model(name.removeprefix("random:"), dtype, seed)
     if name in WHEELS:
