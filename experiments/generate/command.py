@@ -152,8 +152,7 @@ class Generate(Configured, Command):
 
     def _many(self) -> None:
         """Replies to the prompts of a file that its replies' file does not have yet."""
-        from retro_jax.experiments.generate.many import Work, read_prompts, reply_to, token_ids
-        from retro_jax.experiments.io.files import check_writable
+        from retro_jax.experiments.generate.many import Work, check_out, read_prompts, reply_to, token_ids
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.sizes import cache_capacity, newcomer_rows
@@ -169,7 +168,7 @@ class Generate(Configured, Command):
             raise ValueError(f"slots {self.slots} must be at least 1")
         config, sampling = self.config.config(), self.sampling.sampling()
         lines = read_prompts(self.prompts, self.max_new_tokens)
-        check_writable(self.out.parent)
+        check_out(self.prompts, self.out)
         rows = self.slots + newcomer_rows(self.slots)
         model = self.load([config], rows, self.capacity or cache_capacity(1))
         ids = token_ids(model, lines, self.chat, self.capacity)

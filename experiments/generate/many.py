@@ -19,12 +19,16 @@ import numpy as np
 
 from retro_jax import DecodeConfig, Model, NonFiniteLogits, Request, Sampling, generate_many
 from retro_jax.experiments.generate import chat
+from retro_jax.experiments.io.files import check_writable
 from retro_jax.experiments.io.folders import digest
 from retro_jax.experiments.io.lines import LineFile, read_lines
 from retro_jax.requests import Reply, check_request
 from retro_jax.sampling import KEY_KIND
 
 FIELDS = ("id", "prompt", "messages", "max_new_tokens")
+
+BEGIN = b'{"id": '
+"""Of every reply."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,51 @@ def _line(where: str, number: int, text: bytes, max_new_tokens: int) -> Line:
         raise ValueError(f"{where} has max_new_tokens {new!r}; it must be a whole number from 1 on")
     if type(name) not in (str, int):
         raise ValueError(f"{where} has the id {name!r}; it must be a text or a whole number")
+    if (half := _half_character(value)) is not None:
+        raise ValueError(f"{where} has half of a character, {half!r}; write it with the other half")
     return Line(number, name, prompt, messages, new)
+
+
+def _half_character(value: object) -> str | None:
+    """A half of a surrogate pair without the other, which no UTF-8 can tell; None if there is none."""
+    match value:
+        case str():
+            return next((mark for mark in value if "\ud800" <= mark <= "\udfff"), None)
+        case dict():
+            return _half_character([*value, *value.values()])
+        case list():
+            return next((half for item in value if (half := _half_character(item)) is not None), None)
+    return None
+
+
+def check_out(prompts: Path, out: Path) -> None:
+    """Refuses a file that replies cannot be added to, before anything of it is changed.
+
+    Args:
+      prompts: the file of prompts.
+      out: the file for their replies, which need not be there yet, nor its folder.
+
+    Raises:
+      ValueError: it is the file of prompts, or holds something else than replies.
+      OSError: it is a folder, or cannot be written.
+    """
+    check_writable(out.parent)
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; choose a file in it for --out")
+    if not out.exists():
+        return
+    if out.samefile(prompts):
+        raise ValueError(f"{out} is the file of the prompts; choose another --out")
+    with out.open("rb") as file:
+        line = file.readline()
+    try:
+        value = json.loads(line)
+    except ValueError:  # a reply that was torn by a kill, if anything
+        replies = line.startswith(BEGIN[: len(line)])
+    else:
+        replies = isinstance(value, dict) and "made_by" in value
+    if not replies:
+        raise ValueError(f"{out} holds something else than replies; choose another --out")
 
 
 @dataclass(frozen=True)
@@ -169,6 +217,7 @@ def reply_to(work: Work, lines: Sequence[Line], out: Path) -> Iterator[tuple[Rep
       NonFiniteLogits: see `generate_many`.
     """
     made_by = {line.id: digest([dict(work.asked), line.made_by]) for line in lines}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with LineFile(out) as file:
         there = {found["id"]: found["made_by"] for found in read_lines([out], ("id", "made_by"))}
         for name, by in there.items():

@@ -58,6 +58,8 @@ def test_lines_are_read(prompts):
         ('{"prompt": "a", "max_new_tokens": 0}', "line 2 has max_new_tokens 0; it must be a whole number"),
         ('{"prompt": "a", "max_new_tokens": true}', "line 2 has max_new_tokens True"),
         ('{"prompt": "a", "id": null}', "line 2 has the id None"),
+        ('{"prompt": [1], "id": "\\ud83d"}', "line 2 has half of a character, '\\ud83d'"),
+        ('{"messages": [{"role": "user", "content": "\\ude00"}]}', "line 2 has half of a character"),
         ('{"prompt": "a", "id": 1}', "line 2 has the id 1 of line 1; give each its own"),
     ),
 )
@@ -77,7 +79,7 @@ def test_a_file_without_prompts_is_refused(tmp_path):
 
 def test_replies_go_on_after_any_stop(command, failure, json_command, prompts, tmp_path):
     arguments = ("generate", "random:tiny", "--prompts", prompts, *FLAGS, *DRAWN, "--out")
-    out = tmp_path / "replies.jsonl"
+    out = tmp_path / "a" / "folder" / "replies.jsonl"
     values = json_command(*arguments, out)
     assert (values["replies"], values["were_there"], values["tokens"]) == (4, 0, 21)
     whole = {reply["id"]: reply for reply in read_lines([out], ("id",))}
@@ -134,6 +136,26 @@ def test_what_cannot_be_is_refused(failure, monkeypatch, prompts, tmp_path, flag
         message = "random:tiny has no tokenizer, so it cannot chat"
     assert message in failure("generate", "random:tiny", "--prompts", prompts, *FLAGS, *flags)
     assert not (tmp_path / "replies.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "held", ("notes without an end", '{"prompt": [1]}\n{"prompt": [2]}', '{"id": 1, "prompt": [1]}', "{}\n[")
+)
+def test_a_file_of_something_else_stays_as_it_is(failure, prompts, tmp_path, held):
+    out = tmp_path / "other.txt"
+    out.write_text(held)
+    said = failure("generate", "random:tiny", "--prompts", prompts, *FLAGS, "--out", out)
+    assert "other.txt holds something else than replies; choose another --out" in said
+    assert out.read_text() == held
+
+
+def test_replies_go_into_no_folder_and_not_among_the_prompts(failure, prompts, tmp_path):
+    prompts.write_text('{"prompt": [1]}')
+    arguments = ("generate", "random:tiny", "--prompts", prompts, *FLAGS, "--out")
+    assert "is the file of the prompts; choose another --out" in failure(*arguments, prompts)
+    assert prompts.read_text() == '{"prompt": [1]}'
+    assert "is a folder; choose a file in it for --out" in failure(*arguments, tmp_path)
+    assert "is a file, so" in failure(*arguments, prompts / "replies.jsonl")
 
 
 def test_an_interrupted_write_leaves_whole_lines(tmp_path, monkeypatch):
