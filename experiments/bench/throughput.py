@@ -43,9 +43,12 @@ class Asked:
             yield slice(start, start + size)
 
     def most_gain(self, slots: int) -> float:
-        """Steps of all slots in fixed batches over those that make a token: the gain by idle slots alone."""
-        steps = sum(slots * max(self.replies[batch]) for batch in self.batches(slots))
-        return steps / sum(self.replies)
+        """The gain by idle slots alone: steps of fixed batches over the fewest that could make all replies.
+
+        These are the tokens shared among all slots, or the longest reply, which no second slot can help with.
+        """
+        steps = sum(max(self.replies[batch]) for batch in self.batches(slots))
+        return steps / max(sum(self.replies) / slots, max(self.replies))
 
 
 @dataclass(frozen=True)

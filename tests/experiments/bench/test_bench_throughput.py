@@ -16,6 +16,7 @@ def test_lengths_are_spread_over_the_scale():
 def test_the_gain_of_slots_that_are_never_idle():
     asked = Asked([np.zeros(3)] * 5, (4, 1, 1, 2, 8))
     assert asked.most_gain(2) == 2 * (4 + 2 + 8) / 16
+    assert asked.most_gain(8) == 1  # one batch, as long as its longest reply either way
 
 
 def test_where_replies_part():
