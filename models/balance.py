@@ -40,7 +40,7 @@ def _balanced(layer: LayerParams, config: ModelConfig) -> LayerParams:
     factors = _factors(sizes.reshape(config.num_kv_heads, config.head_dim))  # [K, D]
     queries = jnp.repeat(factors, config.num_heads // config.num_kv_heads, axis=0)
     by_column = join_columns(
-        [queries.ravel(), 1 / factors.ravel(), jnp.ones(widths[2])], config.parts
+        [queries.ravel(), 1 / factors.ravel(), jnp.ones(widths[2], jnp.float32)], config.parts
     ).astype(layer.wqkv.dtype)
     bqkv = None if layer.bqkv is None else layer.bqkv * by_column
     return layer.replace(wqkv=layer.wqkv * by_column, bqkv=bqkv)

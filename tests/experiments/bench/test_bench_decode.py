@@ -172,11 +172,11 @@ def test_export_refuses_what_it_does_not_cover(tmp_path):
     "features", [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"qk_norm": True, "tie_embeddings": True}]
 )
 def test_an_exported_model_is_read_back(tmp_path, features):
-    from retro_jax.models import load_model
+    from retro_jax.models.formats.huggingface import load_folder
 
     model = small(**features)
     export(model, tmp_path)
-    read = load_model(str(tmp_path))
+    read = load_folder(tmp_path)
     assert read.config.qkv_bias == model.config.qkv_bias
     for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(read.params), strict=True):
         np.testing.assert_array_equal(ours, theirs)
