@@ -18,7 +18,8 @@ pytestmark = [
     ),
     pytest.mark.timeout(240),
 ]
-MODEL = dataclasses.replace(SIZES["llama3.1-8b"], num_layers=2)
+WIDE = dataclasses.replace(SIZES["llama3.1-8b"], num_layers=2)
+NARROW = dataclasses.replace(WIDE, width=512, hidden_width=512, vocab_size=1024)
 CONFIG = DecodeConfig(window=4, page_size=32, dense_layers=1)
 KERNELS = {"dense_attention": 1, "retro_attention": 1, "select_pages": 1, "update_pages": 2}
 
@@ -26,12 +27,13 @@ KERNELS = {"dense_attention": 1, "retro_attention": 1, "select_pages": 1, "updat
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_it_runs_through_the_kernels_and_copies_no_cache(chip, devices):
-    executable = compile_step(chip, devices, MODEL, CONFIG, capacity=32768)
+    model = WIDE if chip == "v5e" else NARROW  # of the weights one chip's compiler says enough, slowly
+    executable = compile_step(chip, devices, model, CONFIG, capacity=32768)
     program = executable.as_text()
     calls = [line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     assert {name: sum(f"{name}/pallas_call" in call for call in calls) for name in KERNELS} == KERNELS
 
-    state = jax.eval_shape(lambda: init_state(MODEL, CONFIG, 1, 32768))
+    state = jax.eval_shape(lambda: init_state(model, CONFIG, 1, 32768))
     cache = sum(layer.pages.size * 2 for layer in state.layers) // devices
     memory = executable.memory_analysis()
     assert memory.alias_size_in_bytes >= cache
@@ -40,7 +42,7 @@ def test_it_runs_through_the_kernels_and_copies_no_cache(chip, devices):
     # What tensor parallelism needs and no more: two sums a layer, the embedding's, logits' and metrics'.
     assert "all-gather" not in program
     sums = len(re.findall(r" all-reduce(?:-start)?\(", program))
-    assert sums <= 2 * MODEL.num_layers + 3
+    assert sums <= 2 * model.num_layers + 3
     assert (sums > 0) == (devices > 1)
 
 
@@ -50,13 +52,12 @@ def test_nothing_but_kernels_touches_the_pages_of_the_recommended_preset(chip):
 
     Or read ahead, to memory of the chip itself, `S(1)` or `S(3)`, from where a kernel takes it.
     """
-    model = dataclasses.replace(MODEL, width=512, hidden_width=512, vocab_size=1024)
     config = preset("mean-key", dense_layers=1)
-    program = compile_step(chip, 1, model, config, capacity=65536).as_text()
+    program = compile_step(chip, 1, NARROW, config, capacity=65536).as_text()
     calls = re.findall(r'custom_call_target="tpu_custom_call".*op_name="\S*?(\w+)/pallas_call', program)
     assert {name: calls.count(name) for name in calls} == KERNELS
 
-    layer = jax.eval_shape(lambda: init_state(model, config, 1, 65536)).layers[-1]
+    layer = jax.eval_shape(lambda: init_state(NARROW, config, 1, 65536)).layers[-1]
     B, K, P, Z, D = layer.statistics.values.shape
     for sizes in (  # scales have pages along the lanes in memory
         f"bf16[{','.join(map(str, layer.pages.shape))}]",
