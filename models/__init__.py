@@ -3,7 +3,7 @@
 What may change here: how a model is described, computed layer by layer, and read from files, with its
 tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours. Its rooms, each of
 which imports those before it only: `config` (sizes, layer kinds), `rope`, `joined`, `transformer`,
-`families`, `formats`, `presets` and `load`.
+`balance`, `families`, `formats`, `presets` and `load`.
 
 Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """
@@ -11,6 +11,7 @@ Its folder stands beside `retro_jax`, and its name within: `models` is a name th
 if __name__ != "retro_jax.models":
     raise ImportError(f"this package is imported as retro_jax.models, not as {__name__}")
 
+from retro_jax.models.balance import balance_keys
 from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
@@ -37,6 +38,7 @@ __all__ = [
     "RopeScaling",
     "Tokenizer",
     "attention_output",
+    "balance_keys",
     "embed",
     "forward",
     "load_model",

@@ -18,7 +18,12 @@ from retro_jax.models.transformer import LayerParams, Params
 
 
 def balance_keys(params: Params, config: ModelConfig) -> Params:
-    """Weights of the same model with balanced keys; those that were given are given up for them."""
+    """Weights of the same model with balanced keys.
+
+    Args:
+        params: weights; their arrays are given up for the new ones.
+        config: sizes of the model.
+    """
     return params.replace(layers=tuple(_balanced(layer, config) for layer in params.layers))
 
 

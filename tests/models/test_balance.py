@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.pages import quantize
 from retro_jax import models
-from retro_jax.models.balance import balance_keys
+from retro_jax.models import balance_keys
 from retro_jax.models.joined import join_columns, joined_fields, split_columns
 from retro_jax.models.presets import SIZES
 
