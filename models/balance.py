@@ -1,4 +1,4 @@
-"""Keys whose channels are of like size, so that 8 bits with one scale for all of a key hold each of them.
+"""Keys whose channels are of like size, so that 8 bits with one scale for all of a key hold them better.
 
 Some models have channels of keys a hundred times as large as the others, Qwen2.5 for one by its biases: a
 scale for the largest leaves the others a few codes. A channel's size can move from the key to the query,
@@ -52,8 +52,12 @@ def _balanced(layer: LayerParams, config: ModelConfig) -> LayerParams:
 
 
 def _factors(sizes: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Powers of two near the sizes; the same for both channels that a rotary embedding mixes."""
+    """Powers of two near the roots of the sizes; the same for both channels that a rotary embedding mixes.
+
+    The root, as in SmoothAttention: whole sizes would leave some texts worse than before, where a key is far
+    from what the weights tell.
+    """
     pairs = jnp.max(sizes.reshape(*sizes.shape[:-1], 2, -1), axis=-2, keepdims=True)
-    exponents = jnp.round(jnp.log2(jnp.where(pairs > 0, pairs, 1.0))).astype(jnp.int32)
+    exponents = jnp.round(jnp.log2(jnp.where(pairs > 0, pairs, 1.0)) / 2).astype(jnp.int32)
     factors = jnp.ldexp(jnp.ones_like(pairs), exponents)  # exact, as exp2 need not be
     return jnp.broadcast_to(factors, (*sizes.shape[:-1], 2, sizes.shape[-1] // 2)).reshape(sizes.shape)
