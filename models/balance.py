@@ -54,7 +54,7 @@ def _balanced(layer: LayerParams, config: ModelConfig) -> LayerParams:
 def _factors(sizes: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Powers of two near the roots of the sizes; the same for both channels that a rotary embedding mixes.
 
-    The root, as in SmoothAttention: whole sizes would leave some texts worse than before, where a key is far
+    The root, as in SmoothAttention: whole sizes left a text worse than before, presumably where a key is far
     from what the weights tell.
     """
     pairs = jnp.max(sizes.reshape(*sizes.shape[:-1], 2, -1), axis=-2, keepdims=True)
