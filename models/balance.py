@@ -3,7 +3,8 @@
 Some models have channels of keys a hundred times as large as the others, Qwen2.5 for one by its biases: a
 scale for the largest leaves the others a few codes. A channel's size can move from the key to the query,
 since only their product counts; SmoothAttention of QServe (arXiv 2405.04532) moves it by sizes measured on a
-text, this by the weights. Factors are powers of two: scores and outputs stay what they were to the last bit.
+text, this by the weights. Factors are powers of two: but for what is kept in 8 bits, caches and statistics,
+scores and outputs stay what they were to the last bit.
 """
 
 import functools
