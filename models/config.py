@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
 ROPE_KINDS = ("linear", "llama3", "yarn", "factors")
-MLPS = ("dense",)
+MLPS = ("dense", "experts")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,44 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of a layer, small MLPs of which a router chooses a few for each token.
+
+    Attributes:
+        count: E.
+        per_token: experts that a token goes through, those with the largest router logits.
+        hidden_width: F of one expert.
+        normalized: the chosen experts' shares are a softmax over their own logits and sum to one, as do those
+            of a softmax over all experts, divided by their sum. False: they are what the softmax over all
+            experts gives the chosen.
+        biases: router and experts have biases.
+        swiglu_limit: for gpt-oss's SwiGLU, the most that a gate is, and the most that the other factor is in
+            size, to which one is added. None: plain SwiGLU.
+        swiglu_alpha: what the gate is multiplied by within the sigmoid.
+
+    Raises:
+        ValueError: if a size is not positive, or a token goes through more experts than there are.
+    """
+
+    count: int
+    per_token: int
+    hidden_width: int
+    normalized: bool = True
+    biases: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+
+    def __post_init__(self):
+        for field in ("count", "per_token", "hidden_width"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field} of experts must be positive, got {getattr(self, field)}")
+        if self.per_token > self.count:
+            raise ValueError(f"a token cannot go through {self.per_token} of {self.count} experts")
+        if self.swiglu_limit is not None and self.swiglu_limit <= 0:
+            raise ValueError(f"swiglu_limit of experts must be positive, got {self.swiglu_limit}")
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """What tells a layer from others of the same sizes. Layers of one kind share their compiled functions.
 
@@ -87,7 +125,7 @@ class LayerKind:
         window: latest positions that a query attends to, its own included, for sliding-window attention. None
             for full attention.
         scale: what the products of queries and keys are multiplied by. None: D ** -0.5.
-        mlp: "dense", gated (SwiGLU).
+        mlp: "dense", gated (SwiGLU), or "experts", the model's `ModelConfig.experts`.
 
     Raises:
         ValueError: if the window or the scale is not positive, or the mlp is unknown.
@@ -122,21 +160,23 @@ class ModelConfig:
         num_kv_heads: K, key and value heads; divides N.
         head_dim: D, even.
         width: M, of the residual stream.
-        hidden_width: F, of the gated MLP.
+        hidden_width: F, of the gated MLP of dense layers.
         max_positions: positions the model is good for.
         rope_theta: base of the rotary frequencies, in a model whose layers are of one kind.
         rope_scaling: likewise; None for plain rotary embedding.
         norm_eps: added to the mean square in every RMS norm.
         qkv_bias: the q, k and v projections have biases (Qwen2).
+        output_bias: the output projection of attention has one (gpt-oss).
         qk_norm: RMS norm over each head's query and key before the rotary embedding (Qwen3).
         tie_embeddings: the output head is the transposed embedding.
         dtype: of weights, activations and KV cache, "float32" or "bfloat16".
         layer_kinds: for a model whose layers differ, the kind of each, which has its own rope. None: full
-            attention with `rope_theta` and `rope_scaling` in all of them.
+            attention with `rope_theta` and `rope_scaling` in all of them, and `experts` if there are any.
+        experts: of the layers whose mlp is "experts"; None: no layer has any.
 
     Raises:
-        ValueError: if a size is not positive, heads do not divide, the dtype is unknown, or `layer_kinds` are
-            not one for each layer or stand beside a rope for all.
+        ValueError: if a size is not positive, heads do not divide, the dtype is unknown, `layer_kinds` are
+            not one for each layer or stand beside a rope for all, or `experts` are missing or in no layer.
     """
 
     name: str
@@ -152,10 +192,12 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    output_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
     dtype: str = "float32"
     layer_kinds: tuple[LayerKind, ...] | None = None
+    experts: Experts | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "width", "hidden_width")
@@ -172,6 +214,10 @@ class ModelConfig:
             raise ValueError(f"dtype {self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
         if self.layer_kinds is not None:
             self._check_layer_kinds()
+        if any(kind.mlp == "experts" for kind in self.layers) != (self.experts is not None):
+            raise ValueError(
+                f"experts {self.experts} and layers with mlp 'experts' belong together; give both or neither"
+            )
         for rope in {kind.rope for kind in self.layers}:
             factors = (
                 rope.scaling.factors if rope and rope.scaling and rope.scaling.kind == "factors" else None
@@ -200,12 +246,21 @@ class ModelConfig:
         """The kind of each layer."""
         if self.layer_kinds is not None:
             return self.layer_kinds
-        return (LayerKind(Rope(self.rope_theta, self.rope_scaling)),) * self.num_layers
+        mlp = "dense" if self.experts is None else "experts"
+        return (LayerKind(Rope(self.rope_theta, self.rope_scaling), mlp=mlp),) * self.num_layers
+
+    @property
+    def hidden_widths(self) -> dict[str, int]:
+        """F of each kind of MLP that there is in a layer, by the field that says it."""
+        widths = {"dense": ("hidden_width", self.hidden_width)}
+        if self.experts is not None:
+            widths["experts"] = "hidden_width of experts", self.experts.hidden_width
+        return dict(widths[mlp] for mlp in sorted({kind.mlp for kind in self.layers}))
 
     @property
     def parts(self) -> int:
         """The most devices that a layer can be divided over, as many KV heads and hidden channels on each."""
-        return math.gcd(self.num_kv_heads, self.hidden_width)
+        return math.gcd(self.num_kv_heads, *self.hidden_widths.values())
 
     @property
     def group(self) -> int:

@@ -11,39 +11,37 @@ float32, the residual stream has the configuration's dtype.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from retro_jax.models.config import LayerKind, ModelConfig
-from retro_jax.models.joined import join_columns, joined_fields, split_columns
+from retro_jax.models.config import Experts, LayerKind, ModelConfig
+from retro_jax.models.experts import ApplyExperts, ExpertParams, apply_experts
+from retro_jax.models.joined import join_columns, joined_fields, split_columns, weight
 from retro_jax.models.rope import apply_rope
-
-
-def weight(divided: int | None = None, **options: Any) -> Any:
-    """A field of weights, and the axis along which several devices have a part each; None: each has all."""
-    return flax.struct.field(metadata={"divided": divided}, **options)
 
 
 @flax.struct.dataclass
 class LayerParams:
     """Weights of one layer; biases and q/k norms are None where the family has none.
 
-    Query, key and value lie in one matrix, gate and up in another: see `joined`.
+    Query, key and value lie in one matrix, gate and up in another: see `joined`. The latter and `w_down` are
+    None in a layer with `experts`.
     """
 
     attn_norm: Float[Array, " M"] = weight()
     wqkv: Float[Array, "M QKV"] = weight(divided=1)
     wo: Float[Array, "ND M"] = weight(divided=0)
     mlp_norm: Float[Array, " M"] = weight()
-    w_gate_up: Float[Array, "M 2F"] = weight(divided=1)
-    w_down: Float[Array, "F M"] = weight(divided=0)
+    w_gate_up: Float[Array, "M 2F"] | None = weight(divided=1, default=None)
+    w_down: Float[Array, "F M"] | None = weight(divided=0, default=None)
     bqkv: Float[Array, " QKV"] | None = weight(divided=0, default=None)
+    bo: Float[Array, " M"] | None = weight(default=None)
     q_norm: Float[Array, " D"] | None = weight(default=None)
     k_norm: Float[Array, " D"] | None = weight(default=None)
+    experts: ExpertParams | None = None
 
 
 @flax.struct.dataclass
@@ -105,15 +103,43 @@ def attention_output(
     layer: LayerParams, x: Float[Array, "B T M"], o: Float[Array, "B T N D"]
 ) -> Float[Array, "B T M"]:
     """Adds the projected attention output to the residual stream."""
-    return x + o.astype(x.dtype).reshape(*x.shape[:2], -1) @ layer.wo
+    projected = o.astype(x.dtype).reshape(*x.shape[:2], -1) @ layer.wo
+    return x + (projected if layer.bo is None else projected + layer.bo)
+
+
+def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    """Adds the gated MLP (SwiGLU, arXiv 2002.05202), or the chosen experts', to the residual stream."""
+    return counted_mlp(layer, config, x)[0]
 
 
 @jax.named_scope("mlp")
-def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
-    """Adds the gated MLP (SwiGLU, arXiv 2002.05202) to the residual stream."""
+def counted_mlp(
+    layer: LayerParams,
+    config: ModelConfig,
+    x: Float[Array, "B T M"],
+    valid: Bool[Array, "B T"] | None = None,
+    apply_experts: ApplyExperts = apply_experts,
+) -> tuple[Float[Array, "B T M"], Float[Array, " B"] | None]:
+    """`mlp`, and how many experts it reads.
+
+    Args:
+        layer: weights.
+        config: sizes.
+        x: the residual stream.
+        valid: tokens that count; the others choose no experts. None: all.
+        apply_experts: how experts are applied.
+
+    Returns:
+        The residual stream, and how many experts are read, shared equally by the sequences that have valid
+        tokens; None in a layer without experts.
+    """
     h = rms_norm(x, layer.mlp_norm, config.norm_eps)
+    if layer.experts is not None:
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+        out, read = apply_experts(layer.experts, config.experts, config.parts, h, valid)
+        return x + out, read
     gate, up = split_columns(h @ layer.w_gate_up, [config.hidden_width] * 2, config.parts)
-    return x + (jax.nn.silu(gate) * up) @ layer.w_down
+    return x + (jax.nn.silu(gate) * up) @ layer.w_down, None
 
 
 @jax.named_scope("logits")
@@ -169,7 +195,8 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     M, F, D = config.width, config.hidden_width, config.head_dim
     widths = joined_fields(config)
     depth_scale = (2 * config.num_layers) ** -0.5
-    keys = iter(jax.random.split(key, 10 * config.num_layers + 2))
+    draws = 10 if config.experts is None else 16  # of a layer, at most
+    keys = iter(jax.random.split(key, draws * config.num_layers + 2))
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Array:
         return _normal(next(keys), (rows, columns), scale * rows**-0.5, config.dtype)
@@ -183,23 +210,46 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     def norm(size: int, present: bool = True) -> Array | None:
         return jnp.ones(size, config.dtype) if present else None
 
-    def layer() -> LayerParams:
+    def expert_params(experts: Experts) -> ExpertParams:
+        E, inner = experts.count, experts.hidden_width
+
+        def stacked(rows: int, columns: int, scale: float = 1.0) -> Array:
+            return _normal(next(keys), (E, rows, columns), scale * rows**-0.5, config.dtype)
+
+        def bias(columns: int) -> Array:
+            return _normal(next(keys), (E, columns), 0.1, config.dtype)
+
+        # What goes through a share of each of several experts is less than what goes through one.
+        down_scale = depth_scale * experts.per_token**0.5
+        return ExpertParams(
+            router=matrix(M, E),
+            gate_up=joined("gate_up", lambda width: stacked(M, width)),
+            down=stacked(inner, M, down_scale),
+            router_bias=column(E) if experts.biases else None,
+            gate_up_bias=joined("gate_up_bias", bias) if experts.biases else None,
+            down_bias=bias(M) if experts.biases else None,
+        )
+
+    def layer(kind: LayerKind) -> LayerParams:
+        dense = kind.mlp == "dense"
         return LayerParams(
             attn_norm=norm(M),
             wqkv=joined("wqkv", lambda width: matrix(M, width)),
             wo=matrix(config.num_heads * D, M, depth_scale),
             mlp_norm=norm(M),
-            w_gate_up=joined("w_gate_up", lambda width: matrix(M, width)),
-            w_down=matrix(F, M, depth_scale),
+            w_gate_up=joined("w_gate_up", lambda width: matrix(M, width)) if dense else None,
+            w_down=matrix(F, M, depth_scale) if dense else None,
             bqkv=joined("bqkv", column) if config.qkv_bias else None,
+            bo=column(M) if config.output_bias else None,
             q_norm=norm(D, config.qk_norm),
             k_norm=norm(D, config.qk_norm),
+            experts=None if dense else expert_params(config.experts),
         )
 
     embed_scale = M**-0.5 if config.tie_embeddings else 1.0
     return Params(
         embed=_normal(next(keys), (config.vocab_size, M), embed_scale, config.dtype),
-        layers=tuple(layer() for _ in range(config.num_layers)),
+        layers=tuple(map(layer, config.layers)),
         final_norm=norm(M),
         head=None if config.tie_embeddings else matrix(M, config.vocab_size),
     )

@@ -8,10 +8,12 @@ and of what kind each layer is (`family.py`); `formats` reads the files by that.
 from retro_jax.models.families.family import Family
 from retro_jax.models.families.llama import LLAMA
 from retro_jax.models.families.mistral import MISTRAL
+from retro_jax.models.families.mixtral import MIXTRAL
 from retro_jax.models.families.qwen2 import QWEN2
 from retro_jax.models.families.qwen3 import QWEN3
+from retro_jax.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
 
 
 def huggingface_families() -> dict[str, Family]:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from retro_jax.models.config import LayerKind, ModelConfig
+from retro_jax.models.config import Experts, LayerKind, ModelConfig
 
 LayerKinds = tuple[LayerKind, ...]
 """One for each layer."""
 
 
 class WeightName(NamedTuple):
-    """What a weight is called in the two formats, with {i} for the layer."""
+    """What a weight is called in the two formats, with {i} for the layer.
+
+    With {e} where each expert's is a tensor of its own, else those of all experts are one.
+    """
 
     huggingface: str
     gguf: str
@@ -37,13 +40,28 @@ NAMES = {
         ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
         ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
         ("wo", "self_attn.o_proj.weight", "attn_output.weight"),
+        ("bo", "self_attn.o_proj.bias", "attn_output.bias"),
         ("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
         ("w_gate", "mlp.gate_proj.weight", "ffn_gate.weight"),
         ("w_up", "mlp.up_proj.weight", "ffn_up.weight"),
         ("w_down", "mlp.down_proj.weight", "ffn_down.weight"),
+        ("experts.router", "mlp.gate.weight", "ffn_gate_inp.weight"),
+        ("experts.gate", "mlp.experts.{e}.gate_proj.weight", "ffn_gate_exps.weight"),
+        ("experts.up", "mlp.experts.{e}.up_proj.weight", "ffn_up_exps.weight"),
+        ("experts.down", "mlp.experts.{e}.down_proj.weight", "ffn_down_exps.weight"),
     )
 }
-"""Path of each parameter to its names in the Llama line, where the biases and q/k norms are optional."""
+"""Path of each parameter to its names in the Llama line, where biases, q/k norms and experts are optional."""
+
+
+EXPERT_KEYS = frozenset(
+    {
+        "num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef",
+        "router_jitter_noise",
+        "expert_count", "expert_used_count", "expert_feed_forward_length",
+    }
+)  # fmt: skip
+"""Keys of either format about experts that families with them share; some matter in training only."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +74,23 @@ class FileFormat:
             in GGUF, without the architecture's name, by llama.cpp.
         keys: further keys that `layer_kinds` reads, which would be refused or reported else.
         layer_kinds: from the keys of a file and the kinds that the common keys say to the model's own.
+        experts: from the keys of a file to the model's experts, None if it has none. All layers have them but
+            those that `layer_kinds` makes dense.
     """
 
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keys: frozenset[str] = frozenset()
     layer_kinds: Callable[[Mapping[str, Any], LayerKinds], LayerKinds] = lambda keys, kinds: kinds
+    experts: Callable[[Mapping[str, Any]], Experts | None] = lambda keys: None
+
+    def layers(self, keys: Mapping[str, Any], kinds: LayerKinds) -> tuple[LayerKinds, Experts | None]:
+        """The kinds of a model's layers, and its experts; see `layer_kinds` for the arguments."""
+        experts = self.experts(keys)
+        if experts is not None:
+            kinds = tuple(replace(kind, mlp="experts") for kind in kinds)
+        kinds = self.layer_kinds(keys, kinds)
+        return kinds, experts if any(kind.mlp == "experts" for kind in kinds) else None
 
 
 @dataclass(frozen=True)
@@ -86,6 +115,28 @@ class Family:
     sizes: tuple[ModelConfig, ...] = ()
 
 
+def stated_experts(keys: Mapping[str, Any], default: int) -> int:
+    """How many experts a config.json says that there are, by either of the names that it may use."""
+    return next(
+        (keys[name] for name in ("num_experts", "num_local_experts") if keys.get(name) is not None), default
+    )
+
+
+def gguf_experts(keys: Mapping[str, Any], **fields: Any) -> Experts | None:
+    """The experts that the metadata of a GGUF file tell, if they are any, with further fields of `Experts`.
+
+    Raises:
+        ValueError: if it is not told how many of them a token goes through.
+    """
+    count = keys.get("expert_count")
+    if not count:
+        return None
+    if not keys.get("expert_used_count"):
+        raise ValueError(f"the metadata tell of {count} experts, but no expert_used_count; convert it again")
+    width = keys.get("expert_feed_forward_length") or keys["feed_forward_length"]
+    return Experts(count, keys["expert_used_count"], width, **fields)
+
+
 def layer_fields(kinds: LayerKinds, positions: int) -> dict[str, Any]:
     """Fields of `ModelConfig` for layers of these kinds; one rope for all where that is all there is to say.
 
@@ -98,6 +149,6 @@ def layer_fields(kinds: LayerKinds, positions: int) -> dict[str, Any]:
     fields = {"max_positions": min([positions, *(kind.window for kind in kinds if kind.window is not None)])}
     kinds = tuple(replace(kind, window=None) for kind in kinds)
     rope = kinds[0].rope if kinds else None
-    if rope is None or {*kinds} != {LayerKind(rope)}:
+    if rope is None or {*kinds} != {LayerKind(rope, mlp=kinds[0].mlp)}:
         return fields | {"layer_kinds": kinds}
     return fields | {"rope_theta": rope.theta, "rope_scaling": rope.scaling}

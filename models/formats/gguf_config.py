@@ -87,8 +87,6 @@ def config_from_metadata(
     family = families[architecture]
     if metadata.get("general.type", "model") != "model":
         raise ValueError(f"{source} holds a {metadata['general.type']}, not a model")
-    if metadata.get(f"{architecture}.expert_count"):
-        raise ValueError(f"{source} is a mixture of experts, which is not supported; use a dense model")
     prefix = f"{architecture}."
     _check_keys(metadata, prefix, source, family.gguf.keys)
     stated = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -129,7 +127,7 @@ def config_from_metadata(
     kind = LayerKind(
         Rope(value("rope.freq_base", 10_000.0), scaling), value("attention.sliding_window", 0) or None
     )
-    kinds = family.gguf.layer_kinds(keys, (kind,) * value("block_count"))
+    kinds, experts = family.gguf.layers(keys, (kind,) * value("block_count"))
     positions = value("context_length")
     if scaling is not None and scaling.kind == "yarn" and value("rope.scaling.original_context_length", 0):
         positions = max(positions, int(scaling.factor * scaling.original_positions))
@@ -144,9 +142,11 @@ def config_from_metadata(
         hidden_width=value("feed_forward_length"),
         norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
         qkv_bias=first("layers.{i}.bq") in shapes,
+        output_bias=first("layers.{i}.bo") in shapes,
         qk_norm=first("layers.{i}.q_norm") in shapes,
         tie_embeddings=first("head") not in shapes,
         dtype=dtype,
+        experts=experts,
         **layer_fields(kinds, positions),
     )
 

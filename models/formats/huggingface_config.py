@@ -97,7 +97,7 @@ def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None
     except KeyError as error:
         raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
     rope = Rope(parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0, scaling)
-    kinds = family.huggingface.layer_kinds(raw, _layer_kinds(raw, rope, name))
+    kinds, experts = family.huggingface.layers(raw, _layer_kinds(raw, rope, name))
     width, heads = raw["hidden_size"], raw["num_attention_heads"]
     if raw.get("head_dim") is None and width % heads:
         raise ValueError(f"{name} has no head_dim, and hidden_size {width} is no multiple of {heads} heads")
@@ -113,6 +113,7 @@ def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None
         norm_eps=raw["rms_norm_eps"],
         tie_embeddings=bool(raw.get("tie_word_embeddings")),
         dtype=dtype or _stored_dtype(raw),
+        experts=experts,
         **family.parts,
         **layer_fields(kinds, _positions(raw, scaling)),
     )

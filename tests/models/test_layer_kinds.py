@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from retro_jax import models
-from retro_jax.models import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models import Experts, LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.transformer import causal_attention
 from tests.models import golden
 
@@ -43,7 +43,9 @@ def test_layers_of_one_kind_are_made_of_the_rope():
         ({"rope": (0.0,)}, {}, r"rope_theta must be positive, got 0\.0"),
         ({"window": 0}, {}, "window of a layer must be positive, got 0"),
         ({"scale": -1.0}, {}, r"scale of a layer must be positive, got -1\.0"),
-        ({"mlp": "experts"}, {}, "mlp 'experts' is not supported; use one of dense"),
+        ({"mlp": "wobble"}, {}, "mlp 'wobble' is not supported; use one of dense, experts"),
+        ({"mlp": "experts"}, {}, "experts None and layers with mlp 'experts' belong together"),
+        ({}, {"experts": Experts(2, 1, 8)}, "mlp 'experts' belong together; give both or neither"),
     ],
 )
 def test_bad_kinds(kind, fields, message):

@@ -114,7 +114,13 @@ def test_unsupported_quantisations_and_mismatches_are_named_together(tmp_path):
     ("keys", "message"),
     [
         ({"architecture": "mamba"}, "architecture 'mamba'; supported are llama, qwen2, qwen3"),
-        ({"expert_count": 8}, "mixture of experts"),
+        ({"expert_count": 8}, "8 experts, but no expert_used_count"),
+        ({"expert_count": 8, "expert_used_count": 9}, "cannot go through 9 of 8 experts"),
+        (
+            {"expert_shared_count": 1, "expert_weights_scale": 2.5},
+            r"expert_shared_count 1.*_scale 2\.5",
+        ),
+        ({"architecture": "qwen2", "expert_count": 8}, r"not supported: qwen2\.expert_count 8"),
         ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope'; none, linear, yarn are supported"),
         ({"rope.dimension_count": 32}, r"rope\.dimension_count 32, only 64"),
         ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, r"both rope\.scaling\.factor 2\.0 and"),
