@@ -36,6 +36,7 @@ NAMES = {
         ("bv", "self_attn.v_proj.bias", "attn_v.bias"),
         ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
         ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+        ("sinks", "self_attn.sinks", "attn_sinks.weight"),
         ("wo", "self_attn.o_proj.weight", "attn_output.weight"),
         ("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
         ("w_gate", "mlp.gate_proj.weight", "ffn_gate.weight"),
@@ -43,7 +44,7 @@ NAMES = {
         ("w_down", "mlp.down_proj.weight", "ffn_down.weight"),
     )
 }
-"""Path of each parameter to its names in the Llama line, where the biases and q/k norms are optional."""
+"""Path of each parameter to its names in the Llama line, where biases, q/k norms and sinks are optional."""
 
 
 @dataclass(frozen=True)

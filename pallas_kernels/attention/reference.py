@@ -5,6 +5,7 @@ Everything is made of two functions: `attend`, softmax attention that also retur
 in 8 bits are taken as the numbers that they stand for, in float32.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -51,6 +52,21 @@ def merge(
     reference = jnp.where(jnp.isfinite(lse), lse, 0.0)
     share_a, share_b = (jnp.exp(part - reference)[..., None] for part in (lse_a, lse_b))
     return share_a * o_a + share_b * o_b, lse
+
+
+def merge_sinks(
+    o: Float[Array, "*rows N D"], lse: Float[Array, "*rows N"], sinks: Float[Array, " N"] | None
+) -> Float[Array, "*rows N D"]:
+    """Attention in which each head's sink has taken its weight: `merge` with o = 0, the last of a query.
+
+    Args:
+      o: attention outputs.
+      lse: their log-sum-exp, without the sink.
+      sinks: logits; None: there are none.
+    """
+    if sinks is None:
+        return o
+    return o * jax.nn.sigmoid(lse - sinks.astype(jnp.float32))[..., None]
 
 
 def fold_rows(q: Float[Array, "B W N D"], num_kv_heads: int) -> Float[Array, "B K R D"]:
@@ -116,9 +132,10 @@ def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Pages,
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.dense_attention`."""
-    return attend_pages(q, pages, positions)
+    return attend_pages(q, pages, positions, None, sinks)
 
 
 def attend_pages(
@@ -126,6 +143,7 @@ def attend_pages(
     pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.attend_pages`."""
     B, T, N, _ = q.shape
@@ -146,5 +164,5 @@ def attend_pages(
         return merge(*carry, *attend(rows, k, v, rows_of_slots(mask, N // K)))
 
     empty = jnp.zeros(rows.shape, jnp.float32), jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32)
-    o, _ = lax.fori_loop(0, jnp.max(positions) // (block * S) + 1, add_block, empty)
-    return unfold_rows(o, T)
+    o, lse = lax.fori_loop(0, jnp.max(positions) // (block * S) + 1, add_block, empty)
+    return merge_sinks(unfold_rows(o, T), unfold_rows(lse, T), sinks)

@@ -80,8 +80,8 @@ def test_a_window_shorter_than_the_positions_is_refused():
 
 
 def test_decoding_follows_the_kind_of_each_layer():
-    """With a budget for all pages it is the dense model, whatever the ropes and scales below and above."""
-    kinds = (LayerKind(None, scale=0.5), LayerKind(Rope(100.0), scale=0.1))
+    """With a budget for all pages it is the dense model, whatever ropes, scales and sinks its layers have."""
+    kinds = (LayerKind(None, scale=0.5, sinks=True), LayerKind(Rope(100.0), scale=0.1, sinks=True))
     config = dataclasses.replace(TINY, num_layers=2, layer_kinds=kinds, max_positions=64)
     model = Model(config, random_params(config, jax.random.key(0)), None)
     ids = np.random.default_rng(0).integers(0, 512, 24)
