@@ -40,6 +40,13 @@ from pallas_kernels.pages import (
 )
 from pallas_kernels.scores import GROUP_REDUCE, SCORES, PageScore, register_score
 from pallas_kernels.selection import choose_pages, page_scores, select_pages
+from pallas_kernels.sliding import (
+    chunk_attention,
+    read_ring,
+    restore_ring,
+    update_ring,
+    window_attention,
+)
 from pallas_kernels.statistics import (
     HIGHEST,
     LOWEST,
@@ -75,6 +82,7 @@ __all__ = [
     "attend_pages",
     "attention_mass",
     "choose_pages",
+    "chunk_attention",
     "dense_attention",
     "dequantized",
     "empty_pages",
@@ -84,13 +92,17 @@ __all__ = [
     "page_scores",
     "pages_for",
     "quantize",
+    "read_ring",
     "refresh_statistics",
     "register_score",
     "register_statistic",
+    "restore_ring",
     "retro_attention",
     "select_pages",
     "selected_mass",
     "settle_blocks",
     "update_pages",
+    "update_ring",
     "vector_bytes",
+    "window_attention",
 ]
