@@ -8,13 +8,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
-    Pages,
     chunk_attention,
     read_ring,
     restore_ring,
     update_ring,
     window_attention,
 )
+from pallas_kernels.sliding.api import Tokens
 from retro_jax.cache import LayerState
 from retro_jax.config import DecodeConfig
 from retro_jax.models import transformer
@@ -90,7 +90,7 @@ def sliding_chunk(
 
 def read_rings(
     model: ModelConfig, config: DecodeConfig, state: DecodeState, count: int
-) -> tuple[DecodeState, tuple[Pages | None, ...]]:
+) -> tuple[DecodeState, tuple[Tokens | None, ...]]:
     """What the next `count` tokens will overwrite in each ring; None for layers without one."""
     layers, found = [], []
     for layer, ring in zip(state.layers, layer_plan(model, config).rings, strict=True):
@@ -109,7 +109,7 @@ def restore_rings(
     model: ModelConfig,
     config: DecodeConfig,
     layers: tuple[LayerState, ...],
-    overwritten: tuple[Pages | None, ...],
+    overwritten: tuple[Tokens | None, ...],
     start: Int[Array, " B"],
     which: Bool[Array, "B count"],
 ) -> tuple[LayerState, ...]:

@@ -9,9 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.dispatch import BY_HEAD, by_sequence, dispatch
-from pallas_kernels.pages import Pages, check_pages
+from pallas_kernels.pages import Pages, QuantizedPages, check_pages
 from pallas_kernels.sliding import reference
 from pallas_kernels.update import update_pages
+
+Tokens = Float[Array, "B T K 2 D"] | QuantizedPages
+"""Keys and values of some tokens as they lie in pages."""
 
 
 def window_attention(
@@ -151,14 +154,14 @@ def update_ring(
     return pages
 
 
-def read_ring(pages: Pages, start: Int[Array, " B"], count: int, *, ring: int) -> Pages:
-    """What lies in the places of `count` consecutive positions, as it lies there: [B, count, K, 2, D]."""
+def read_ring(pages: Pages, start: Int[Array, " B"], count: int, *, ring: int) -> Tokens:
+    """What lies in the places of `count` consecutive positions, as it lies there."""
     sequence, page, place = _places(pages, start, count, ring)
     return jax.tree.map(lambda array: array[sequence, :, page, :, place], pages)
 
 
 def restore_ring(
-    pages: Pages, saved: Pages, start: Int[Array, " B"], which: Bool[Array, "B count"], *, ring: int
+    pages: Pages, saved: Tokens, start: Int[Array, " B"], which: Bool[Array, "B count"], *, ring: int
 ) -> Pages:
     """Puts what `read_ring` has read back, of the positions among them that `which` tells."""
     sequence, page, place = _places(pages, start, which.shape[1], ring)
