@@ -125,6 +125,8 @@ class LayerKind:
         window: latest positions that a query attends to, its own included, for sliding-window attention. None
             for full attention.
         scale: what the products of queries and keys are multiplied by. None: D ** -0.5.
+        sinks: each query head has a learned logit that takes part in the softmax and has no value: a share of
+            the attention goes nowhere.
         mlp: "dense", gated (SwiGLU), or "experts", the model's `ModelConfig.experts`.
 
     Raises:
@@ -134,6 +136,7 @@ class LayerKind:
     rope: Rope | None = Rope()
     window: int | None = None
     scale: float | None = None
+    sinks: bool = False
     mlp: str = "dense"
 
     def __post_init__(self):

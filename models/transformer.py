@@ -25,7 +25,7 @@ from retro_jax.models.rope import apply_rope
 
 @flax.struct.dataclass
 class LayerParams:
-    """Weights of one layer; biases and q/k norms are None where the family has none.
+    """Weights of one layer; biases, q/k norms and sinks are None where the layer has none.
 
     Query, key and value lie in one matrix, gate and up in another: see `joined`. The latter and `w_down` are
     None in a layer with `experts`.
@@ -41,6 +41,7 @@ class LayerParams:
     bo: Float[Array, " M"] | None = weight(default=None)
     q_norm: Float[Array, " D"] | None = weight(default=None)
     k_norm: Float[Array, " D"] | None = weight(default=None)
+    sinks: Float[Array, " N"] | None = weight(divided=0, default=None)
     experts: ExpertParams | None = None
 
 
@@ -156,15 +157,23 @@ def causal_attention(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     window: int | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N D"]:
-    """Dense causal grouped-query attention with a float32 softmax, over the latest `window` keys or all."""
+    """Dense causal grouped-query attention with a float32 softmax, over the latest `window` keys or all.
+
+    With `sinks`, each head's logit is one more in its softmax, whose weight is then dropped.
+    """
     B, T, N, D = q.shape
     grouped = q.reshape(B, T, k.shape[2], -1, D)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
     visible = jnp.tril(jnp.ones((T, T), bool))
     if window is not None:
         visible &= ~jnp.tril(visible, -window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    if sinks is not None:
+        logits = sinks.astype(jnp.float32).reshape(k.shape[2], -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(logits, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :T].astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, N, D)
 
 
@@ -175,7 +184,7 @@ def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> F
     x = embed(params, tokens)
     for layer, kind in zip(params.layers, config.layers, strict=True):
         q, k, v = qkv(layer, config, kind, x, positions)
-        x = attention_output(layer, x, causal_attention(q, k, v, kind.window))
+        x = attention_output(layer, x, causal_attention(q, k, v, kind.window, layer.sinks))
         x = mlp(layer, config, x)
     return logits(params, config, x)
 
@@ -197,6 +206,7 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     depth_scale = (2 * config.num_layers) ** -0.5
     draws = 10 if config.experts is None else 16  # of a layer, at most
     keys = iter(jax.random.split(key, draws * config.num_layers + 2))
+    sink_keys = jax.random.split(jax.random.fold_in(key, 1), config.num_layers)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Array:
         return _normal(next(keys), (rows, columns), scale * rows**-0.5, config.dtype)
@@ -230,7 +240,7 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
             down_bias=bias(M) if experts.biases else None,
         )
 
-    def layer(kind: LayerKind) -> LayerParams:
+    def layer(kind: LayerKind, sink_key: Key[Array, ""]) -> LayerParams:
         dense = kind.mlp == "dense"
         return LayerParams(
             attn_norm=norm(M),
@@ -243,13 +253,14 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
             bo=column(M) if config.output_bias else None,
             q_norm=norm(D, config.qk_norm),
             k_norm=norm(D, config.qk_norm),
+            sinks=_normal(sink_key, (config.num_heads,), 1.0, config.dtype) if kind.sinks else None,
             experts=None if dense else expert_params(config.experts),
         )
 
     embed_scale = M**-0.5 if config.tie_embeddings else 1.0
     return Params(
         embed=_normal(next(keys), (config.vocab_size, M), embed_scale, config.dtype),
-        layers=tuple(map(layer, config.layers)),
+        layers=tuple(map(layer, config.layers, sink_keys)),
         final_norm=norm(M),
         head=None if config.tie_embeddings else matrix(M, config.vocab_size),
     )

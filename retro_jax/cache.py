@@ -69,10 +69,11 @@ class Kept:
 
 @flax.struct.dataclass
 class LayerState:
-    """The cache of one layer; only `pages` in a dense layer.
+    """The cache of one layer; only `pages` in a dense layer and in one with a sliding window.
 
     Attributes:
-      pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning.
+      pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning. With a
+        sliding window a ring of the latest tokens (`LayerPlan.rings`, `pallas_kernels.sliding`).
       statistics: per page, of the kind that the configuration names; None if its score reads none, and in a
         layer that takes over the pages of its anchor.
       block_values: mean value of each block of pages; None for a configuration without a residual.

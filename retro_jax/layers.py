@@ -20,6 +20,7 @@ from pallas_kernels import (
     attend_pages,
     dense_attention,
     merge,
+    merge_sinks,
     retro_attention,
     settle_blocks,
     update_pages,
@@ -138,13 +139,13 @@ def dense_layer(
         tokens = x.shape[1] + unsettled + config.residual_pages * config.page_size
         cache = settle(config, cache, start - unsettled, settled, tokens)
     if cache.kept is None:
-        o = dense_attention(q, pages, positions, implementation=implementation)
+        o = dense_attention(q, pages, positions, layer.sinks, implementation=implementation)
     else:
-        o = attend_pages(q, pages, positions, cache.kept.alive, implementation=implementation)
+        alive = cache.kept.alive
+        o = attend_pages(q, pages, positions, alive, layer.sinks, implementation=implementation)
         if config.eviction.observe:
-            cache = cache.replace(
-                kept=config.eviction.observe(_rules(model, config, cache), cache, q, positions)
-            )
+            rules = _rules(model, config, cache)
+            cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
     x = transformer.attention_output(layer, x, o)
     return transformer.mlp(layer, model, x), cache
 
@@ -201,7 +202,7 @@ def sparse_layer(
     cache = cache.replace(pages=pages, statistics=statistics)
 
     # Select pages for the newest query; one load of them serves the window.
-    query = Query(q[:, -1], positions[:, -1], slots.budgets, index)
+    query = Query(q[:, -1], positions[:, -1], slots.budgets, index, layer.sinks)
     selection, kept = choose(config, _rules(model, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
     attending, last_loaded = None, cache.last_loaded
@@ -221,8 +222,9 @@ def sparse_layer(
         implementation=config.implementation,
     )
 
-    # What the output cache keeps is exact; estimates of what is missing are merged anew in each step.
-    attention = o
+    # What the output cache keeps is exact, and without the sinks; estimates of what is missing and then the
+    # sinks are merged anew in each step.
+    attention, total = o, lse
     if config.residual_pages:
         size = config.residual_pages * config.page_size
         cache = settle(config, cache, slots.settled - size, slots.settled, size)
@@ -237,7 +239,8 @@ def sparse_layer(
             block_pages=config.residual_pages,
             implementation=config.implementation,
         )
-        attention, _ = merge(o, lse, *estimates)
+        attention, total = merge(o, lse, *estimates)
+    attention = merge_sinks(attention, total, layer.sinks)
 
     # Push the newest onto the output cache, drop the oldest; a sequence that is not active keeps its own.
     active = slots.valid[:, -1]

@@ -47,7 +47,7 @@ def full_attention(params: Params, model: ModelConfig, tokens: Int[Array, "B T"]
     outputs, keys, values = [], [], []
     for layer, kind in zip(params.layers, model.layers, strict=True):
         q, k, v = transformer.qkv(layer, model, kind, x, positions)
-        outputs.append(transformer.causal_attention(q, k, v, kind.window))
+        outputs.append(transformer.causal_attention(q, k, v, kind.window, layer.sinks))
         keys.append(k)
         values.append(v)
         x = transformer.mlp(layer, model, transformer.attention_output(layer, x, outputs[-1]))

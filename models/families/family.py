@@ -39,6 +39,7 @@ NAMES = {
         ("bv", "self_attn.v_proj.bias", "attn_v.bias"),
         ("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight"),
         ("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight"),
+        ("sinks", "self_attn.sinks", "attn_sinks.weight"),
         ("wo", "self_attn.o_proj.weight", "attn_output.weight"),
         ("bo", "self_attn.o_proj.bias", "attn_output.bias"),
         ("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight"),
@@ -51,7 +52,7 @@ NAMES = {
         ("experts.down", "mlp.experts.{e}.down_proj.weight", "ffn_down_exps.weight"),
     )
 }
-"""Path of each parameter to its names in the Llama line, where biases, q/k norms and experts are optional."""
+"""Path of each parameter to its names in the Llama line, where what some families lack is optional."""
 
 
 EXPERT_KEYS = frozenset(

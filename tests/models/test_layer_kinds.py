@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,3 +93,29 @@ def test_a_window_is_the_latest_tokens():
     expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
     np.testing.assert_allclose(o, expected, atol=1e-5)
     np.testing.assert_array_equal(causal_attention(q, k, v, window=7), causal_attention(q, k, v))
+
+
+def test_sinks_are_keys_without_values():
+    """A head's sink is a key whose product with every query is the logit, and whose value is zero."""
+    q, k, v = (jax.random.normal(key, (1, 6, 4, 8)) for key in jax.random.split(jax.random.key(3), 3))
+    sinks = jnp.array([-2.0, 0.0, 1.0, 5.0])
+    scores = np.asarray(jnp.einsum("btnd,bsnd->bnts", q, k), np.float64) * 8**-0.5
+    weights = np.exp(np.where(np.tril(np.ones((6, 6), bool)), scores, -np.inf))
+    weights /= weights.sum(axis=-1, keepdims=True) + np.exp(np.asarray(sinks))[:, None, None]
+    expected = np.einsum("bnts,bsnd->btnd", weights, v)
+    np.testing.assert_allclose(causal_attention(q, k, v, sinks=sinks), expected, atol=1e-5)
+
+
+def test_layers_with_sinks_have_weights_for_them(tiny):
+    rope = tiny.config.layers[0].rope
+    kinds = (LayerKind(rope), LayerKind(rope, sinks=True))
+    config = dataclasses.replace(tiny.config, rope_theta=10_000.0, rope_scaling=None, layer_kinds=kinds)
+    plain = models.random_params(tiny.config, jax.random.key(0))
+    with_sinks = models.random_params(config, jax.random.key(0))
+    assert with_sinks.layers[0].sinks is None
+    assert with_sinks.layers[1].sinks.shape == (config.num_heads,)
+    np.testing.assert_array_equal(with_sinks.layers[1].wo, plain.layers[1].wo)
+    assert (
+        np.abs(models.forward(with_sinks, config, TOKENS) - models.forward(plain, config, TOKENS)).max()
+        > 1e-3
+    )
