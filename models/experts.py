@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from retro_jax.models.config import Experts
+from retro_jax.models.config import Experts, ModelConfig
 from retro_jax.models.joined import split_columns, weight
 
 GROUP_ROWS = 128
@@ -83,6 +83,16 @@ def apply_experts(
     active = jnp.any(valid, axis=1)
     read = jnp.sum(routed.sizes > 0) / jnp.maximum(jnp.sum(active), 1)
     return out.astype(h.dtype).reshape(h.shape), jnp.where(active, read, 0.0)
+
+
+def expert_bytes(model: ModelConfig) -> int:
+    """Bytes of the weights of one expert of one layer; 0 for a model without experts."""
+    if model.experts is None:
+        return 0
+    weights = 3 * model.width * model.experts.hidden_width
+    if model.experts.biases:
+        weights += 2 * model.experts.hidden_width + model.width
+    return weights * jnp.dtype(model.dtype).itemsize
 
 
 def route(params: ExpertParams, experts: Experts, h: Float[Array, "T M"], valid: Bool[Array, " T"]) -> Routed:

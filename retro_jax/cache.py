@@ -113,8 +113,11 @@ class StepMetrics:
       pages_loaded: pages loaded, likewise.
       kv_bytes: bytes of keys, values and page statistics read, summed over all layers and KV heads; what a
         rectification reads is counted in the step that it follows.
+      expert_bytes: bytes of the weights of experts that the step read for all sequences, shared equally by
+        them; None in a model without experts.
     """
 
     pages_attended: Float[Array, "B W"] = spread(SEQUENCES)
     pages_loaded: Float[Array, " B"] = spread(SEQUENCES)
     kv_bytes: Float[Array, " B"] = spread(SEQUENCES)
+    expert_bytes: Float[Array, " B"] | None = spread(SEQUENCES, default=None)

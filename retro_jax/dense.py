@@ -63,7 +63,7 @@ def dense_hidden(
     for layer, kind, cache, ring in zip(params.layers, model.layers, state.layers, rings, strict=True):
         tokens = cache, x, state.length, valid, implementation
         if ring is None:
-            x, cache = dense_layer(layer, model, kind, config, *tokens)
+            x, cache, _ = dense_layer(layer, model, kind, config, *tokens)
         else:
             x, cache = sliding_chunk(layer, model, kind, ring, *tokens)
         layers.append(cache)

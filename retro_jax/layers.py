@@ -28,6 +28,7 @@ from pallas_kernels import (
 from retro_jax.budget import budget_pages, rules_of
 from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
+from retro_jax.mlp import mlp
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
@@ -113,12 +114,12 @@ def dense_layer(
     start: Int[Array, " B"],
     valid: Bool[Array, "B T"],
     implementation: str | None,
-) -> tuple[Float[Array, "B T M"], LayerState]:
+) -> tuple[Float[Array, "B T M"], LayerState, Float[Array, " B"] | None]:
     """A layer with full attention for T consecutive tokens from position `start` on.
 
     Writes keys and values of the valid ones. In a sparse layer, which prefill runs densely, page statistics
     follow, and what eviction carries; pages that were evicted earlier stay away. `implementation` is that of
-    the operations on pages.
+    the operations on pages. The last result is what `mlp` says of experts.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
@@ -147,7 +148,8 @@ def dense_layer(
             rules = _rules(model, config, cache)
             cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
     x = transformer.attention_output(layer, x, o)
-    return transformer.mlp(layer, model, x), cache
+    x, experts = mlp(layer, model, x, valid)
+    return x, cache, experts
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "config", "watch"))
@@ -163,7 +165,14 @@ def sparse_layer(
     index: Int[Array, ""] | int,
     below: Selection | None = None,
     watch: Watch | None = None,
-) -> tuple[Float[Array, "B W M"], LayerState, Selection, Int[Array, "B K C"] | None, Any]:
+) -> tuple[
+    Float[Array, "B W M"],
+    LayerState,
+    Selection,
+    Int[Array, "B K C"] | None,
+    Any,
+    Float[Array, " B"] | None,
+]:
     """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
 
     Args:
@@ -181,7 +190,8 @@ def sparse_layer(
 
     Returns:
       The corrected hidden states, the new state, the pages that were loaded, what `newly_attending` says of
-      them (None without older slots: the newest attends to all of them), and what `watch` returned.
+      them (None without older slots: the newest attends to all of them), what `watch` returned, and what
+      `mlp` says of experts.
     """
     positions = slots.positions
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
@@ -249,10 +259,10 @@ def sparse_layer(
         lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
     )
     x = transformer.attention_output(layer, x, attention)
-    x = transformer.mlp(layer, model, x)
+    x, experts = mlp(layer, model, x, slots.valid)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
-    return x, cache, selection, attending, seen
+    return x, cache, selection, attending, seen, experts
 
 
 def _rules(model: ModelConfig, config: DecodeConfig, cache: LayerState) -> Rules:

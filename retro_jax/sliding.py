@@ -17,6 +17,7 @@ from pallas_kernels import (
 from pallas_kernels.sliding.api import Tokens
 from retro_jax.cache import LayerState
 from retro_jax.config import DecodeConfig
+from retro_jax.mlp import mlp
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
@@ -36,7 +37,7 @@ def sliding_layer(
     valid: Bool[Array, "B W"],
     write: Bool[Array, "B W"],
     implementation: str | None,
-) -> tuple[Float[Array, "B W M"], LayerState]:
+) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, " B"] | None]:
     """A layer with a sliding window in a decode step: each query of the step attends to its own window.
 
     Args:
@@ -50,14 +51,17 @@ def sliding_layer(
       valid: slots that hold a token.
       write: those whose keys and values are written, over stale ones where there are any.
       implementation: of the operations on pages.
+
+    Returns:
+      The hidden states, the new state, and what `mlp` says of experts.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
     sizes = {"ring": ring, "implementation": implementation}
     pages = update_ring(cache.pages, k, v, start, write, **sizes)
     o = window_attention(q, pages, positions, layer.sinks, window=kind.window, **sizes)
-    x = transformer.attention_output(layer, x, o)
-    return transformer.mlp(layer, model, x), cache.replace(pages=pages)
+    x, experts = mlp(layer, model, transformer.attention_output(layer, x, o), valid)
+    return x, cache.replace(pages=pages), experts
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "ring", "implementation"))
@@ -84,8 +88,8 @@ def sliding_chunk(
     # That was read before the ring is overwritten: else XLA would keep a copy.
     pages, o = lax.optimization_barrier((cache.pages, o))
     pages = update_ring(pages, k, v, start, valid, **sizes)
-    x = transformer.attention_output(layer, x, o)
-    return transformer.mlp(layer, model, x), cache.replace(pages=pages)
+    x, _ = mlp(layer, model, transformer.attention_output(layer, x, o), valid)
+    return x, cache.replace(pages=pages)
 
 
 def read_rings(

@@ -116,6 +116,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
             pages_attended=jnp.zeros((B, config.slots), jnp.float32),
             pages_loaded=jnp.zeros(B, jnp.float32),
             kv_bytes=jnp.zeros(B, jnp.float32),
+            expert_bytes=None if model.experts is None else jnp.zeros(B, jnp.float32),
         ),
         capacity=P * config.page_size,
         stale=Stale(jnp.zeros((B, config.rectify_every), jnp.int32), jnp.zeros(B, jnp.int32))

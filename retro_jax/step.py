@@ -15,6 +15,7 @@ from retro_jax.inputs import check_bools, check_ints
 from retro_jax.layers import Watch, dense_layer, sparse_layer, window_slots
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
+from retro_jax.models.experts import expert_bytes
 from retro_jax.models.transformer import Params
 from retro_jax.plan import layer_plan
 from retro_jax.rectify import rectify
@@ -88,15 +89,16 @@ def watched_step(
     stack = list(zip(params.layers, model.layers, state.layers, plan.rings, strict=True))
 
     x = transformer.embed(params, tokens[:, None])
-    layers, watched = [], []
+    layers, watched, experts = [], [], []
     by, newest = config.implementation, active[:, None]
     for layer, kind, cache, ring in stack[:first]:
         if ring is None:
-            x, cache = dense_layer(layer, model, kind, config, cache, x, state.length, newest, by)
+            x, cache, read = dense_layer(layer, model, kind, config, cache, x, state.length, newest, by)
         else:
             token = x, state.length, newest, newest
-            x, cache = sliding_layer(layer, model, kind, ring, cache, *token, by)
+            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *token, by)
         layers.append(cache)
+        experts.append(read)
 
     x = jnp.concatenate([state.hidden, x], axis=1)
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
@@ -110,14 +112,16 @@ def watched_step(
         write = slots.valid if config.overwrite and index > first else slots.newest
         if ring is not None:
             queries = x, slots.start, slots.valid, write
-            x, cache = sliding_layer(layer, model, kind, ring, cache, *queries, by)
+            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *queries, by)
             layers.append(cache)
+            experts.append(read)
             continue
         below = None if plan.anchors[index] else loaded
-        x, cache, loaded, attending, seen = sparse_layer(
+        x, cache, loaded, attending, seen, read = sparse_layer(
             layer, model, kind, config, cache, x, slots, write, index, below, watch
         )
         layers.append(cache)
+        experts.append(read)
         loads.append((loaded, attending, window))
         watched.append(seen)
 
@@ -126,7 +130,9 @@ def watched_step(
         decoded=jnp.minimum(state.decoded + active, config.slots - 1),
         hidden=hidden,
         layers=tuple(layers),
-        metrics=_metrics(model, config, state, active, positions, loads),
+        metrics=_metrics(model, config, state, active, positions, loads).replace(
+            expert_bytes=_expert_bytes(model, experts)
+        ),
     )
     logits = transformer.logits(params, model, x[:, -1:])[:, 0]
     if config.rectify_every:
@@ -166,6 +172,12 @@ def _metrics(
     vectors += fresh * by_page
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
+
+
+def _expert_bytes(model: ModelConfig, read: list[Float[Array, " B"] | None]) -> Float[Array, " B"] | None:
+    """Bytes of the experts that the layers have read; None where no layer has any."""
+    counts = [count for count in read if count is not None]
+    return sum(counts) * expert_bytes(model) if counts else None
 
 
 def _pages_attended(positions: Int[Array, "B W"], loads: list[Load]) -> Float[Array, "B W"]:
