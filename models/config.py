@@ -152,9 +152,6 @@ class LayerKind:
 class ModelConfig:
     """One model of the Llama line. Static and hashable: pass it to `jax.jit` as a static argument.
 
-    Sliding-window attention cannot be decoded yet. A file's model that has it is loaded as one with full
-    attention and `max_positions` limited to its window, up to which both are the same.
-
     Attributes:
         name: for messages and reports only.
         vocab_size: V.

@@ -141,14 +141,17 @@ def gguf_experts(keys: Mapping[str, Any], **fields: Any) -> Experts | None:
 def layer_fields(kinds: LayerKinds, positions: int) -> dict[str, Any]:
     """Fields of `ModelConfig` for layers of these kinds; one rope for all where that is all there is to say.
 
-    Sliding windows become a limit of the positions, up to which they are full attention.
+    A window that has all positions is full attention.
 
     Args:
         kinds: of the layers, as a file describes them.
         positions: that the file's model is good for.
     """
-    fields = {"max_positions": min([positions, *(kind.window for kind in kinds if kind.window is not None)])}
-    kinds = tuple(replace(kind, window=None) for kind in kinds)
+    fields = {"max_positions": positions}
+    kinds = tuple(
+        replace(kind, window=None) if kind.window is not None and kind.window >= positions else kind
+        for kind in kinds
+    )
     rope = kinds[0].rope if kinds else None
     if rope is None or {*kinds} != {LayerKind(rope, mlp=kinds[0].mlp)}:
         return fields | {"layer_kinds": kinds}

@@ -125,7 +125,11 @@ def test_families_that_are_not_there_are_told(toy, tmp_path):
     ("kinds", "fields"),
     [
         ((LayerKind(ROPE),) * 2, {"max_positions": 64, "rope_theta": 1e6, "rope_scaling": None}),
-        ((LayerKind(ROPE), WINDOW), {"max_positions": 8, "rope_theta": 1e6, "rope_scaling": None}),
+        ((LayerKind(ROPE), WINDOW), {"max_positions": 64, "layer_kinds": (LayerKind(ROPE), WINDOW)}),
+        (
+            (LayerKind(ROPE), LayerKind(ROPE, window=64)),
+            {"max_positions": 64, "rope_theta": 1e6, "rope_scaling": None},
+        ),
         (
             (LayerKind(ROPE), LayerKind(None)),
             {"max_positions": 64, "layer_kinds": (LayerKind(ROPE), LayerKind(None))},
@@ -135,7 +139,7 @@ def test_families_that_are_not_there_are_told(toy, tmp_path):
     ],
 )
 def test_kinds_become_fields(kinds, fields):
-    """One rope where that says all; windows as a limit of the positions."""
+    """One rope where that says all; a window of all positions is none."""
     assert layer_fields(kinds, 64) == fields
 
 

@@ -152,8 +152,9 @@ def test_gguf_yarn_and_window(tmp_path):
     yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4, "rope.scaling.original_context_length": 16}
     path = write_gguf(tmp_path / "model.gguf", **yarn, **{"attention.sliding_window": 48})
     config = models.load_model(str(path)).config
-    assert config.rope_scaling == models.RopeScaling("yarn", factor=4, original_positions=16)
-    assert (config.max_positions, config.norm_eps, config.tie_embeddings) == (48, 1e-5, True)
+    rope = models.Rope(10_000.0, models.RopeScaling("yarn", factor=4, original_positions=16))
+    assert set(config.layers) == {models.LayerKind(rope, window=48)}
+    assert (config.max_positions, config.norm_eps, config.tie_embeddings) == (64, 1e-5, True)
 
 
 @pytest.mark.parametrize(

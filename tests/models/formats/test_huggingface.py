@@ -198,22 +198,24 @@ SLIDING = {"sliding_window": 100, "use_sliding_window": True}
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "positions"),
+    ("file", "changes", "windows"),
     [
-        ("mistral", {"sliding_window": 100}, 100),
-        ("mistral", {"sliding_window": 1000}, 256),
-        ("qwen2", {"sliding_window": 100, "use_sliding_window": False}, 256),
-        ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": None}, 100),
-        ("qwen2", SLIDING | {"max_window_layers": 2, "layer_types": None}, 256),
-        ("qwen2", SLIDING | {"layer_types": ["full_attention", "sliding_attention"]}, 100),
-        ("qwen2", SLIDING, 256),
-        ("mistral", {"sliding_window": 100, "layer_types": ["full_attention"] * 2}, 100),
-        ("qwen2.5-yarn", {"max_position_embeddings": 64}, 256),
+        ("mistral", {"sliding_window": 100}, (100, 100)),
+        ("mistral", {"sliding_window": 1000}, (None, None)),  # more than the positions
+        ("qwen2", {"sliding_window": 100, "use_sliding_window": False}, (None, None)),
+        ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": None}, (None, 100)),
+        ("qwen2", SLIDING | {"max_window_layers": 2, "layer_types": None}, (None, None)),
+        ("qwen2", SLIDING | {"layer_types": ["full_attention", "sliding_attention"]}, (None, 100)),
+        ("qwen2", SLIDING, (None, None)),
+        ("mistral", {"sliding_window": 100, "layer_types": ["full_attention"] * 2}, (100, 100)),
+        ("qwen2.5-yarn", {"max_position_embeddings": 64}, (None, None)),
     ],
 )
-def test_positions_end_where_the_model_would_differ(file, changes, positions):
+def test_windows_of_a_file_are_those_of_its_layers(file, changes, windows):
     raw = json.loads((golden.FOLDER / file / "config.json").read_text())
-    assert config_from_json(raw | changes, file).max_positions == positions
+    config = config_from_json(raw | changes, file)
+    assert config.max_positions == 256
+    assert tuple(kind.window for kind in config.layers) == windows
 
 
 # The keys of config.json that matter here, as published (transformers 4).
@@ -228,6 +230,7 @@ LLAMA_3_1_8B = {
     },
     "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
 }  # fmt: skip
+LLAMA_3_1_ROPE = models.Rope(500_000.0, models.RopeScaling("llama3", 8.0, 8192, 1.0, 4.0))
 QWEN_2_5_7B = {
     "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
     "max_position_embeddings": 32768, "max_window_layers": 28, "num_attention_heads": 28,
@@ -291,7 +294,7 @@ def test_load_progress_counts_tensors():
     [
         ("llama", "num_key_value_heads", {"num_kv_heads": 64}),
         ("mistral", "num_key_value_heads", {"num_kv_heads": 8}),
-        ("mistral", "sliding_window", {"max_positions": 4096}),
+        ("mistral", "sliding_window", {"layer_kinds": (models.LayerKind(LLAMA_3_1_ROPE, 4096),) * 32}),
         ("qwen2", "num_key_value_heads", {"num_kv_heads": 32}),
         ("qwen3", "head_dim", {"head_dim": 128}),
         ("llama", "head_dim", {"head_dim": 64}),
