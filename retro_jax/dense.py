@@ -55,7 +55,7 @@ def dense_hidden(
     """
     state.check_cache(config)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    x = transformer.embed(params, tokens)
+    x = transformer.embed(params, model, tokens)
     layers = []
     for layer, kind, cache in zip(params.layers, model.layers, state.layers, strict=True):
         x, cache = dense_layer(layer, model, kind, config, cache, x, state.length, valid, implementation)

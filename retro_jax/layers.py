@@ -145,7 +145,7 @@ def dense_layer(
             cache = cache.replace(
                 kept=config.eviction.observe(_rules(model, config, cache), cache, q, positions)
             )
-    x = transformer.attention_output(layer, x, o)
+    x = transformer.attention_output(layer, model, x, o)
     return transformer.mlp(layer, model, x), cache
 
 
@@ -245,7 +245,7 @@ def sparse_layer(
         o=jnp.where(active[:, None, None, None], o[:, 1:], cache.outputs.o),
         lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
     )
-    x = transformer.attention_output(layer, x, attention)
+    x = transformer.attention_output(layer, model, x, attention)
     x = transformer.mlp(layer, model, x)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))

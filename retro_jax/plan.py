@@ -52,9 +52,15 @@ def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
     `config.revised_layers` of them, rounded up to whole layers, revise past queries.
 
     Raises:
-      ValueError: a layer has a sliding window shorter than the model's positions, which is not decoded.
+      ValueError: a layer has a sliding window shorter than the model's positions, or a soft cap of its
+        scores, which are not decoded.
     """
     for index, kind in enumerate(model.layers):
+        if kind.soft_cap is not None:
+            raise ValueError(
+                f"layer {index} of {model.name} caps its attention scores at {kind.soft_cap}, with which it "
+                "cannot be decoded; retro_jax.models.forward computes it, or use a model without a soft cap"
+            )
         # Up to the window both attentions are the same.
         if kind.window is not None and kind.window < model.max_positions:
             raise ValueError(

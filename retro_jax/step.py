@@ -85,7 +85,7 @@ def watched_step(
     first = plan.first_sparse
     stack = list(zip(params.layers, model.layers, state.layers, strict=True))
 
-    x = transformer.embed(params, tokens[:, None])
+    x = transformer.embed(params, model, tokens[:, None])
     layers, watched = [], []
     for layer, kind, cache in stack[:first]:
         x, cache = dense_layer(

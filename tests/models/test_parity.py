@@ -62,7 +62,7 @@ def tiny() -> models.Model:
 def test_the_pieces_join_at_any_positions(tiny):
     """Keys and queries shifted by the same positions give the same attention."""
     params, config = tiny.params, tiny.config
-    x = models.embed(params, jnp.arange(12)[None])
+    x = models.embed(params, config, jnp.arange(12)[None])
     positions = jnp.arange(12)[None]
     scores = []
     for shift in (0, 37):
@@ -85,14 +85,14 @@ def test_yarn_with_truncation_off_and_own_attention_factor():
         "yarn", factor=4.0, original_positions=64, beta_fast=4.0, beta_slow=1.0, truncate=False
     )
     config = dataclasses.replace(SIZES["tiny"], head_dim=8, rope_scaling=scaling)
-    frequencies, attention_factor = rope_frequencies(config.layers[0].rope, config.head_dim)
+    frequencies, attention_factor = rope_frequencies(config.layers[0].rope, config.head_dim, 256)
     low, high = (4 * np.log(64 / (turns * 2 * np.pi)) / np.log(10_000) for turns in (4.0, 1.0))
     divided = np.clip((np.arange(4) - low) / (high - low), 0, 1)
     plain = 10_000.0 ** -(np.arange(4) / 4)
     np.testing.assert_allclose(frequencies, plain * (1 - divided + divided / 4), rtol=1e-6)
     assert attention_factor == pytest.approx(1 + 0.1 * np.log(4.0))
     stated = models.Rope(scaling=dataclasses.replace(scaling, attention_factor=1.5))
-    assert rope_frequencies(stated, head_dim=8)[1] == 1.5
+    assert rope_frequencies(stated, 8, 256)[1] == 1.5
 
 
 def test_random_weights_are_seeded_and_sane():

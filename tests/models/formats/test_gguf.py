@@ -198,8 +198,8 @@ def test_rope_factors_and_linear_scaling_multiply(tmp_path):
 
 def test_a_stated_attention_factor_scales_every_kind():
     linear = models.RopeScaling("linear", attention_factor=1.5)
-    assert rope_frequencies(models.Rope(scaling=linear), head_dim=8)[1] == 1.5
-    assert rope_frequencies(models.Rope(), head_dim=8)[1] == 1.0
+    assert rope_frequencies(models.Rope(scaling=linear), 8, 64)[1] == 1.5
+    assert rope_frequencies(models.Rope(), 8, 64)[1] == 1.0
 
 
 def test_keys_without_effect_and_unknown_keys(tmp_path, caplog):

@@ -50,6 +50,11 @@ def test_unknown_dtype():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"norms": "around"}, "norms 'around' is not supported; use one of before, after, both"),
+        ({"activation": "relu"}, "activation 'relu' is not supported; use one of silu, gelu_tanh"),
+        ({"residual_multiplier": 0.0}, r"residual_multiplier must be positive, got 0\.0"),
+        ({"logits_soft_cap": -1.0}, r"logits_soft_cap must be positive, got -1\.0"),
+        ({"joint_qk_norm": True}, "joint_qk_norm says what qk_norm is over, which is off"),
         ({"num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2"),
         ({"head_dim": 7}, "head_dim must be even.* got 7"),
         ({"num_layers": 0}, "num_layers must be positive, got 0"),
@@ -59,7 +64,10 @@ def test_unknown_dtype():
         ),
         ({"rope_scaling": ("yarn", 4.0)}, "needs original_positions, got None"),
         ({"rope_scaling": ("linear", 0.0)}, r"factor must be positive, got 0\.0"),
-        ({"rope_scaling": ("factors",)}, "rope scaling has 0 factors, head_dim 8 needs 4"),
+        (
+            {"rope_scaling": ("factors",)},
+            r"rope scaling has 0 factors, 8 rotary channels \(head_dim 8\) need 4",
+        ),
     ],
 )
 def test_impossible_configurations(changes, message):
