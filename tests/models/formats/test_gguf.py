@@ -115,7 +115,11 @@ def test_unsupported_quantisations_and_mismatches_are_named_together(tmp_path):
     [
         ({"architecture": "mamba"}, "architecture 'mamba'; supported are llama, qwen2, qwen3"),
         ({"expert_count": 8}, "mixture of experts"),
-        ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope'; none, linear, yarn are supported"),
+        ({"rope.scaling.type": "dynamic"}, "rope scaling 'dynamic'; none, linear, yarn, longrope are"),
+        (
+            {"rope.scaling.type": "longrope"},
+            "the tensors of no factors; longrope needs rope_factors_long.weight",
+        ),
         ({"rope.dimension_count": 32}, r"rope\.dimension_count 32, only 64"),
         ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, r"both rope\.scaling\.factor 2\.0 and"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor 0\.5"),

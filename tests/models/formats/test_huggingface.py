@@ -152,10 +152,8 @@ def test_config_of_another_size(tmp_path):
             {"attention_bias": True, "quantization_config": {"bits": 4}},
             "attention_bias True, quantization_config",
         ),
-        (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope type 'longrope'; supported are default, linear",
-        ),
+        ({"rope_parameters": {"rope_type": "su"}}, "rope type 'su'; supported are default, linear"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling without 'long_factor'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor 0\.5"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "alpha": 1.0}}, "not supported: alpha 1.0"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope scaling without 'factor'"),
@@ -166,15 +164,6 @@ def test_config_of_another_size(tmp_path):
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "has rope_scaling .* and rope_parameters .*; delete",
-        ),
-        (
-            {
-                "rope_parameters": {
-                    "full_attention": {"rope_theta": 1e4},
-                    "sliding_attention": {"rope_theta": 1e6},
-                }
-            },
-            "different rotary embeddings by layer",
         ),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types .*'linear_attention'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window of None"),
