@@ -25,23 +25,25 @@ from retro_jax.models.rope import apply_rope
 
 @flax.struct.dataclass
 class LayerParams:
-    """Weights of one layer; biases, q/k norms and sinks are None where the layer has none.
+    """Weights of one layer; biases, norms and sinks are None where the layer has none.
 
     Query, key and value lie in one matrix, gate and up in another: see `joined`. The latter and `w_down` are
-    None in a layer with `experts`.
+    None in a layer with `experts`. The norms of queries and keys are over one head, or over all of them.
     """
 
-    attn_norm: Float[Array, " M"] = weight()
+    attn_norm: Float[Array, " M"] | None = weight()
     wqkv: Float[Array, "M QKV"] = weight(divided=1)
     wo: Float[Array, "ND M"] = weight(divided=0)
-    mlp_norm: Float[Array, " M"] = weight()
+    mlp_norm: Float[Array, " M"] | None = weight()
     w_gate_up: Float[Array, "M 2F"] | None = weight(divided=1, default=None)
     w_down: Float[Array, "F M"] | None = weight(divided=0, default=None)
     bqkv: Float[Array, " QKV"] | None = weight(divided=0, default=None)
     bo: Float[Array, " M"] | None = weight(default=None)
-    q_norm: Float[Array, " D"] | None = weight(default=None)
-    k_norm: Float[Array, " D"] | None = weight(default=None)
+    q_norm: Float[Array, " D_or_ND"] | None = weight(default=None)
+    k_norm: Float[Array, " D_or_KD"] | None = weight(default=None)
     sinks: Float[Array, " N"] | None = weight(divided=0, default=None)
+    attn_post_norm: Float[Array, " M"] | None = weight(default=None)
+    mlp_post_norm: Float[Array, " M"] | None = weight(default=None)
     experts: ExpertParams | None = None
 
 
@@ -62,10 +64,29 @@ def rms_norm(x: Float[Array, "... C"], weight: Float[Array, " C"], eps: float) -
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+def _normed(x: Float[Array, "... C"], weight: Float[Array, " C"] | None, config: ModelConfig) -> Array:
+    """`rms_norm` by the weight of a norm that there may be."""
+    return x if weight is None else rms_norm(x, weight, config.norm_eps)
+
+
+def _add(
+    x: Float[Array, "B T M"],
+    branch: Float[Array, "B T M"],
+    norm: Float[Array, " M"] | None,
+    config: ModelConfig,
+) -> Float[Array, "B T M"]:
+    """The residual stream with what attention or mlp adds to it."""
+    branch = _normed(branch, norm, config)
+    if config.residual_multiplier != 1:
+        branch = branch * config.residual_multiplier
+    return x + branch
+
+
 @jax.named_scope("embed")
-def embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
     """Looks token ids up."""
-    return params.embed[tokens]
+    x = params.embed[tokens]
+    return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier
 
 
 @jax.named_scope("qkv")
@@ -76,40 +97,40 @@ def qkv(
     x: Float[Array, "B T M"],
     positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-    """Queries, keys, values: norm, projections, optional biases and q/k norms, rotary embedding.
+    """Queries, keys, values: optional norm, projections, optional biases and q/k norms, rotary embedding.
 
     Queries carry the layer's scale, so that every attention multiplies its scores by D ** -0.5 alone.
     """
-    h = rms_norm(x, layer.attn_norm, config.norm_eps)
-    joined = h @ layer.wqkv
+    joined = _normed(x, layer.attn_norm, config) @ layer.wqkv
     if layer.bqkv is not None:
         joined = joined + layer.bqkv
     widths = joined_fields(config)["wqkv"].values()
-    q, k, v = (
-        columns.reshape(*x.shape[:2], -1, config.head_dim)
-        for columns in split_columns(joined, [*widths], config.parts)
-    )
-    if layer.q_norm is not None:
-        q = rms_norm(q, layer.q_norm, config.norm_eps)
-        k = rms_norm(k, layer.k_norm, config.norm_eps)
+    q, k, v = split_columns(joined, [*widths], config.parts)
+    if config.joint_qk_norm:
+        q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
+    q, k, v = (columns.reshape(*x.shape[:2], -1, config.head_dim) for columns in (q, k, v))
+    if not config.joint_qk_norm:
+        q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
     if kind.scale is not None:
         q = (q.astype(jnp.float32) * (kind.scale * config.head_dim**0.5)).astype(q.dtype)
     if kind.rope is not None:
-        q, k = apply_rope(q, positions, kind.rope), apply_rope(k, positions, kind.rope)
+        q, k = (apply_rope(heads, positions, kind.rope, config.max_positions) for heads in (q, k))
     return q, k, v
 
 
 @jax.named_scope("attention_output")
 def attention_output(
-    layer: LayerParams, x: Float[Array, "B T M"], o: Float[Array, "B T N D"]
+    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"], o: Float[Array, "B T N D"]
 ) -> Float[Array, "B T M"]:
     """Adds the projected attention output to the residual stream."""
-    projected = o.astype(x.dtype).reshape(*x.shape[:2], -1) @ layer.wo
-    return x + (projected if layer.bo is None else projected + layer.bo)
+    branch = o.astype(x.dtype).reshape(*x.shape[:2], -1) @ layer.wo
+    if layer.bo is not None:
+        branch = branch + layer.bo
+    return _add(x, branch, layer.attn_post_norm, config)
 
 
 def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
-    """Adds the gated MLP (SwiGLU, arXiv 2002.05202), or the chosen experts', to the residual stream."""
+    """Adds the gated MLP (SwiGLU or GeGLU, arXiv 2002.05202) or chosen experts to the residual stream."""
     return counted_mlp(layer, config, x)[0]
 
 
@@ -134,13 +155,15 @@ def counted_mlp(
         The residual stream, and how many experts are read, shared equally by the sequences that have valid
         tokens; None in a layer without experts.
     """
-    h = rms_norm(x, layer.mlp_norm, config.norm_eps)
-    if layer.experts is not None:
+    h, read = _normed(x, layer.mlp_norm, config), None
+    if layer.experts is None:
+        gate, up = split_columns(h @ layer.w_gate_up, [config.hidden_width] * 2, config.parts)
+        gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        branch = (gate * up) @ layer.w_down
+    else:
         valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
-        out, read = apply_experts(layer.experts, config.experts, config.parts, h, valid)
-        return x + out, read
-    gate, up = split_columns(h @ layer.w_gate_up, [config.hidden_width] * 2, config.parts)
-    return x + (jax.nn.silu(gate) * up) @ layer.w_down, None
+        branch, read = apply_experts(layer.experts, config.experts, config.parts, h, valid)
+    return _add(x, branch, layer.mlp_post_norm, config), read
 
 
 @jax.named_scope("logits")
@@ -148,8 +171,16 @@ def logits(params: Params, config: ModelConfig, x: Float[Array, "B T M"]) -> Flo
     """Float32 logits of the next token after each position."""
     h = rms_norm(x, params.final_norm, config.norm_eps)
     if params.head is None:
-        return jnp.einsum("btm,vm->btv", h, params.embed, preferred_element_type=jnp.float32)
-    return jnp.einsum("btm,mv->btv", h, params.head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btm,vm->btv", h, params.embed, preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("btm,mv->btv", h, params.head, preferred_element_type=jnp.float32)
+    if config.logits_divisor != 1:
+        logits = logits / config.logits_divisor
+    return logits if config.logits_soft_cap is None else _soft_capped(logits, config.logits_soft_cap)
+
+
+def _soft_capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    return cap * jnp.tanh(x / cap)
 
 
 def causal_attention(
@@ -158,6 +189,7 @@ def causal_attention(
     v: Float[Array, "B T K D"],
     window: int | None = None,
     sinks: Float[Array, " N"] | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T N D"]:
     """Dense causal grouped-query attention with a float32 softmax, over the latest `window` keys or all.
 
@@ -166,6 +198,8 @@ def causal_attention(
     B, T, N, D = q.shape
     grouped = q.reshape(B, T, k.shape[2], -1, D)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
+    if soft_cap is not None:
+        scores = _soft_capped(scores, soft_cap)
     visible = jnp.tril(jnp.ones((T, T), bool))
     if window is not None:
         visible &= ~jnp.tril(visible, -window)
@@ -181,10 +215,11 @@ def causal_attention(
 def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Float32 logits after every token, by dense causal attention over the whole sequence."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = embed(params, tokens)
+    x = embed(params, config, tokens)
     for layer, kind in zip(params.layers, config.layers, strict=True):
         q, k, v = qkv(layer, config, kind, x, positions)
-        x = attention_output(layer, x, causal_attention(q, k, v, kind.window, layer.sinks))
+        o = causal_attention(q, k, v, kind.window, layer.sinks, kind.soft_cap)
+        x = attention_output(layer, config, x, o)
         x = mlp(layer, config, x)
     return logits(params, config, x)
 
@@ -218,7 +253,10 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
         return _normal(next(keys), (size,), 0.5, config.dtype)
 
     def norm(size: int, present: bool = True) -> Array | None:
-        return jnp.ones(size, config.dtype) if present else None
+        return jnp.ones(size, "float32" if config.float32_norms else config.dtype) if present else None
+
+    before, after = config.norms != "after", config.norms != "before"
+    normed_heads = (config.num_heads, config.num_kv_heads) if config.joint_qk_norm else (1, 1)
 
     def expert_params(experts: Experts) -> ExpertParams:
         E, inner = experts.count, experts.hidden_width
@@ -243,17 +281,19 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     def layer(kind: LayerKind, sink_key: Key[Array, ""]) -> LayerParams:
         dense = kind.mlp == "dense"
         return LayerParams(
-            attn_norm=norm(M),
+            attn_norm=norm(M, before),
             wqkv=joined("wqkv", lambda width: matrix(M, width)),
             wo=matrix(config.num_heads * D, M, depth_scale),
-            mlp_norm=norm(M),
+            mlp_norm=norm(M, before),
             w_gate_up=joined("w_gate_up", lambda width: matrix(M, width)) if dense else None,
             w_down=matrix(F, M, depth_scale) if dense else None,
             bqkv=joined("bqkv", column) if config.qkv_bias else None,
             bo=column(M) if config.output_bias else None,
-            q_norm=norm(D, config.qk_norm),
-            k_norm=norm(D, config.qk_norm),
+            q_norm=norm(normed_heads[0] * D, config.qk_norm),
+            k_norm=norm(normed_heads[1] * D, config.qk_norm),
             sinks=_normal(sink_key, (config.num_heads,), 1.0, config.dtype) if kind.sinks else None,
+            attn_post_norm=norm(M, after),
+            mlp_post_norm=norm(M, after),
             experts=None if dense else expert_params(config.experts),
         )
 

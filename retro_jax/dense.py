@@ -57,7 +57,7 @@ def dense_hidden(
     """
     state.check_cache(config)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    x = transformer.embed(params, tokens)
+    x = transformer.embed(params, model, tokens)
     layers = []
     rings = layer_plan(model, config).rings
     for layer, kind, cache, ring in zip(params.layers, model.layers, state.layers, rings, strict=True):

@@ -147,7 +147,7 @@ def dense_layer(
         if config.eviction.observe:
             rules = _rules(model, config, cache)
             cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
-    x = transformer.attention_output(layer, x, o)
+    x = transformer.attention_output(layer, model, x, o)
     x, experts = mlp(layer, model, x, valid)
     return x, cache, experts
 
@@ -258,7 +258,7 @@ def sparse_layer(
         o=jnp.where(active[:, None, None, None], o[:, 1:], cache.outputs.o),
         lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
     )
-    x = transformer.attention_output(layer, x, attention)
+    x = transformer.attention_output(layer, model, x, attention)
     x, experts = mlp(layer, model, x, slots.valid)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))

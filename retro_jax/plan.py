@@ -65,7 +65,16 @@ def layer_plan(model: ModelConfig, config: DecodeConfig) -> LayerPlan:
     the sparse layers every `config.anchor_every`-th is an anchor, from the first on, and the lowest
     `config.revised_layers` of them, rounded up to whole layers, revise past queries; a layer with a sliding
     window serves as many as the sparse layer below it, and past ones attend to their own windows.
+
+    Raises:
+      ValueError: a layer has a soft cap of its scores, which is not decoded.
     """
+    for index, kind in enumerate(model.layers):
+        if kind.soft_cap is not None:
+            raise ValueError(
+                f"layer {index} of {model.name} caps its attention scores at {kind.soft_cap}, with which it "
+                "cannot be decoded; retro_jax.models.forward computes it, or use a model without a soft cap"
+            )
     slides = [kind.window is not None and kind.window < model.max_positions for kind in model.layers]
     dense = model.num_layers if config.attention.dense else config.dense_layers
     full = itertools.accumulate(not each for each in slides)  # of layers with full attention up to each

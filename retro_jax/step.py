@@ -88,7 +88,7 @@ def watched_step(
     first = plan.first_sparse
     stack = list(zip(params.layers, model.layers, state.layers, plan.rings, strict=True))
 
-    x = transformer.embed(params, tokens[:, None])
+    x = transformer.embed(params, model, tokens[:, None])
     layers, watched, experts = [], [], []
     by, newest = config.implementation, active[:, None]
     for layer, kind, cache, ring in stack[:first]:

@@ -9,32 +9,31 @@ from retro_jax.models.families.family import (
     NAMES,
     Family,
     FileFormat,
-    WeightName,
+    in_all_layers,
+    layer_names,
     stated_experts,
 )
 
 
-def _experts(keys: Mapping[str, Any]) -> Experts:
-    return Experts(stated_experts(keys, default=8), keys["num_experts_per_tok"], keys["intermediate_size"])
+def _fields(keys: Mapping[str, Any]) -> dict[str, Any]:
+    experts = Experts(stated_experts(keys, default=8), keys["num_experts_per_tok"], keys["intermediate_size"])
+    return {"experts": experts}
 
 
-_PREFIX = "model.layers.{i}.block_sparse_moe."
-_NAMES = {
-    f"layers.{{i}}.experts.{parameter}": WeightName(_PREFIX + huggingface, f"blk.{{i}}.{gguf}")
-    for parameter, huggingface, gguf in (
-        ("router", "gate.weight", "ffn_gate_inp.weight"),
-        ("gate", "experts.{e}.w1.weight", "ffn_gate_exps.weight"),
-        ("up", "experts.{e}.w3.weight", "ffn_up_exps.weight"),
-        ("down", "experts.{e}.w2.weight", "ffn_down_exps.weight"),
-    )
-}
+_NAMES = layer_names(
+    ("experts.router", "block_sparse_moe.gate.weight", "ffn_gate_inp.weight"),
+    ("experts.gate", "block_sparse_moe.experts.{e}.w1.weight", "ffn_gate_exps.weight"),
+    ("experts.up", "block_sparse_moe.experts.{e}.w3.weight", "ffn_up_exps.weight"),
+    ("experts.down", "block_sparse_moe.experts.{e}.w2.weight", "ffn_down_exps.weight"),
+)
 
 MIXTRAL = Family(
     huggingface=FileFormat(
         "mixtral",
         defaults={"num_key_value_heads": 8, "num_experts_per_tok": 2, "rope_theta": 1e6},
         keys=EXPERT_KEYS,
-        experts=_experts,
+        layer_kinds=in_all_layers,
+        fields=_fields,
     ),
     names=NAMES | _NAMES,
     sizes=(

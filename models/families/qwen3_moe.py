@@ -11,22 +11,23 @@ from retro_jax.models.families.family import (
     FileFormat,
     LayerKinds,
     gguf_experts,
+    gguf_kinds,
     stated_experts,
 )
 from retro_jax.models.families.qwen3 import QWEN3
 
 
-def _experts(keys: Mapping[str, Any]) -> Experts | None:
-    count = stated_experts(keys, default=128)
+def _fields(keys: Mapping[str, Any]) -> dict[str, Any]:
     sizes = keys["num_experts_per_tok"], keys["moe_intermediate_size"]
-    return Experts(count, *sizes, normalized=keys["norm_topk_prob"]) if count else None
+    experts = Experts(stated_experts(keys, default=128), *sizes, normalized=keys["norm_topk_prob"])
+    return {"experts": experts}
 
 
-def _dense_between(keys: Mapping[str, Any], kinds: LayerKinds) -> LayerKinds:
+def _some_layers(keys: Mapping[str, Any], kinds: LayerKinds) -> LayerKinds:
     """Layers that mlp_only_layers names, or that decoder_sparse_step passes over, are dense."""
     dense, step = keys["mlp_only_layers"] or (), keys["decoder_sparse_step"]
     return tuple(
-        replace(kind, mlp="dense") if index in dense or (index + 1) % step else kind
+        kind if index in dense or (index + 1) % step else replace(kind, mlp="experts")
         for index, kind in enumerate(kinds)
     )
 
@@ -46,10 +47,10 @@ QWEN3_MOE = Family(
         },
         keys=EXPERT_KEYS
         | {"moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"},
-        layer_kinds=_dense_between,
-        experts=_experts,
+        layer_kinds=_some_layers,
+        fields=_fields,
     ),
-    gguf=FileFormat("qwen3moe", keys=EXPERT_KEYS, experts=gguf_experts),
+    gguf=FileFormat("qwen3moe", keys=EXPERT_KEYS, layer_kinds=gguf_kinds, fields=gguf_experts),
     parts=QWEN3.parts,
     sizes=(
         # name, V, L, N, K, D, M, F, positions

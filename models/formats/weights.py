@@ -29,6 +29,7 @@ def load_params(
     problems: Collection[str] = (),
     lost: Collection[str] = (),
     progress: Progress | None = None,
+    norm_offset: float = 0.0,
 ) -> Params:
     """Checks every tensor of a checkpoint against the configuration, then reads and converts them one by one.
 
@@ -38,18 +39,24 @@ def load_params(
     Args:
         config: what the weights must fit; its dtype is what they are converted to.
         table: parameter path, with {i} for the layer, to the checkpoint's name, with {i} as well, and with
-            {e} where each expert's weight is a tensor of its own.
+            {e} where each expert's weight is a tensor of its own. Matrices that lie in one have one name if
+            they do so in the checkpoint, rows of one after another's.
         shapes: shape of every tensor in the checkpoint, as it is stored.
         read: reads one tensor by the checkpoint's name.
         source: the checkpoint, for messages.
         problems: what was found wrong with the checkpoint already; reported together with the rest.
         lost: names of tensors already covered by `problems`.
         progress: called with ("load", tensors done, tensors).
+        norm_offset: what is added to the stored weights of norms.
 
     Raises:
         ValueError: naming every missing, unexpected and misshapen tensor at once.
     """
-    targets = jax.eval_shape(lambda: separate_weights(random_params(config, jax.random.key(0)), config))
+    joined = joined_fields(config)
+    stored_joined = {field for field in joined if f"layers.{{i}}.{field}" in table}
+    targets = jax.eval_shape(
+        lambda: separate_weights(random_params(config, jax.random.key(0)), config, stored_joined)
+    )
     names = {path: _names(checkpoint_name(table, path), config) for path in targets}
     wanted = {}
     for path, target in targets.items():
@@ -71,28 +78,31 @@ def load_params(
 
     def stored(path: str) -> np.ndarray:
         arrays = [tensor(name) for name in names[path]]
-        return arrays[0] if len(arrays) == 1 else np.stack(arrays)
+        array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
+        if norm_offset and path.endswith("norm"):
+            return array.astype(np.float32) + np.float32(norm_offset)
+        return array
 
-    def weight(*paths: str) -> Array | None:
-        """The weight that these make, None if the model has none of them."""
-        if not {*paths} <= targets.keys():
+    def weight(path: str) -> Array | None:
+        """The weight of a path, None if the model has none."""
+        holder, _, field = path.rpartition(".")
+        widths = joined.get(field, {})
+        paths = [path] if path in targets else [f"{holder}.{part}" for part in widths]
+        if not paths or not {*paths} <= targets.keys():
             return None
-        turned = _is_turned(paths[0])
-        if len(paths) == 1:
-            array = stored(*paths)
+        turn = _turn if _is_turned(path) else lambda array: array
+        if widths:
+            columns = [turn(stored(path)) for path in paths]
+            if field in stored_joined:
+                columns = np.split(columns[0], np.cumsum([*widths.values()])[:-1], axis=-1)
+            array = turn(join_columns(columns, config.parts))
         else:
-            apart = [stored(path) for path in paths]
-            array = join_columns([_turn(array) for array in apart] if turned else apart, config.parts)
-            array = _turn(array) if turned else array
-        array = jnp.array(array)
-        return (_turn(array) if turned else array).astype(config.dtype)
-
-    joined = joined_fields(config)
+            array = stored(path)
+        return turn(jnp.array(array)).astype(targets[paths[0]].dtype)
 
     def weights(of: type, prefix: str, **others: Any) -> Any:
         fields = [field.name for field in dataclasses.fields(of) if field.name not in others]
-        parts = {field: [prefix + part for part in joined.get(field, [field])] for field in fields}
-        return of(**{field: weight(*paths) for field, paths in parts.items()}, **others)
+        return of(**{field: weight(prefix + field) for field in fields}, **others)
 
     def layer(index: int) -> LayerParams:
         prefix = f"layers.{index}."
@@ -122,15 +132,23 @@ def _turn(array: Array | np.ndarray) -> Array | np.ndarray:
     return array.swapaxes(-1, -2) if array.ndim > 1 else array
 
 
-def separate_weights(params: Params, config: ModelConfig) -> dict[str, Array]:
-    """Weights by the paths that checkpoints have names for (`Family.names`), those that lie in one apart."""
+def separate_weights(
+    params: Params, config: ModelConfig, joined_too: Collection[str] = ()
+) -> dict[str, Array]:
+    """Weights by the paths that checkpoints have names for (`Family.names`).
+
+    Those that lie in one are apart, or, of fields in `joined_too`, the columns of one after another's.
+    """
     joined, separate = joined_fields(config), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         holder, _, field = jax.tree_util.keystr(path, simple=True, separator=".").rpartition(".")
         prefix = holder and f"{holder}."
         if field in joined:
             columns = split_columns(leaf, [*joined[field].values()], config.parts)
-            separate |= {prefix + name: array for name, array in zip(joined[field], columns, strict=True)}
+            if field in joined_too:
+                separate[prefix + field] = jnp.concatenate(columns, axis=-1)
+            else:
+                separate |= {prefix + name: array for name, array in zip(joined[field], columns, strict=True)}
         else:
             separate[prefix + field] = leaf
     return separate

@@ -117,7 +117,7 @@ def test_a_key_that_only_another_family_reads_is_refused(toy, tmp_path):
 
 
 def test_families_that_are_not_there_are_told(toy, tmp_path):
-    with pytest.raises(ValueError, match=r"family 'wobble'; supported are llama, mistral, .*, toy"):
+    with pytest.raises(ValueError, match=r"family 'wobble'; supported are llama, mistral, qwen2, .*, toy"):
         models.load_model(str(toy_folder(tmp_path, model_type="wobble")))
 
 

@@ -125,10 +125,26 @@ def test_a_window_of_all_positions_is_full_attention():
     assert layer_plan(limited, rj.DecodeConfig()) == layer_plan(TINY, rj.DecodeConfig())
 
 
+def test_a_soft_cap_of_scores_is_refused():
+    capped = dataclasses.replace(TINY, layer_kinds=(LayerKind(),) * 3 + (LayerKind(soft_cap=50.0),))
+    with pytest.raises(ValueError, match=r"layer 3 of tiny caps its attention scores at 50\.0"):
+        rj.init_state(capped, rj.DecodeConfig(), 1, 32)
+
+
 def test_decoding_follows_the_kind_of_each_layer():
-    """With a budget for all pages it is the dense model, whatever ropes, scales and sinks its layers have."""
-    kinds = (LayerKind(None, scale=0.5, sinks=True), LayerKind(Rope(100.0), scale=0.1, sinks=True))
-    config = dataclasses.replace(TINY, num_layers=2, layer_kinds=kinds, max_positions=64)
+    """With a budget for all pages it is the dense model, whatever ropes, scales and sinks its layers have.
+
+    So it is with every part that a model may have.
+    """
+    kinds = (
+        LayerKind(None, scale=0.5, sinks=True),
+        LayerKind(Rope(100.0, channels=6), scale=0.1, sinks=True),
+    )
+    parts = {"norms": "both", "qk_norm": True, "joint_qk_norm": True, "activation": "gelu_tanh"}
+    parts |= {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_divisor": 0.5}
+    config = dataclasses.replace(
+        TINY, num_layers=2, layer_kinds=kinds, max_positions=64, logits_soft_cap=2.0, **parts
+    )
     model = Model(config, random_params(config, jax.random.key(0)), None)
     ids = np.random.default_rng(0).integers(0, 512, 24)
     decode = rj.DecodeConfig("retro", page_size=8, dense_layers=1, budget_tokens=64)

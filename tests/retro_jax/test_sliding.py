@@ -111,11 +111,11 @@ def test_revisions_overwrite_windows_too_and_in_the_first_sparse_layer_outputs_a
 def _sparse_qkv(params, model, tokens):
     """q, k, v of the first sparse layer, by the dense layers below it."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = models.embed(params, tokens)
+    x = models.embed(params, model, tokens)
     for layer, kind in zip(params.layers[:SPARSE], model.layers, strict=False):
         q, k, v = models.qkv(layer, model, kind, x, positions)
         o = models.transformer.causal_attention(q, k, v, kind.window, layer.sinks)
-        x = models.mlp(layer, model, models.attention_output(layer, x, o))
+        x = models.mlp(layer, model, models.attention_output(layer, model, x, o))
     return models.qkv(params.layers[SPARSE], model, model.layers[SPARSE], x, positions)
 
 

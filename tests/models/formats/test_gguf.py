@@ -121,7 +121,11 @@ def test_unsupported_quantisations_and_mismatches_are_named_together(tmp_path):
             r"expert_shared_count 1.*_scale 2\.5",
         ),
         ({"architecture": "qwen2", "expert_count": 8}, r"not supported: qwen2\.expert_count 8"),
-        ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope'; none, linear, yarn are supported"),
+        ({"rope.scaling.type": "dynamic"}, "rope scaling 'dynamic'; none, linear, yarn, longrope are"),
+        (
+            {"rope.scaling.type": "longrope"},
+            "the tensors of no factors; longrope needs rope_factors_long.weight",
+        ),
         ({"rope.dimension_count": 32}, r"rope\.dimension_count 32, only 64"),
         ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, r"both rope\.scaling\.factor 2\.0 and"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor 0\.5"),
@@ -205,8 +209,8 @@ def test_rope_factors_and_linear_scaling_multiply(tmp_path):
 
 def test_a_stated_attention_factor_scales_every_kind():
     linear = models.RopeScaling("linear", attention_factor=1.5)
-    assert rope_frequencies(models.Rope(scaling=linear), head_dim=8)[1] == 1.5
-    assert rope_frequencies(models.Rope(), head_dim=8)[1] == 1.0
+    assert rope_frequencies(models.Rope(scaling=linear), 8, 64)[1] == 1.5
+    assert rope_frequencies(models.Rope(), 8, 64)[1] == 1.0
 
 
 def test_keys_without_effect_and_unknown_keys(tmp_path, caplog):
