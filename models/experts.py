@@ -95,6 +95,11 @@ def expert_bytes(model: ModelConfig) -> int:
     return weights * jnp.dtype(model.dtype).itemsize
 
 
+def experts_read(experts: Experts, tokens: int | float) -> float:
+    """How many of the experts so many tokens choose, if each expert is chosen as often as the others."""
+    return experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
+
+
 def route(params: ExpertParams, experts: Experts, h: Float[Array, "T M"], valid: Bool[Array, " T"]) -> Routed:
     """Chooses the experts of each token."""
     logits = jnp.einsum("tm,me->te", h, params.router, preferred_element_type=jnp.float32)

@@ -280,7 +280,7 @@ def verified_decode(
     remaining = check_ints(remaining, (B,), "remaining", each)
     acceptance = Acceptance.unknown(B) if acceptance is None else acceptance
     stop_tokens = _stop_tokens(stop_tokens)
-    weights = weight_bytes(params)
+    weights = [weight_bytes(params, model, B * tokens) for tokens in range(1, k + 2)]
 
     def a_round(carry, _):
         state, tokens, remaining, acceptance = carry

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retro_jax.models import Experts, ModelConfig, random_params
+from retro_jax.drafts import weight_bytes
+from retro_jax.models import Experts, LayerKind, ModelConfig, random_params
 from retro_jax.models import experts as module
-from retro_jax.models.experts import apply_experts, expert_bytes
+from retro_jax.models.experts import apply_experts, expert_bytes, experts_read
 from retro_jax.models.formats.weights import separate_weights
 
 PLAIN = Experts(5, 2, 6)
@@ -79,6 +80,17 @@ def test_only_the_experts_of_valid_tokens_are_read():
     assert not np.asarray(out)[~valid].any()
     # The two sequences with valid tokens share what is read.
     np.testing.assert_array_equal(read, np.array([len(chosen) / 2, 0, len(chosen) / 2], np.float32))
+
+
+def test_experts_that_are_read_are_those_of_even_choices():
+    """Two tokens: all but those that neither chose."""
+    assert [round(experts_read(Experts(4, 1, 2), tokens), 6) for tokens in (0, 1, 2)] == [0, 1, 1.75]
+    assert experts_read(Experts(3, 3, 2), 1) == 3
+    config = dataclasses.replace(CONFIG, num_layers=2, layer_kinds=(LayerKind(), LayerKind(mlp="experts")))
+    params = jax.eval_shape(lambda: random_params(config, jax.random.key(0)))
+    without = weight_bytes(params, config, 0)
+    assert weight_bytes(params, config, 1) - without == pytest.approx(2 * expert_bytes(config))
+    assert weight_bytes(params, config, 10**6) == pytest.approx(without + 5 * expert_bytes(config))
 
 
 def test_the_bytes_of_an_expert_are_those_of_its_weights():
