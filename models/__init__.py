@@ -12,7 +12,7 @@ if __name__ != "retro_jax.models":
     raise ImportError(f"this package is imported as retro_jax.models, not as {__name__}")
 
 from retro_jax.models.balance import balance_keys
-from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models.config import Experts, LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ from retro_jax.models.transformer import (
 )
 
 __all__ = [
+    "Experts",
     "LayerKind",
     "LayerParams",
     "Model",

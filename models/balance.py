@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from retro_jax.models.config import ModelConfig
+from retro_jax.models.config import ModelConfig, Rope
 from retro_jax.models.joined import join_columns, joined_fields, split_columns
 from retro_jax.models.transformer import LayerParams, Params
 
@@ -28,27 +28,31 @@ def balance_keys(params: Params, config: ModelConfig) -> Params:
         params: weights; their arrays are given up for the new ones.
         config: sizes of the model.
     """
-    return params.replace(layers=tuple(_balanced(layer, config) for layer in params.layers))
+    layers = zip(params.layers, config.layers, strict=True)
+    return params.replace(layers=tuple(_balanced(layer, config, kind.rope) for layer, kind in layers))
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="layer")
-def _balanced(layer: LayerParams, config: ModelConfig) -> LayerParams:
-    if layer.k_norm is not None:  # of all heads; what lies before it, a norm takes off again
-        factors = _factors(layer.k_norm.astype(jnp.float32))
+@functools.partial(jax.jit, static_argnames=("config", "rope"), donate_argnames="layer")
+def _balanced(layer: LayerParams, config: ModelConfig, rope: Rope | None) -> LayerParams:
+    rotated = (rope and rope.channels) or config.head_dim
+    if layer.k_norm is not None:  # what lies before it, a norm takes off again
+        sizes = layer.k_norm.astype(jnp.float32).reshape(-1, config.head_dim)  # one for all heads, or of each
+        factors = _factors(sizes, rotated)
+        queries = _of_queries(factors, config) if config.joint_qk_norm else factors
         return layer.replace(
-            q_norm=layer.q_norm * factors.astype(layer.q_norm.dtype),
-            k_norm=layer.k_norm / factors.astype(layer.k_norm.dtype),
+            q_norm=layer.q_norm * queries.ravel().astype(layer.q_norm.dtype),
+            k_norm=layer.k_norm / factors.ravel().astype(layer.k_norm.dtype),
         )
     widths = [*joined_fields(config)["wqkv"].values()]
     # What a channel's key is of inputs with unit variance, as the norm leaves them.
-    inputs = layer.wqkv * layer.attn_norm[:, None]
+    inputs = layer.wqkv if layer.attn_norm is None else layer.wqkv * layer.attn_norm[:, None]
     squares = jnp.sum(jnp.square(inputs.astype(jnp.float32)), axis=0)
     largest = DEVIATIONS * jnp.sqrt(squares)
     if layer.bqkv is not None:
         largest += jnp.abs(layer.bqkv.astype(jnp.float32))
     sizes = split_columns(largest, widths, config.parts)[1]
-    factors = _factors(sizes.reshape(config.num_kv_heads, config.head_dim))  # [K, D]
-    queries = jnp.repeat(factors, config.num_heads // config.num_kv_heads, axis=0)
+    factors = _factors(sizes.reshape(config.num_kv_heads, config.head_dim), rotated)  # [K, D]
+    queries = _of_queries(factors, config)
     by_column = join_columns(
         [queries.ravel(), 1 / factors.ravel(), jnp.ones(widths[2], jnp.float32)], config.parts
     ).astype(layer.wqkv.dtype)
@@ -56,9 +60,13 @@ def _balanced(layer: LayerParams, config: ModelConfig) -> LayerParams:
     return layer.replace(wqkv=layer.wqkv * by_column, bqkv=bqkv)
 
 
-def _factors(sizes: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def _of_queries(factors: Float[Array, "K D"], config: ModelConfig) -> Float[Array, "N D"]:
+    return jnp.repeat(factors, config.group, axis=0)
+
+
+def _factors(sizes: Float[Array, "heads D"], rotated: int) -> Float[Array, "heads D"]:
     """Powers of two near the sizes; the same for both channels that a rotary embedding mixes."""
-    pairs = jnp.max(sizes.reshape(*sizes.shape[:-1], 2, -1), axis=-2, keepdims=True)
-    exponents = jnp.round(jnp.log2(jnp.where(pairs > 0, pairs, 1.0))).astype(jnp.int32)
-    factors = jnp.ldexp(jnp.ones_like(pairs), exponents)  # exact, as exp2 need not be
-    return jnp.broadcast_to(factors, (*sizes.shape[:-1], 2, sizes.shape[-1] // 2)).reshape(sizes.shape)
+    pairs = jnp.max(sizes[:, :rotated].reshape(len(sizes), 2, -1), axis=1)
+    sizes = jnp.concatenate([pairs, pairs, sizes[:, rotated:]], axis=1)
+    exponents = jnp.round(jnp.log2(jnp.where(sizes > 0, sizes, 1.0))).astype(jnp.int32)
+    return jnp.ldexp(jnp.ones_like(sizes), exponents)  # exact, as exp2 need not be

@@ -5,7 +5,9 @@ device of a mesh has some of the parts: its heads' columns of all matrices, as o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import flax.struct
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
@@ -13,14 +15,24 @@ from jaxtyping import Array, Float
 from retro_jax.models.config import ModelConfig
 
 
+def weight(divided: int | None = None, **options: Any) -> Any:
+    """A field of weights, and the axis along which several devices have a part each; None: each has all."""
+    return flax.struct.field(metadata={"divided": divided}, **options)
+
+
 def joined_fields(config: ModelConfig) -> dict[str, dict[str, int]]:
-    """By field of `LayerParams`: what lies in it, as checkpoints name it, and how many columns each has."""
+    """By field of the weights of a layer: what lies in it, as checkpoints name it, and its columns."""
     query, pair = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
+    fields = {
         "wqkv": {"wq": query, "wk": pair, "wv": pair},
         "bqkv": {"bq": query, "bk": pair, "bv": pair},
         "w_gate_up": {"w_gate": config.hidden_width, "w_up": config.hidden_width},
     }
+    if config.experts is not None:
+        width = config.experts.hidden_width
+        fields["gate_up"] = {"gate": width, "up": width}
+        fields["gate_up_bias"] = {"gate_bias": width, "up_bias": width}
+    return fields
 
 
 def join_columns(

@@ -9,34 +9,43 @@ from jaxtyping import Array, Float, Int
 from retro_jax.models.config import Rope, RopeScaling
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+def rope_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
     """Angles per position and what scales cosine and sine.
 
     Args:
         rope: of the layer.
         head_dim: D.
+        max_positions: that the model is good for; longrope has other factors beyond its original ones.
 
     Returns:
-        float32 (D/2,) radians per position, and the attention factor (1.0 but for yarn, unless stated).
+        float32 (R/2,) radians per position for R rotated channels, and the attention factor (1.0 but for
+        yarn, unless stated).
     """
-    exponents = np.arange(0, head_dim, 2) / head_dim
-    frequencies = rope.theta**-exponents
+    channels = rope.channels or head_dim
+    frequencies = rope.theta ** -(np.arange(0, channels, 2) / channels)
     scaling = rope.scaling
-    attention_factor = 1.0
-    if scaling is not None:
-        attention_factor = scaling.attention_factor
-        if scaling.kind == "linear":
-            frequencies = frequencies / scaling.factor
-        elif scaling.kind == "factors":
-            frequencies = frequencies / np.asarray(scaling.factors)
-        elif scaling.kind == "llama3":
-            frequencies = _llama3(frequencies, scaling)
-        else:
-            frequencies = _yarn(frequencies, scaling, rope.theta)
-        if attention_factor is None:
-            grows = scaling.kind == "yarn" and scaling.factor > 1
-            attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if grows else 1.0
-    return frequencies.astype(np.float32), attention_factor
+    if scaling is None:
+        return frequencies.astype(np.float32), 1.0
+    if scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.kind == "factors":
+        frequencies = frequencies / np.asarray(scaling.factors)
+    elif scaling.kind == "longrope":
+        short = max_positions <= scaling.original_positions
+        frequencies = frequencies / np.asarray(scaling.short_factors if short else scaling.factors)
+    elif scaling.kind == "llama3":
+        frequencies = _llama3(frequencies, scaling)
+    else:
+        frequencies = _yarn(frequencies, scaling, rope.theta)
+    return frequencies.astype(np.float32), _attention_factor(scaling)
+
+
+def _attention_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.kind == "yarn" and scaling.factor > 1:
+        return 0.1 * math.log(scaling.factor) + 1.0
+    return 1.0
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -63,12 +72,22 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, theta: float) -> np.nda
 
 
 def apply_rope(
-    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], rope: Rope
+    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], rope: Rope, max_positions: int
 ) -> Float[Array, "B T H D"]:
-    """Rotates each head's vector by its token's position; any positions, in float32, result in x's dtype."""
-    frequencies, attention_factor = rope_frequencies(rope, x.shape[-1])
+    """Rotates each head's vector by its token's position; any positions, in float32, result in x's dtype.
+
+    Args:
+        x: vectors, of which the first `rope.channels` are rotated.
+        positions: of the tokens.
+        rope: of the layer.
+        max_positions: that the model is good for.
+    """
+    frequencies, attention_factor = rope_frequencies(rope, x.shape[-1], max_positions)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    half = len(frequencies)
+    rotated, kept = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    first, second = jnp.split(rotated, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = rotated.astype(x.dtype)
+    return jnp.concatenate([rotated, kept], axis=-1) if kept.shape[-1] else rotated

@@ -11,39 +11,40 @@ float32, the residual stream has the configuration's dtype.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from retro_jax.models.config import LayerKind, ModelConfig
-from retro_jax.models.joined import join_columns, joined_fields, split_columns
+from retro_jax.models.config import Experts, LayerKind, ModelConfig
+from retro_jax.models.experts import ApplyExperts, ExpertParams, apply_experts
+from retro_jax.models.joined import join_columns, joined_fields, split_columns, weight
 from retro_jax.models.rope import apply_rope
-
-
-def weight(divided: int | None = None, **options: Any) -> Any:
-    """A field of weights, and the axis along which several devices have a part each; None: each has all."""
-    return flax.struct.field(metadata={"divided": divided}, **options)
 
 
 @flax.struct.dataclass
 class LayerParams:
-    """Weights of one layer; biases and q/k norms are None where the family has none.
+    """Weights of one layer; biases, norms and sinks are None where the layer has none.
 
-    Query, key and value lie in one matrix, gate and up in another: see `joined`.
+    Query, key and value lie in one matrix, gate and up in another: see `joined`. The latter and `w_down` are
+    None in a layer with `experts`. The norms of queries and keys are over one head, or over all of them.
     """
 
-    attn_norm: Float[Array, " M"] = weight()
+    attn_norm: Float[Array, " M"] | None = weight()
     wqkv: Float[Array, "M QKV"] = weight(divided=1)
     wo: Float[Array, "ND M"] = weight(divided=0)
-    mlp_norm: Float[Array, " M"] = weight()
-    w_gate_up: Float[Array, "M 2F"] = weight(divided=1)
-    w_down: Float[Array, "F M"] = weight(divided=0)
+    mlp_norm: Float[Array, " M"] | None = weight()
+    w_gate_up: Float[Array, "M 2F"] | None = weight(divided=1, default=None)
+    w_down: Float[Array, "F M"] | None = weight(divided=0, default=None)
     bqkv: Float[Array, " QKV"] | None = weight(divided=0, default=None)
-    q_norm: Float[Array, " D"] | None = weight(default=None)
-    k_norm: Float[Array, " D"] | None = weight(default=None)
+    bo: Float[Array, " M"] | None = weight(default=None)
+    q_norm: Float[Array, " D_or_ND"] | None = weight(default=None)
+    k_norm: Float[Array, " D_or_KD"] | None = weight(default=None)
+    sinks: Float[Array, " N"] | None = weight(divided=0, default=None)
+    attn_post_norm: Float[Array, " M"] | None = weight(default=None)
+    mlp_post_norm: Float[Array, " M"] | None = weight(default=None)
+    experts: ExpertParams | None = None
 
 
 @flax.struct.dataclass
@@ -63,10 +64,29 @@ def rms_norm(x: Float[Array, "... C"], weight: Float[Array, " C"], eps: float) -
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
+def _normed(x: Float[Array, "... C"], weight: Float[Array, " C"] | None, config: ModelConfig) -> Array:
+    """`rms_norm` by the weight of a norm that there may be."""
+    return x if weight is None else rms_norm(x, weight, config.norm_eps)
+
+
+def _add(
+    x: Float[Array, "B T M"],
+    branch: Float[Array, "B T M"],
+    norm: Float[Array, " M"] | None,
+    config: ModelConfig,
+) -> Float[Array, "B T M"]:
+    """The residual stream with what attention or mlp adds to it."""
+    branch = _normed(branch, norm, config)
+    if config.residual_multiplier != 1:
+        branch = branch * config.residual_multiplier
+    return x + branch
+
+
 @jax.named_scope("embed")
-def embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
     """Looks token ids up."""
-    return params.embed[tokens]
+    x = params.embed[tokens]
+    return x if config.embedding_multiplier == 1 else x * config.embedding_multiplier
 
 
 @jax.named_scope("qkv")
@@ -77,43 +97,73 @@ def qkv(
     x: Float[Array, "B T M"],
     positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-    """Queries, keys, values: norm, projections, optional biases and q/k norms, rotary embedding.
+    """Queries, keys, values: optional norm, projections, optional biases and q/k norms, rotary embedding.
 
     Queries carry the layer's scale, so that every attention multiplies its scores by D ** -0.5 alone.
     """
-    h = rms_norm(x, layer.attn_norm, config.norm_eps)
-    joined = h @ layer.wqkv
+    joined = _normed(x, layer.attn_norm, config) @ layer.wqkv
     if layer.bqkv is not None:
         joined = joined + layer.bqkv
     widths = joined_fields(config)["wqkv"].values()
-    q, k, v = (
-        columns.reshape(*x.shape[:2], -1, config.head_dim)
-        for columns in split_columns(joined, [*widths], config.parts)
-    )
-    if layer.q_norm is not None:
-        q = rms_norm(q, layer.q_norm, config.norm_eps)
-        k = rms_norm(k, layer.k_norm, config.norm_eps)
+    q, k, v = split_columns(joined, [*widths], config.parts)
+    if config.joint_qk_norm:
+        q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
+    q, k, v = (columns.reshape(*x.shape[:2], -1, config.head_dim) for columns in (q, k, v))
+    if not config.joint_qk_norm:
+        q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
     if kind.scale is not None:
         q = (q.astype(jnp.float32) * (kind.scale * config.head_dim**0.5)).astype(q.dtype)
     if kind.rope is not None:
-        q, k = apply_rope(q, positions, kind.rope), apply_rope(k, positions, kind.rope)
+        q, k = (apply_rope(heads, positions, kind.rope, config.max_positions) for heads in (q, k))
     return q, k, v
 
 
 @jax.named_scope("attention_output")
 def attention_output(
-    layer: LayerParams, x: Float[Array, "B T M"], o: Float[Array, "B T N D"]
+    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"], o: Float[Array, "B T N D"]
 ) -> Float[Array, "B T M"]:
     """Adds the projected attention output to the residual stream."""
-    return x + o.astype(x.dtype).reshape(*x.shape[:2], -1) @ layer.wo
+    branch = o.astype(x.dtype).reshape(*x.shape[:2], -1) @ layer.wo
+    if layer.bo is not None:
+        branch = branch + layer.bo
+    return _add(x, branch, layer.attn_post_norm, config)
+
+
+def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    """Adds the gated MLP (SwiGLU or GeGLU, arXiv 2002.05202) or chosen experts to the residual stream."""
+    return counted_mlp(layer, config, x)[0]
 
 
 @jax.named_scope("mlp")
-def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
-    """Adds the gated MLP (SwiGLU, arXiv 2002.05202) to the residual stream."""
-    h = rms_norm(x, layer.mlp_norm, config.norm_eps)
-    gate, up = split_columns(h @ layer.w_gate_up, [config.hidden_width] * 2, config.parts)
-    return x + (jax.nn.silu(gate) * up) @ layer.w_down
+def counted_mlp(
+    layer: LayerParams,
+    config: ModelConfig,
+    x: Float[Array, "B T M"],
+    valid: Bool[Array, "B T"] | None = None,
+    apply_experts: ApplyExperts = apply_experts,
+) -> tuple[Float[Array, "B T M"], Float[Array, " B"] | None]:
+    """`mlp`, and how many experts it reads.
+
+    Args:
+        layer: weights.
+        config: sizes.
+        x: the residual stream.
+        valid: tokens that count; the others choose no experts. None: all.
+        apply_experts: how experts are applied.
+
+    Returns:
+        The residual stream, and how many experts are read, shared equally by the sequences that have valid
+        tokens; None in a layer without experts.
+    """
+    h, read = _normed(x, layer.mlp_norm, config), None
+    if layer.experts is None:
+        gate, up = split_columns(h @ layer.w_gate_up, [config.hidden_width] * 2, config.parts)
+        gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        branch = (gate * up) @ layer.w_down
+    else:
+        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
+        branch, read = apply_experts(layer.experts, config.experts, config.parts, h, valid)
+    return _add(x, branch, layer.mlp_post_norm, config), read
 
 
 @jax.named_scope("logits")
@@ -121,8 +171,16 @@ def logits(params: Params, config: ModelConfig, x: Float[Array, "B T M"]) -> Flo
     """Float32 logits of the next token after each position."""
     h = rms_norm(x, params.final_norm, config.norm_eps)
     if params.head is None:
-        return jnp.einsum("btm,vm->btv", h, params.embed, preferred_element_type=jnp.float32)
-    return jnp.einsum("btm,mv->btv", h, params.head, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btm,vm->btv", h, params.embed, preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("btm,mv->btv", h, params.head, preferred_element_type=jnp.float32)
+    if config.logits_divisor != 1:
+        logits = logits / config.logits_divisor
+    return logits if config.logits_soft_cap is None else _soft_capped(logits, config.logits_soft_cap)
+
+
+def _soft_capped(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    return cap * jnp.tanh(x / cap)
 
 
 def causal_attention(
@@ -130,15 +188,26 @@ def causal_attention(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     window: int | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B T N D"]:
-    """Dense causal grouped-query attention with a float32 softmax, over the latest `window` keys or all."""
+    """Dense causal grouped-query attention with a float32 softmax, over the latest `window` keys or all.
+
+    With `sinks`, each head's logit is one more in its softmax, whose weight is then dropped.
+    """
     B, T, N, D = q.shape
     grouped = q.reshape(B, T, k.shape[2], -1, D)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * D**-0.5
+    if soft_cap is not None:
+        scores = _soft_capped(scores, soft_cap)
     visible = jnp.tril(jnp.ones((T, T), bool))
     if window is not None:
         visible &= ~jnp.tril(visible, -window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    if sinks is not None:
+        logits = sinks.astype(jnp.float32).reshape(k.shape[2], -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(logits, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :T].astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(B, T, N, D)
 
 
@@ -146,10 +215,11 @@ def causal_attention(
 def forward(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Float32 logits after every token, by dense causal attention over the whole sequence."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = embed(params, tokens)
+    x = embed(params, config, tokens)
     for layer, kind in zip(params.layers, config.layers, strict=True):
         q, k, v = qkv(layer, config, kind, x, positions)
-        x = attention_output(layer, x, causal_attention(q, k, v, kind.window))
+        o = causal_attention(q, k, v, kind.window, layer.sinks, kind.soft_cap)
+        x = attention_output(layer, config, x, o)
         x = mlp(layer, config, x)
     return logits(params, config, x)
 
@@ -169,7 +239,9 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
     M, F, D = config.width, config.hidden_width, config.head_dim
     widths = joined_fields(config)
     depth_scale = (2 * config.num_layers) ** -0.5
-    keys = iter(jax.random.split(key, 10 * config.num_layers + 2))
+    draws = 10 if config.experts is None else 16  # of a layer, at most
+    keys = iter(jax.random.split(key, draws * config.num_layers + 2))
+    sink_keys = jax.random.split(jax.random.fold_in(key, 1), config.num_layers)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Array:
         return _normal(next(keys), (rows, columns), scale * rows**-0.5, config.dtype)
@@ -181,25 +253,54 @@ def random_params(config: ModelConfig, key: Key[Array, ""]) -> Params:
         return _normal(next(keys), (size,), 0.5, config.dtype)
 
     def norm(size: int, present: bool = True) -> Array | None:
-        return jnp.ones(size, config.dtype) if present else None
+        return jnp.ones(size, "float32" if config.float32_norms else config.dtype) if present else None
 
-    def layer() -> LayerParams:
+    before, after = config.norms != "after", config.norms != "before"
+    normed_heads = (config.num_heads, config.num_kv_heads) if config.joint_qk_norm else (1, 1)
+
+    def expert_params(experts: Experts) -> ExpertParams:
+        E, inner = experts.count, experts.hidden_width
+
+        def stacked(rows: int, columns: int, scale: float = 1.0) -> Array:
+            return _normal(next(keys), (E, rows, columns), scale * rows**-0.5, config.dtype)
+
+        def bias(columns: int) -> Array:
+            return _normal(next(keys), (E, columns), 0.1, config.dtype)
+
+        # What goes through a share of each of several experts is less than what goes through one.
+        down_scale = depth_scale * experts.per_token**0.5
+        return ExpertParams(
+            router=matrix(M, E),
+            gate_up=joined("gate_up", lambda width: stacked(M, width)),
+            down=stacked(inner, M, down_scale),
+            router_bias=column(E) if experts.biases else None,
+            gate_up_bias=joined("gate_up_bias", bias) if experts.biases else None,
+            down_bias=bias(M) if experts.biases else None,
+        )
+
+    def layer(kind: LayerKind, sink_key: Key[Array, ""]) -> LayerParams:
+        dense = kind.mlp == "dense"
         return LayerParams(
-            attn_norm=norm(M),
+            attn_norm=norm(M, before),
             wqkv=joined("wqkv", lambda width: matrix(M, width)),
             wo=matrix(config.num_heads * D, M, depth_scale),
-            mlp_norm=norm(M),
-            w_gate_up=joined("w_gate_up", lambda width: matrix(M, width)),
-            w_down=matrix(F, M, depth_scale),
+            mlp_norm=norm(M, before),
+            w_gate_up=joined("w_gate_up", lambda width: matrix(M, width)) if dense else None,
+            w_down=matrix(F, M, depth_scale) if dense else None,
             bqkv=joined("bqkv", column) if config.qkv_bias else None,
-            q_norm=norm(D, config.qk_norm),
-            k_norm=norm(D, config.qk_norm),
+            bo=column(M) if config.output_bias else None,
+            q_norm=norm(normed_heads[0] * D, config.qk_norm),
+            k_norm=norm(normed_heads[1] * D, config.qk_norm),
+            sinks=_normal(sink_key, (config.num_heads,), 1.0, config.dtype) if kind.sinks else None,
+            attn_post_norm=norm(M, after),
+            mlp_post_norm=norm(M, after),
+            experts=None if dense else expert_params(config.experts),
         )
 
     embed_scale = M**-0.5 if config.tie_embeddings else 1.0
     return Params(
         embed=_normal(next(keys), (config.vocab_size, M), embed_scale, config.dtype),
-        layers=tuple(layer() for _ in range(config.num_layers)),
+        layers=tuple(map(layer, config.layers, sink_keys)),
         final_norm=norm(M),
         head=None if config.tie_embeddings else matrix(M, config.vocab_size),
     )

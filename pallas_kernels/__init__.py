@@ -22,6 +22,7 @@ from pallas_kernels.attention import (
     attention_mass,
     dense_attention,
     merge,
+    merge_sinks,
     retro_attention,
     selected_mass,
     settle_blocks,
@@ -39,6 +40,13 @@ from pallas_kernels.pages import (
 )
 from pallas_kernels.scores import GROUP_REDUCE, SCORES, PageScore, register_score
 from pallas_kernels.selection import choose_pages, page_scores, select_pages
+from pallas_kernels.sliding import (
+    chunk_attention,
+    read_ring,
+    restore_ring,
+    update_ring,
+    window_attention,
+)
 from pallas_kernels.statistics import (
     HIGHEST,
     LOWEST,
@@ -74,21 +82,27 @@ __all__ = [
     "attend_pages",
     "attention_mass",
     "choose_pages",
+    "chunk_attention",
     "dense_attention",
     "dequantized",
     "empty_pages",
     "kernels_of_device",
     "merge",
+    "merge_sinks",
     "page_scores",
     "pages_for",
     "quantize",
+    "read_ring",
     "refresh_statistics",
     "register_score",
     "register_statistic",
+    "restore_ring",
     "retro_attention",
     "select_pages",
     "selected_mass",
     "settle_blocks",
     "update_pages",
+    "update_ring",
     "vector_bytes",
+    "window_attention",
 ]

@@ -23,6 +23,8 @@ from pallas_kernels.settings import under_fixed_settings
 
 SEQUENCES, HEADS = "data", "model"
 """Axes of a mesh of devices, over which sequences and KV heads are spread."""
+BY_HEAD = P(HEADS)
+"""How an array with an entry for each query head is spread."""
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 """Every name that `implementation` may take."""
 

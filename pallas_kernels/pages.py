@@ -64,6 +64,13 @@ def dequantized(pages: Float[Array, "*pages S D"] | QuantizedPages) -> Float[Arr
     return pages.at("float32") if isinstance(pages, QuantizedPages) else pages
 
 
+def as_kept(tokens: Float[Array, "*any D"], pages: Pages) -> Float[Array, "*any D"]:
+    """Keys or values as they are read back when they have been written to these pages."""
+    if isinstance(pages, QuantizedPages):
+        return dequantized(QuantizedPages(*quantize(tokens, pages.dtype)))
+    return tokens.astype(pages.dtype)
+
+
 def gather_pages(pages: Pages, page_ids: Int[Array, "B K C"]) -> Float[Array, "B K C 2 S D"]:
     """What the pages of these numbers hold; no other is read."""
 

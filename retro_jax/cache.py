@@ -69,10 +69,11 @@ class Kept:
 
 @flax.struct.dataclass
 class LayerState:
-    """The cache of one layer; only `pages` in a dense layer.
+    """The cache of one layer; only `pages` in a dense layer and in one with a sliding window.
 
     Attributes:
-      pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning.
+      pages: keys (0) and values (1) by page; what lies beyond a sequence's length has no meaning. With a
+        sliding window a ring of the latest tokens (`LayerPlan.rings`, `pallas_kernels.sliding`).
       statistics: per page, of the kind that the configuration names; None if its score reads none, and in a
         layer that takes over the pages of its anchor.
       block_values: mean value of each block of pages; None for a configuration without a residual.
@@ -112,8 +113,11 @@ class StepMetrics:
       pages_loaded: pages loaded, likewise.
       kv_bytes: bytes of keys, values and page statistics read, summed over all layers and KV heads; what a
         rectification reads is counted in the step that it follows.
+      expert_bytes: bytes of the weights of experts that the step read for all sequences, shared equally by
+        them; None in a model without experts.
     """
 
     pages_attended: Float[Array, "B W"] = spread(SEQUENCES)
     pages_loaded: Float[Array, " B"] = spread(SEQUENCES)
     kv_bytes: Float[Array, " B"] = spread(SEQUENCES)
+    expert_bytes: Float[Array, " B"] | None = spread(SEQUENCES, default=None)

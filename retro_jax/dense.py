@@ -8,6 +8,8 @@ from retro_jax.layers import dense_layer
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
+from retro_jax.plan import layer_plan
+from retro_jax.sliding import sliding_chunk
 from retro_jax.state import DecodeState
 
 
@@ -55,10 +57,15 @@ def dense_hidden(
     """
     state.check_cache(config)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    x = transformer.embed(params, tokens)
+    x = transformer.embed(params, model, tokens)
     layers = []
-    for layer, kind, cache in zip(params.layers, model.layers, state.layers, strict=True):
-        x, cache = dense_layer(layer, model, kind, config, cache, x, state.length, valid, implementation)
+    rings = layer_plan(model, config).rings
+    for layer, kind, cache, ring in zip(params.layers, model.layers, state.layers, rings, strict=True):
+        tokens = cache, x, state.length, valid, implementation
+        if ring is None:
+            x, cache, _ = dense_layer(layer, model, kind, config, *tokens)
+        else:
+            x, cache = sliding_chunk(layer, model, kind, ring, *tokens)
         layers.append(cache)
     state = state.replace(
         length=state.length + lengths,

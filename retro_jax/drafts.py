@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from retro_jax.models.config import ModelConfig
+from retro_jax.models.experts import expert_bytes, experts_read
 from retro_jax.models.transformer import Params
 from retro_jax.sharding import to_host
 
@@ -77,27 +79,43 @@ class Acceptance:
             check_bytes=jnp.where(drew, metrics.check_bytes, self.check_bytes),
         )
 
-    def best_drafts(self, k: int, active: Bool[Array, " B"], weights: int) -> Int[Array, ""]:
+    def best_drafts(
+        self, k: int, active: Bool[Array, " B"], weights: Sequence[int | float]
+    ) -> Int[Array, ""]:
         """How many tokens to draft for each of the active sequences, 1..k; see the module.
 
         Args:
           k: the bound; static.
           active: sequences that will go on.
-          weights: bytes that any pass reads of the model, once for the batch.
+          weights: bytes that a pass over 1, 2, ..., k + 1 tokens of each sequence reads of the model, once
+            for the batch.
         """
         rate = (PRIOR[0] + self.accepted) / (PRIOR[1] + self.tried)
         reached = rate[:, None] ** jnp.arange(k + 1)  # a token after i drafts
         tokens = jnp.sum(jnp.where(active[:, None], jnp.cumsum(reached, axis=1), 0.0), axis=0)[1:]
         step, check = (jnp.sum(jnp.where(active, read, 0.0)) for read in (self.step_bytes, self.check_bytes))
-        cost = weights + check + jnp.arange(1, k + 1) * (weights + step)
+        of_step, *of_checks = weights
+        cost = jnp.asarray(of_checks, jnp.float32) + check + jnp.arange(1, k + 1) * (of_step + step)
         # Before anything is known of the costs, the more the better.
         return jnp.where(check > 0, jnp.argmax(tokens / cost) + 1, k).astype(jnp.int32)
 
 
-def weight_bytes(params: Params) -> int:
-    """Bytes that a pass reads of the weights; of an embedding that is no output head, next to nothing."""
+def weight_bytes(params: Params, model: ModelConfig, tokens: int | float) -> int | float:
+    """Bytes that a pass reads of the weights; of an embedding that is no output head, next to nothing.
+
+    Args:
+      params: weights, or their shapes.
+      model: their sizes.
+      tokens: of the pass, which choose experts: each is taken to be chosen as often. What a step has read of
+        them, its metrics tell; 0 leaves them out.
+    """
     read = params if params.head is None else params.replace(embed=None)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(read))
+    if model.experts is None:
+        return whole
+    layers = sum(kind.mlp == "experts" for kind in model.layers)
+    unread = model.experts.count - experts_read(model.experts, tokens)
+    return whole - layers * unread * expert_bytes(model)
 
 
 @dataclass(frozen=True)

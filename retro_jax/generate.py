@@ -145,7 +145,7 @@ def generate(
     keys = sequence_keys(sampling, len(ids)) if keys is None else check_keys(keys, len(ids))
     exact = previous is None or previous.exact
     if verify is not None:
-        check_verify(config, verify)
+        check_verify(config, verify, model=model.config)
         if not exact:
             raise ValueError(
                 f"verify {verify} was asked for, but previous has tokens that were decoded without, whose "

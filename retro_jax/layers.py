@@ -20,6 +20,7 @@ from pallas_kernels import (
     attend_pages,
     dense_attention,
     merge,
+    merge_sinks,
     retro_attention,
     settle_blocks,
     update_pages,
@@ -27,6 +28,7 @@ from pallas_kernels import (
 from retro_jax.budget import budget_pages, rules_of
 from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
+from retro_jax.mlp import mlp
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
@@ -112,12 +114,12 @@ def dense_layer(
     start: Int[Array, " B"],
     valid: Bool[Array, "B T"],
     implementation: str | None,
-) -> tuple[Float[Array, "B T M"], LayerState]:
+) -> tuple[Float[Array, "B T M"], LayerState, Float[Array, " B"] | None]:
     """A layer with full attention for T consecutive tokens from position `start` on.
 
     Writes keys and values of the valid ones. In a sparse layer, which prefill runs densely, page statistics
     follow, and what eviction carries; pages that were evicted earlier stay away. `implementation` is that of
-    the operations on pages.
+    the operations on pages. The last result is what `mlp` says of experts.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
@@ -138,15 +140,16 @@ def dense_layer(
         tokens = x.shape[1] + unsettled + config.residual_pages * config.page_size
         cache = settle(config, cache, start - unsettled, settled, tokens)
     if cache.kept is None:
-        o = dense_attention(q, pages, positions, implementation=implementation)
+        o = dense_attention(q, pages, positions, layer.sinks, implementation=implementation)
     else:
-        o = attend_pages(q, pages, positions, cache.kept.alive, implementation=implementation)
+        alive = cache.kept.alive
+        o = attend_pages(q, pages, positions, alive, layer.sinks, implementation=implementation)
         if config.eviction.observe:
-            cache = cache.replace(
-                kept=config.eviction.observe(_rules(model, config, cache), cache, q, positions)
-            )
-    x = transformer.attention_output(layer, x, o)
-    return transformer.mlp(layer, model, x), cache
+            rules = _rules(model, config, cache)
+            cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
+    x = transformer.attention_output(layer, model, x, o)
+    x, experts = mlp(layer, model, x, valid)
+    return x, cache, experts
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "config", "watch"))
@@ -162,7 +165,14 @@ def sparse_layer(
     index: Int[Array, ""] | int,
     below: Selection | None = None,
     watch: Watch | None = None,
-) -> tuple[Float[Array, "B W M"], LayerState, Selection, Int[Array, "B K C"] | None, Any]:
+) -> tuple[
+    Float[Array, "B W M"],
+    LayerState,
+    Selection,
+    Int[Array, "B K C"] | None,
+    Any,
+    Float[Array, " B"] | None,
+]:
     """A sparse layer for the whole window (RetroAttention, section 3 and algorithm 1).
 
     Args:
@@ -180,7 +190,8 @@ def sparse_layer(
 
     Returns:
       The corrected hidden states, the new state, the pages that were loaded, what `newly_attending` says of
-      them (None without older slots: the newest attends to all of them), and what `watch` returned.
+      them (None without older slots: the newest attends to all of them), what `watch` returned, and what
+      `mlp` says of experts.
     """
     positions = slots.positions
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
@@ -201,7 +212,7 @@ def sparse_layer(
     cache = cache.replace(pages=pages, statistics=statistics)
 
     # Select pages for the newest query; one load of them serves the window.
-    query = Query(q[:, -1], positions[:, -1], slots.budgets, index)
+    query = Query(q[:, -1], positions[:, -1], slots.budgets, index, layer.sinks)
     selection, kept = choose(config, _rules(model, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
     attending, last_loaded = None, cache.last_loaded
@@ -221,8 +232,9 @@ def sparse_layer(
         implementation=config.implementation,
     )
 
-    # What the output cache keeps is exact; estimates of what is missing are merged anew in each step.
-    attention = o
+    # What the output cache keeps is exact, and without the sinks; estimates of what is missing and then the
+    # sinks are merged anew in each step.
+    attention, total = o, lse
     if config.residual_pages:
         size = config.residual_pages * config.page_size
         cache = settle(config, cache, slots.settled - size, slots.settled, size)
@@ -237,7 +249,8 @@ def sparse_layer(
             block_pages=config.residual_pages,
             implementation=config.implementation,
         )
-        attention, _ = merge(o, lse, *estimates)
+        attention, total = merge(o, lse, *estimates)
+    attention = merge_sinks(attention, total, layer.sinks)
 
     # Push the newest onto the output cache, drop the oldest; a sequence that is not active keeps its own.
     active = slots.valid[:, -1]
@@ -245,11 +258,11 @@ def sparse_layer(
         o=jnp.where(active[:, None, None, None], o[:, 1:], cache.outputs.o),
         lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
     )
-    x = transformer.attention_output(layer, x, attention)
-    x = transformer.mlp(layer, model, x)
+    x = transformer.attention_output(layer, model, x, attention)
+    x, experts = mlp(layer, model, x, slots.valid)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
-    return x, cache, selection, attending, seen
+    return x, cache, selection, attending, seen, experts
 
 
 def _rules(model: ModelConfig, config: DecodeConfig, cache: LayerState) -> Rules:

@@ -19,11 +19,14 @@ class Metrics:
         mean over sparse layers and KV heads.
       pages_loaded: [steps, B], pages loaded, likewise; 0 where the sequence was not active.
       kv_bytes: [steps, B], bytes of keys, values and page statistics read over all layers.
+      expert_bytes: [steps, B], bytes of the weights of experts read for all sequences, shared equally by
+        them; None of a model without experts.
     """
 
     pages_attended: np.ndarray
     pages_loaded: np.ndarray
     kv_bytes: np.ndarray
+    expert_bytes: np.ndarray | None = None
 
     @classmethod
     def gather(cls, calls: Sequence[StepMetrics]) -> "Metrics":
@@ -35,12 +38,15 @@ class Metrics:
         if not calls:
             raise ValueError("no decode steps were taken, so there is nothing to measure")
         joined = jax.tree.map(lambda *arrays: np.concatenate(arrays).astype(np.float64), *to_host(calls))
-        return cls(joined.pages_attended, joined.pages_loaded, joined.kv_bytes)
+        return cls(joined.pages_attended, joined.pages_loaded, joined.kv_bytes, joined.expert_bytes)
 
     def of(self, sequences: slice) -> "Metrics":
         """Those of some of the sequences."""
         return Metrics(
-            self.pages_attended[:, sequences], self.pages_loaded[:, sequences], self.kv_bytes[:, sequences]
+            self.pages_attended[:, sequences],
+            self.pages_loaded[:, sequences],
+            self.kv_bytes[:, sequences],
+            None if self.expert_bytes is None else self.expert_bytes[:, sequences],
         )
 
     def exposure(self) -> np.ndarray:
@@ -60,10 +66,13 @@ class Metrics:
         return np.cumsum(newly) / own
 
     def summary(self) -> dict[str, object]:
-        """Plain numbers: active steps, mean pages loaded and KV bytes of a step, exposure by later steps."""
+        """Plain numbers: active steps, mean pages loaded and bytes of a step, exposure by later steps."""
         active = self.kv_bytes > 0
         count = max(int(active.sum()), 1)
-        return {
+        of_experts = (
+            {} if self.expert_bytes is None else {"expert_bytes": float(self.expert_bytes.sum() / count)}
+        )
+        return of_experts | {
             "steps": int(active.sum()),
             "pages_loaded": float(self.pages_loaded.sum() / count),
             "kv_bytes": float(self.kv_bytes.sum() / count),

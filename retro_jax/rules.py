@@ -17,12 +17,14 @@ class Query:
       positions: its position, -1 in a sequence that is not active.
       budgets: pages that it may load; 0 in a sequence that is not active.
       layer: which layer of the model it is.
+      sinks: the layer's sinks; None where it has none.
     """
 
     q: Float[Array, "B N D"]
     positions: Int[Array, " B"]
     budgets: Int[Array, " B"]
     layer: Int[Array, ""] | int
+    sinks: Float[Array, " N"] | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def _oracle(rules, layer, query, allowed):
         layer.pages,
         query.positions[:, None],
         allowed,
+        query.sinks,
         group_reduce=rules.group_reduce,
         implementation=rules.implementation,
     )

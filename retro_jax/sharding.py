@@ -58,8 +58,8 @@ def check_mesh(model: ModelConfig, mesh: Mesh | AbstractMesh, batch: int) -> Non
     sizes = {
         "batch": (batch, SEQUENCES),
         "num_kv_heads": (model.num_kv_heads, HEADS),
-        "hidden_width": (model.hidden_width, HEADS),
     }
+    sizes |= {field: (width, HEADS) for field, width in model.hidden_widths.items()}
     if not model.tie_embeddings:
         sizes["vocab_size"] = model.vocab_size, HEADS
     for name, (size, axis) in sizes.items():

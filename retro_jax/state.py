@@ -27,6 +27,7 @@ class DecodeState:
       hidden: hidden states of the last W-1 tokens as the dense layers left them, oldest first.
       layers: the cache, one entry per layer.
       metrics: what the latest step did.
+      capacity: tokens per sequence that there is room for; static.
       stale: what the next rectification rewrites; None for a configuration without.
     """
 
@@ -36,13 +37,8 @@ class DecodeState:
     hidden: Float[Array, "B older M"] = spread(SEQUENCES)
     layers: tuple[LayerState, ...]
     metrics: StepMetrics
+    capacity: int = flax.struct.field(pytree_node=False)
     stale: Stale | None = None
-
-    @property
-    def capacity(self) -> int:
-        """Tokens per sequence that the pages hold."""
-        pages, _, page_size = self.layers[0].pages.shape[2:5]
-        return pages * page_size
 
     def room(self, model: ModelConfig) -> Int[Array, " B"]:
         """Tokens that each sequence can still take: up to the capacity, or to the model's last position."""
@@ -74,8 +70,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
       capacity: tokens per sequence that the cache must hold; rounded up to a multiple of 8 pages.
 
     Raises:
-      ValueError: the batch is empty, the capacity is not within 1..`model.max_positions`, or a layer cannot
-        be decoded (see `layer_plan`).
+      ValueError: the batch is empty, or the capacity is not within 1..`model.max_positions`.
     """
     if batch < 1:
         raise ValueError(f"batch {batch} is below 1")
@@ -89,8 +84,9 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
     P = config.num_pages(capacity)
     rules = rules_of(config, P, D, jnp.dtype(model.dtype).itemsize)
 
-    def layer(sparse: bool, anchor: bool, window: int) -> LayerState:
-        pages = empty_pages((B, K, P, 2, config.page_size, D), config.cache_dtype or model.dtype)
+    def layer(sparse: bool, anchor: bool, window: int, ring: int | None) -> LayerState:
+        held = P if ring is None else min(P, config.num_pages(ring))
+        pages = empty_pages((B, K, held, 2, config.page_size, D), config.cache_dtype or model.dtype)
         if not sparse:
             return LayerState(pages)
         statistics = block_values = None
@@ -115,12 +111,14 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
         budget=Budget.of(config, B),
         decoded=jnp.zeros(B, jnp.int32),
         hidden=jnp.zeros((B, config.slots - 1, model.width), model.dtype),
-        layers=tuple(map(layer, plan.sparse, plan.anchors, plan.windows)),
+        layers=tuple(map(layer, plan.sparse, plan.anchors, plan.windows, plan.rings)),
         metrics=StepMetrics(
             pages_attended=jnp.zeros((B, config.slots), jnp.float32),
             pages_loaded=jnp.zeros(B, jnp.float32),
             kv_bytes=jnp.zeros(B, jnp.float32),
+            expert_bytes=None if model.experts is None else jnp.zeros(B, jnp.float32),
         ),
+        capacity=P * config.page_size,
         stale=Stale(jnp.zeros((B, config.rectify_every), jnp.int32), jnp.zeros(B, jnp.int32))
         if config.rectify_every
         else None,

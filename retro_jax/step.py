@@ -15,10 +15,12 @@ from retro_jax.inputs import check_bools, check_ints
 from retro_jax.layers import Watch, dense_layer, sparse_layer, window_slots
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
+from retro_jax.models.experts import expert_bytes
 from retro_jax.models.transformer import Params
 from retro_jax.plan import layer_plan
 from retro_jax.rectify import rectify
 from retro_jax.selection import Selection
+from retro_jax.sliding import sliding_layer
 from retro_jax.state import DecodeState
 
 Load = tuple[Selection, Int[Array, "B K C"] | None, int]
@@ -36,8 +38,9 @@ def decode_step(
 ) -> tuple[DecodeState, Float[Array, "B V"]]:
     """Decode one token per sequence.
 
-    The dense layers run for the newest token only; every layer above takes the hidden states of the whole
-    window, so that a corrected attention output below overwrites the keys and values above it.
+    The layers below the first sparse one run for the newest token only; every layer from there on takes the
+    hidden states of the whole window, so that a corrected attention output below overwrites the keys and
+    values above it.
 
     Called in a loop, it keeps a device as busy as `decode` does if no call waits for the one before: leave
     tokens on the device, and read them a step late.
@@ -83,42 +86,53 @@ def watched_step(
     slots = window_slots(config, state, active)
     plan = layer_plan(model, config)
     first = plan.first_sparse
-    stack = list(zip(params.layers, model.layers, state.layers, strict=True))
+    stack = list(zip(params.layers, model.layers, state.layers, plan.rings, strict=True))
 
-    x = transformer.embed(params, tokens[:, None])
-    layers, watched = [], []
-    for layer, kind, cache in stack[:first]:
-        x, cache = dense_layer(
-            layer, model, kind, config, cache, x, state.length, active[:, None], config.implementation
-        )
+    x = transformer.embed(params, model, tokens[:, None])
+    layers, watched, experts = [], [], []
+    by, newest = config.implementation, active[:, None]
+    for layer, kind, cache, ring in stack[:first]:
+        if ring is None:
+            x, cache, read = dense_layer(layer, model, kind, config, cache, x, state.length, newest, by)
+        else:
+            token = x, state.length, newest, newest
+            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *token, by)
         layers.append(cache)
+        experts.append(read)
 
     x = jnp.concatenate([state.hidden, x], axis=1)
     hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
     positions, loads, loaded = slots.positions, [], None
-    for index, (layer, kind, cache) in enumerate(stack[first:], start=first):
+    for index, (layer, kind, cache, ring) in enumerate(stack[first:], start=first):
         # What lies above the layers that revise has only the newest query.
         window = plan.windows[index]
         if window < x.shape[1]:
             x, slots = x[:, -window:], slots.last(window)
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > first else slots.newest
+        if ring is not None:
+            queries = x, slots.start, slots.valid, write
+            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *queries, by)
+            layers.append(cache)
+            experts.append(read)
+            continue
         below = None if plan.anchors[index] else loaded
-        x, cache, loaded, attending, seen = sparse_layer(
+        x, cache, loaded, attending, seen, read = sparse_layer(
             layer, model, kind, config, cache, x, slots, write, index, below, watch
         )
         layers.append(cache)
+        experts.append(read)
         loads.append((loaded, attending, window))
         watched.append(seen)
 
-    state = DecodeState(
+    state = state.replace(
         length=state.length + active,
-        budget=state.budget,
         decoded=jnp.minimum(state.decoded + active, config.slots - 1),
         hidden=hidden,
         layers=tuple(layers),
-        metrics=_metrics(model, config, state, active, positions, loads),
-        stale=state.stale,
+        metrics=_metrics(model, config, state, active, positions, loads).replace(
+            expert_bytes=_expert_bytes(model, experts)
+        ),
     )
     logits = transformer.logits(params, model, x[:, -1:])[:, 0]
     if config.rectify_every:
@@ -152,11 +166,18 @@ def _metrics(
     by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
     if config.residual_pages:
         by_page += active * cached  # of a block that settles, a value a step
-    vectors = (plan.num_dense * 2 * context + plan.num_sparse * 2 * config.page_size * loaded) * cached
+    tokens = plan.num_dense * context + plan.in_rings(context) + plan.num_sparse * config.page_size * loaded
+    vectors = 2 * tokens * cached
     fresh = sum((selection.fresh for selection, _, _ in loads), jnp.zeros(active.shape, jnp.int32))
     vectors += fresh * by_page
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
+
+
+def _expert_bytes(model: ModelConfig, read: list[Float[Array, " B"] | None]) -> Float[Array, " B"] | None:
+    """Bytes of the experts that the layers have read; None where no layer has any."""
+    counts = [count for count in read if count is not None]
+    return sum(counts) * expert_bytes(model) if counts else None
 
 
 def _pages_attended(positions: Int[Array, "B W"], loads: list[Load]) -> Float[Array, "B W"]:
@@ -180,7 +201,8 @@ def _pages_attended(positions: Int[Array, "B W"], loads: list[Load]) -> Float[Ar
 def full_cache_bytes(
     model: ModelConfig, config: DecodeConfig, context: Int[Array, " B"]
 ) -> Float[Array, " B"]:
-    """Bytes of all keys and values of `context` tokens, their scales included."""
+    """Bytes of all keys and values that a cache holds of `context` tokens, their scales included."""
     vector = vector_bytes(model.head_dim, config.cache_dtype or model.dtype)
-    token = 2 * model.num_layers * model.num_kv_heads * vector
-    return context.astype(jnp.float32) * token
+    plan = layer_plan(model, config)
+    tokens = (plan.num_dense + plan.num_sparse) * context.astype(jnp.float32) + plan.in_rings(context)
+    return tokens * (2 * model.num_kv_heads * vector)

@@ -10,7 +10,8 @@ attention with such a cache.
 
 Behind the last token that is kept the cache is full attention's: the pass writes keys and values of the
 drafts anew, and page statistics are those of the tokens that are kept. A draft begins with an empty window,
-as after a prompt, and revises its own tokens only; what it loaded and its outputs are forgotten with it.
+as after a prompt, and revises its own tokens only; what it loaded and its outputs are forgotten with it. What
+drafts overwrite in the ring of a sliding window is put back.
 """
 
 import functools
@@ -33,7 +34,9 @@ from retro_jax.layers import settle
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
+from retro_jax.plan import layer_plan
 from retro_jax.sampling import Sampling, sample, sequence_keys
+from retro_jax.sliding import read_rings, restore_rings
 from retro_jax.state import DecodeState
 from retro_jax.step import decode_step, full_cache_bytes
 
@@ -74,18 +77,21 @@ class VerifiedDecoded(VerifiedTokens):
     acceptance: Acceptance
 
 
-def check_verify(config: DecodeConfig, k: int, capacity: int | None = None) -> None:
+def check_verify(
+    config: DecodeConfig, k: int, capacity: int | None = None, model: ModelConfig | None = None
+) -> None:
     """Raises if drafts of up to `k` tokens cannot be made by `config`, or not be checked.
 
     Args:
       config: how to draft.
       k: the bound.
       capacity: tokens per sequence that the cache holds; None: not known yet.
+      model: the model's configuration; likewise.
 
     Raises:
       TypeError: k is not a whole number.
-      ValueError: k is below 1 or the cache does not hold so many drafts; the method is dense or evicts; or
-        the configuration rectifies.
+      ValueError: k is below 1, or the cache or a sliding window does not hold so many drafts; the method is
+        dense or evicts; or the configuration rectifies.
     """
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"verify is {k!r}; give a whole number of drafts, or None for no verification")
@@ -106,6 +112,13 @@ def check_verify(config: DecodeConfig, k: int, capacity: int | None = None) -> N
         raise ValueError(
             f"{asked} rectify_every {config.rectify_every}, but every check leaves an exact cache already; "
             "use rectify_every None"
+        )
+    rings = layer_plan(model, config).rings if model else ()
+    ring = min((ring for ring in rings if ring is not None), default=k + 1)
+    if k >= ring:
+        raise ValueError(
+            f"verify {k} and the token before the drafts do not fit the {ring} tokens that are kept for a "
+            f"sliding window of {model.name}; use a smaller verify"
         )
     if capacity is not None and k >= capacity:
         raise ValueError(
@@ -157,7 +170,7 @@ def verified_step(
       TypeError: token ids or numbers are not whole, active is not made of truth values, or keys are not those
         of `jax.random.key`.
     """
-    check_verify(config, k, state.capacity)
+    check_verify(config, k, state.capacity, model)
     (B,), each = state.length.shape, "one for each sequence of the state"
     tokens = check_ints(tokens, (B,), "tokens", each)
     drafts = check_ints(jnp.full(B, k) if drafts is None else drafts, (B,), "drafts", each)
@@ -170,9 +183,12 @@ def verified_step(
     room = state.room(model)
     active &= room > 0
     drafts = jnp.where(active, jnp.clip(drafts, 0, jnp.minimum(k, room - 1)), 0)
+    state, overwritten = read_rings(model, config, state, k + 1)
     layers, row, drafted, draft_bytes = _draft(
         params, model, config, state, tokens, drafts, k, sampling, keys, stop_tokens
     )
+    everything = jnp.ones((B, k + 1), bool)
+    layers = restore_rings(model, config, layers, overwritten, state.length, everything)
 
     # Of the pages only: the statistics wait for what is kept.
     bare = state.replace(layers=tuple(LayerState(layer.pages) for layer in layers))
@@ -198,6 +214,7 @@ def verified_step(
         for drawn, exact, before in zip(layers, bare.layers, state.layers, strict=True)
     )
     start = state.length
+    layers = restore_rings(model, config, layers, overwritten, start, ~emitted)
     state = keep(config, state.replace(layers=layers), start, kept, k + 1)
     metrics = RoundMetrics(
         drafted=drafted,
@@ -256,14 +273,14 @@ def verified_decode(
     """
     if rounds < 1:
         raise ValueError(f"rounds {rounds} are below 1")
-    check_verify(config, k, state.capacity)
+    check_verify(config, k, state.capacity, model)
     (B,), each = state.length.shape, "one for each sequence of the state"
     first_tokens = check_ints(first_tokens, (B,), "first_tokens", each)
     remaining = jnp.full(B, jnp.iinfo(jnp.int32).max) if remaining is None else remaining
     remaining = check_ints(remaining, (B,), "remaining", each)
     acceptance = Acceptance.unknown(B) if acceptance is None else acceptance
     stop_tokens = _stop_tokens(stop_tokens)
-    weights = weight_bytes(params)
+    weights = [weight_bytes(params, model, B * tokens) for tokens in range(1, k + 2)]
 
     def a_round(carry, _):
         state, tokens, remaining, acceptance = carry

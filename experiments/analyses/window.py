@@ -43,14 +43,14 @@ def full_attention(params: Params, model: ModelConfig, tokens: Int[Array, "B T"]
       tokens: the text.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = transformer.embed(params, tokens)
+    x = transformer.embed(params, model, tokens)
     outputs, keys, values = [], [], []
     for layer, kind in zip(params.layers, model.layers, strict=True):
         q, k, v = transformer.qkv(layer, model, kind, x, positions)
-        outputs.append(transformer.causal_attention(q, k, v, kind.window))
+        outputs.append(transformer.causal_attention(q, k, v, kind.window, layer.sinks))
         keys.append(k)
         values.append(v)
-        x = transformer.mlp(layer, model, transformer.attention_output(layer, x, outputs[-1]))
+        x = transformer.mlp(layer, model, transformer.attention_output(layer, model, x, outputs[-1]))
     return FullAttention(jnp.stack(outputs), jnp.stack(keys), jnp.stack(values))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from retro_jax import DecodeConfig, Model, decode, decode_step, init_state
+from retro_jax.drafts import weight_bytes
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.decode_processes import folder_of_processes, torch_step, transformers
 from retro_jax.experiments.bench.kernels import read_bandwidth
@@ -55,6 +56,11 @@ class Contestant(Protocol):
     @property
     def kv_bytes(self) -> float | None:
         """Bytes of keys, values and page statistics that a step reads for a sequence; None: not known."""
+        ...
+
+    @property
+    def expert_bytes(self) -> float | None:
+        """Bytes of experts' weights that a step reads for all sequences; None: not known, or none."""
         ...
 
     def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
@@ -104,6 +110,12 @@ class Ours:
         """As `Contestant`, of the latest step."""
         return float(np.mean(self._state.metrics.kv_bytes))
 
+    @property
+    def expert_bytes(self) -> float | None:
+        """As `Contestant`, of the latest step."""
+        read = self._state.metrics.expert_bytes
+        return None if read is None else float(np.sum(read))
+
     def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
         """As `Contestant`."""
         milliseconds, tokens = [], []
@@ -146,7 +158,7 @@ class BenchDecode(BenchDecodeFlags):
             "dtype": model.config.dtype,
             "batch": self.batch,
             "configs": {name: asdict(config) for name, config in configs.items()},
-            "weight_bytes": weight_bytes(model),
+            "weight_bytes": int(weight_bytes(model.params, model.config, tokens=0)),
             "ceiling_gb_per_s": bandwidth,
             "contexts": measured,
             "steps": WARM_UP_STEPS + self.rounds * self.steps,
@@ -217,6 +229,7 @@ class BenchDecode(BenchDecodeFlags):
             ]
             milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
             read = {contestant.name: contestant.kv_bytes for contestant in contestants}
+            of_experts = {contestant.name: contestant.expert_bytes for contestant in contestants}
             scans = scan_times(contestants, self.rounds, self.steps) if self.scan else {}
             for other in others:
                 other.close()
@@ -225,12 +238,16 @@ class BenchDecode(BenchDecodeFlags):
         for contestant in contestants:
             row, bytes_read = rows[contestant.name], read[contestant.name]
             row |= {"kv_bytes": bytes_read, "scan_ms": scans.get(contestant.name)}
+            if model.config.experts is not None:
+                row["expert_bytes"] = of_experts[contestant.name]
             if contestant is torch:
                 # The whole cache, dense; transformers' cache is its own matter.
                 bytes_read = dense_kv_bytes(model, capacity)
             row["limit_ms"] = None
             if bytes_read is not None:
-                row["limit_ms"] = (weight_bytes(model) + self.batch * bytes_read) / bandwidth / 1e6
+                weights = weight_bytes(model.params, model.config, tokens=0)
+                weights += of_experts[contestant.name] or 0
+                row["limit_ms"] = (weights + self.batch * bytes_read) / bandwidth / 1e6
         return {
             "context": context,
             "contestants": rows,
@@ -239,13 +256,6 @@ class BenchDecode(BenchDecodeFlags):
             "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
             "milliseconds": milliseconds,
         }
-
-
-def weight_bytes(model: Model) -> int:
-    """Returns the bytes of weights that a step reads: all but an embedding that is not the head, too."""
-    params = model.params
-    table = 0 if params.head is None else params.embed.nbytes
-    return sum(weight.nbytes for weight in jax.tree.leaves(params)) - table
 
 
 def dense_kv_bytes(model: Model, tokens: int) -> int:
@@ -309,9 +319,11 @@ def speed_report(values: dict) -> str:
     """Returns the results of every context as Markdown."""
     parts = []
     for measured in values["contexts"]:
+        chosen = [row["expert_bytes"] for row in measured["contestants"].values() if "expert_bytes" in row]
         parts.append(
             f"{measured['context']} tokens of context; the limit is {values['weight_bytes'] / 1e9:.3g} GB of "
-            f"weights and what is read of the cache, at {values['ceiling_gb_per_s']:.4g} GB/s"
+            f"weights{', the chosen experts' * bool(chosen)} and what is read of the cache, at "
+            f"{values['ceiling_gb_per_s']:.4g} GB/s"
         )
         parts.append(speed_table(measured["contestants"], values["batch"]))
         if measured["reference"]:
@@ -325,7 +337,9 @@ def speed_report(values: dict) -> str:
 def speed_table(contestants: dict[str, dict], batch: int) -> str:
     """Returns the results of one context as a Markdown table, with each time over every other."""
     others = list(contestants)
-    header = ["", "ms/step", "10%-90%", "tokens/s", "KV MB/step", "limit ms", "limit / time", "in a scan"]
+    header = ["", "ms/step", "10%-90%", "tokens/s", "KV MB/step"]
+    experts = any("expert_bytes" in row for row in contestants.values())
+    header += ["experts GB/step"] * experts + ["limit ms", "limit / time", "in a scan"]
     header += [f"time / {name}" for name in others]
 
     def number(value: float | None, digits: int) -> str:
@@ -338,6 +352,7 @@ def speed_table(contestants: dict[str, dict], batch: int) -> str:
             "{:.1f}-{:.1f}".format(*row["ms_10_90"]),
             f"{batch * 1e3 / row['ms_per_step']:.1f}",
             "" if row["kv_bytes"] is None else f"{row['kv_bytes'] / 1e6:.2f}",
+            *([number(row["expert_bytes"] and row["expert_bytes"] / 1e9, 2)] if experts else []),
             number(row["limit_ms"], 2),
             "" if row["limit_ms"] is None else f"{row['limit_ms'] / row['ms_per_step']:.2f}",
             number(row["scan_ms"], 2),

@@ -33,6 +33,7 @@ class OtherProgram:
     """
 
     kv_bytes = None
+    expert_bytes = None
     scan = None
 
     def __init__(self, name: str, flag: str, command: Sequence[object], log: Path):
@@ -90,6 +91,8 @@ def torch_step(python: Path, model: Model, batch: int, context: int, folder: Pat
         ValueError: the interpreter does not start, or the step fails.
     """
     config = model.config
+    if config.experts is not None:
+        raise ValueError(f"--torch has no step with experts, which {config.name} has; leave it out")
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "width", "hidden_width", "vocab_size")
     sizes = {name: getattr(config, name) for name in names} | {"dtype": config.dtype}
     sizes |= {"batch": batch, "context": context, "threads": cpus()}

@@ -33,7 +33,7 @@ def _config(config: ModelConfig) -> dict:
             f"{config.name} scales its rotary embedding ({config.rope_scaling.kind}), which the export for "
             "--reference does not cover; use a model without it, or leave --reference out"
         )
-    if config.layer_kinds is not None:
+    if config.layer_kinds is not None or config.experts is not None or config.output_bias:
         raise ValueError(
             f"the layers of {config.name} are of kinds that the export for --reference does not cover; use "
             "another model, or leave --reference out"

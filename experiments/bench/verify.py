@@ -157,7 +157,7 @@ class BenchVerify(BenchVerifyFlags):
                 "tokens_per_s": self.batch / run.step_ms * 1e3,
                 "kv_bytes": run.kv_bytes,
             },
-            "weight_bytes": weight_bytes(model.params),
+            "weight_bytes": weight_bytes(model.params, model.config, self.batch),
             "parts": parts,
             "rows": rows,
             "acceptances": list(self.acceptances),
@@ -299,10 +299,12 @@ class BenchVerify(BenchVerifyFlags):
             metrics.append(out.metrics)
             seconds.append(took)
         context.end(state)
-        told, weights = VerifiedMetrics.gather(metrics).summary(), weight_bytes(model.params)
+        told = VerifiedMetrics.gather(metrics).summary()
         rate = sum(map(len, emitted)) / sum(seconds)
         round_ms = sum(seconds) / (len(seconds) * ROUNDS) * 1e3
-        read = weights * (told["drafts_per_check"] + 1)
+        passes = self.batch, self.batch * (told["drafts_per_check"] + 1)
+        weights, of_check = (weight_bytes(model.params, model.config, tokens) for tokens in passes)
+        read = weights * told["drafts_per_check"] + of_check
         read += self.batch * (told["draft_bytes_per_check"] + told["check_bytes_per_check"])
         parted = full.parted(emitted)
         return {

@@ -66,7 +66,9 @@ def memory(
     state = jax.eval_shape(functools.partial(init_state, model, config, batch, capacity))
     tokens = batch // data_devices * min(config.prefill_chunk, capacity)
     scores = 4 * tokens * model.num_heads * min(capacity, SCORE_BLOCK) // model_devices
-    hidden = tokens * model.hidden_width * jax.numpy.dtype(model.dtype).itemsize // model_devices
+    hidden = (
+        tokens * max(model.hidden_widths.values()) * jax.numpy.dtype(model.dtype).itemsize // model_devices
+    )
     logits = 4 * batch // data_devices * model.vocab_size
     held = _device_bytes(state, state_shardings(state, mesh))
     return Memory(_weights(model, mesh), held, max(scores, hidden) + logits)

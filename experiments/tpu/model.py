@@ -20,6 +20,7 @@ from pallas_kernels.statistics import STATISTICS
 from pallas_kernels.tpu import CHIPS, Chip
 from retro_jax import DecodeConfig, models
 from retro_jax.budget import Budget, budget_pages
+from retro_jax.drafts import weight_bytes
 from retro_jax.experiments.tpu import compiler as tpu_compiler
 from retro_jax.experiments.tpu import schedule as tpu_schedule
 from retro_jax.experiments.tpu import selection as tpu_selection
@@ -81,12 +82,10 @@ def compile_dense(chip: str, page_size: int, head_dim: int, group: int, kv_heads
 _selection = functools.cache(tpu_selection.selection)
 
 
-def weights(model: ModelConfig, chip: Chip, devices: int) -> Part:
-    """All weights but the embedding, of which a step reads a row."""
+def weights(model: ModelConfig, chip: Chip, devices: int, tokens: int) -> Part:
+    """All weights but the embedding, of which a step reads a row, and experts that no token chooses."""
     params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    if params.head is not None:
-        size -= params.embed.size * params.embed.dtype.itemsize
+    size = int(weight_bytes(params, model, tokens))
     seconds = size / devices / (chip.bandwidth * chip.cores)
     return Part("weights", 1, size // devices, 0, seconds, seconds, "memory")
 
@@ -161,7 +160,7 @@ def decode_step(
     plan = layer_plan(model, config)
     dense, sparse = plan.num_dense, plan.num_sparse
     update = Part("update", model.num_layers, 0, 0, 0.0, 2 * LATENCY, "latency")  # in, and back
-    parts = [weights(model, chip, devices), update]
+    parts = [weights(model, chip, devices, batch * max(plan.windows)), update]
     if dense:
         parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, dense=True))
     if sparse:

@@ -1,7 +1,7 @@
-"""Llama 2, 3 and 3.1, SmolLM2 and DeepSeek-R1-Distill-Llama."""
+"""Llama 2, 3 and 3.1, SmolLM2 and DeepSeek-R1-Distill-Llama; in GGUF also Mistral and Mixtral."""
 
 from retro_jax.models.config import ModelConfig, RopeScaling
-from retro_jax.models.families.family import Family, FileFormat
+from retro_jax.models.families.family import EXPERT_KEYS, Family, FileFormat, gguf_experts, gguf_kinds
 
 _BFLOAT16 = {"dtype": "bfloat16"}
 _LLAMA3 = _BFLOAT16 | {"rope_theta": 500_000.0}
@@ -10,7 +10,7 @@ _SMOLLM2 = {"rope_theta": 100_000.0, "tie_embeddings": True}
 
 LLAMA = Family(
     huggingface=FileFormat("llama"),
-    gguf=FileFormat("llama"),
+    gguf=FileFormat("llama", keys=EXPERT_KEYS, layer_kinds=gguf_kinds, fields=gguf_experts),
     gguf_interleaved=True,
     sizes=(
         # name, V, L, N, K, D, M, F, positions

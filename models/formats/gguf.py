@@ -9,7 +9,12 @@ import gguf.quants
 import numpy as np
 
 from retro_jax.models.families import gguf_families
-from retro_jax.models.formats.gguf_config import ROPE_FACTORS, config_from_metadata
+from retro_jax.models.formats.gguf_config import (
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    config_from_metadata,
+)
 from retro_jax.models.formats.gguf_tokenizer import tokenizer_from_metadata
 from retro_jax.models.formats.weights import Progress, load_params
 from retro_jax.models.model import Model
@@ -33,7 +38,11 @@ def load_gguf(path: Path, dtype: str | None = None, progress: Progress | None = 
     metadata, tensors = _read_parts(path)
     # GGML lists the fastest axis first.
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
-    factors = shapes.pop(ROPE_FACTORS, None) and _dequantize(tensors[ROPE_FACTORS])
+    factors = {
+        name: _dequantize(tensors[name])
+        for name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
+        if shapes.pop(name, None)
+    }
     config = config_from_metadata(metadata, shapes, factors, str(path), dtype or "float32")
     tokenizer = tokenizer_from_metadata(metadata, str(path))
     unsupported = [
@@ -56,7 +65,16 @@ def load_gguf(path: Path, dtype: str | None = None, progress: Progress | None = 
         values = _dequantize(tensors[name])
         return _unpermute(values, interleaved[name]) if name in interleaved else values
 
-    params = load_params(config, table, shapes, read, str(path), problems=unsupported, progress=progress)
+    params = load_params(
+        config,
+        table,
+        shapes,
+        read,
+        str(path),
+        unsupported,
+        progress=progress,
+        norm_offset=family.gguf.norm_offset,
+    )
     return Model(config, params, tokenizer)
 
 

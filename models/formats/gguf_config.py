@@ -19,6 +19,7 @@ from retro_jax.models.families import gguf_families
 from retro_jax.models.families.family import layer_fields
 
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 READ = frozenset(
     {
@@ -62,7 +63,7 @@ KNOWN = _known_keys()
 def config_from_metadata(
     metadata: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: np.ndarray | None,
+    rope_factors: Mapping[str, np.ndarray],
     source: str,
     dtype: str,
 ) -> ModelConfig:
@@ -71,7 +72,8 @@ def config_from_metadata(
     Args:
         metadata: keys and values of the file.
         shapes: of its tensors, slowest axis first; they tell which optional parts there are.
-        rope_factors: (D/2,) divisors of the rotary frequencies, if the file has them.
+        rope_factors: (R/2,) divisors of the rotary frequencies for R rotated channels, by the names of the
+            tensors that the file has of them.
         source: the file, for messages.
         dtype: of the configuration.
 
@@ -87,12 +89,15 @@ def config_from_metadata(
     family = families[architecture]
     if metadata.get("general.type", "model") != "model":
         raise ValueError(f"{source} holds a {metadata['general.type']}, not a model")
-    if metadata.get(f"{architecture}.expert_count"):
-        raise ValueError(f"{source} is a mixture of experts, which is not supported; use a dense model")
     prefix = f"{architecture}."
     _check_keys(metadata, prefix, source, family.gguf.keys)
-    stated = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    keys = {**family.gguf.defaults, **stated}
+    keys = family.gguf.complete(
+        {
+            key.removeprefix(prefix): _shortest(value) if isinstance(value, float) else value
+            for key, value in metadata.items()
+            if key.startswith(prefix)
+        }
+    )
 
     def value(key: str, default=None):
         found = keys.get(key, default)
@@ -120,15 +125,16 @@ def config_from_metadata(
             raise ValueError(f"{source} has {count} tokens by {key}, but {rows} rows of {embed}")
     width, num_heads = value("embedding_length"), value("attention.head_count")
     head_dim = value("attention.key_length", width // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in {"attention.value_length", "rope.dimension_count"} - family.gguf.keys:
         if value(key, head_dim) != head_dim:
             raise ValueError(
                 f"{source} has {architecture}.{key} {value(key)}, only {head_dim} (D) is supported"
             )
+    keys["attention.key_length"] = head_dim
     scaling = _rope_scaling(value, rope_factors, source)
-    kind = LayerKind(
-        Rope(value("rope.freq_base", 10_000.0), scaling), value("attention.sliding_window", 0) or None
-    )
+    rotated = value("rope.dimension_count", head_dim)
+    rope = Rope(value("rope.freq_base", 10_000.0), scaling, None if rotated == head_dim else rotated)
+    kind = LayerKind(rope, value("attention.sliding_window", 0) or None)
     kinds = family.gguf.layer_kinds(keys, (kind,) * value("block_count"))
     positions = value("context_length")
     if scaling is not None and scaling.kind == "yarn" and value("rope.scaling.original_context_length", 0):
@@ -142,12 +148,17 @@ def config_from_metadata(
         head_dim=head_dim,
         width=width,
         hidden_width=value("feed_forward_length"),
-        norm_eps=_shortest(value("attention.layer_norm_rms_epsilon")),
-        qkv_bias=first("layers.{i}.bq") in shapes,
-        qk_norm=first("layers.{i}.q_norm") in shapes,
+        norm_eps=value("attention.layer_norm_rms_epsilon"),
         tie_embeddings=first("head") not in shapes,
         dtype=dtype,
-        **layer_fields(kinds, positions),
+        **{
+            "qkv_bias": first("layers.{i}.bq") in shapes,
+            "output_bias": first("layers.{i}.bo") in shapes,
+            "qk_norm": first("layers.{i}.q_norm") in shapes,
+            **family.parts,
+            **family.gguf.fields(keys),
+            **layer_fields(kinds, positions),
+        },
     )
 
 
@@ -173,10 +184,11 @@ def _shortest(number: float) -> float:
     return float(str(np.float32(number)))
 
 
-def _rope_scaling(value, factors: np.ndarray | None, source: str) -> RopeScaling | None:
+def _rope_scaling(value, tensors: Mapping[str, np.ndarray], source: str) -> RopeScaling | None:
     kind = value("rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"{source} has rope scaling {kind!r}; none, linear, yarn are supported")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise ValueError(f"{source} has rope scaling {kind!r}; none, linear, yarn, longrope are supported")
+    factors = tensors.get(ROPE_FACTORS)
     old, factor = value("rope.scale_linear", 0.0), value("rope.scaling.factor", 0.0)
     if old and factor and old != factor:
         raise ValueError(f"{source} has both rope.scaling.factor {factor} and rope.scale_linear {old}")
@@ -188,6 +200,21 @@ def _rope_scaling(value, factors: np.ndarray | None, source: str) -> RopeScaling
             f"{float(kind == 'yarn')} is supported"
         )
     attention = value("rope.scaling.attn_factor", 1.0)
+    if kind == "longrope" or {LONG_FACTORS, SHORT_FACTORS} & tensors.keys():
+        if tensors.keys() != {LONG_FACTORS, SHORT_FACTORS} or kind == "yarn" or factor != 1.0:
+            raise ValueError(
+                f"{source} has rope scaling {kind!r} with factor {factor} and the tensors "
+                f"{', '.join(tensors) or 'of no factors'}; longrope needs {LONG_FACTORS} and {SHORT_FACTORS} "
+                "and no other factor"
+            )
+        long, short = (tuple(tensors[name].tolist()) for name in (LONG_FACTORS, SHORT_FACTORS))
+        return RopeScaling(
+            "longrope",
+            original_positions=value("rope.scaling.original_context_length", value("context_length")),
+            attention_factor=attention,
+            factors=long,
+            short_factors=short,
+        )
     if kind == "yarn" and factor != 1.0:
         if factors is not None:
             raise ValueError(f"{source} has both {ROPE_FACTORS} and rope scaling 'yarn'; one is supported")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.families import huggingface_families
+from retro_jax.models.families.family import Container
 from retro_jax.models.formats.huggingface_config import config_from_json
 from retro_jax.models.formats.huggingface_tokenizer import (
     FILES,
@@ -22,6 +23,7 @@ from retro_jax.models.formats.huggingface_tokenizer import (
     load_tokenizer,
     read_json,
 )
+from retro_jax.models.formats.packed_experts import unpacked
 from retro_jax.models.formats.weights import Progress, load_params
 from retro_jax.models.model import Model
 
@@ -80,15 +82,21 @@ def load_folder(
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a model in Hugging Face's layout")
     config = config_from_json(raw, name or folder.resolve().name, dtype)
     family = huggingface_families()[raw["model_type"]]
+    form = family.huggingface
     table = {path: weight.huggingface for path, weight in family.names.items()}
     tokenizer = load_tokenizer(folder, as_list(raw.get("eos_token_id")))
     with ExitStack() as open_files:
         tensors, problems, lost = _open_tensors(folder, open_files)
+        if form.packed_experts:
+            tensors, lost, faults = unpacked(tensors, lost)
+            problems += faults
         shapes = {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor, file in tensors.items()}
         for tensor in list(shapes):
             # Older checkpoints hold the rotary frequencies.
             if tensor.endswith("rotary_emb.inv_freq"):
                 del shapes[tensor]
+        if form.container and raw["model_type"] == form.container.name:
+            table = _in_container(form.container, table, shapes, folder)
         problems += _not_floating(tensors, shapes)
         if not problems:
             config = _resolve_tied_head(config, table, tensors, shapes, folder)
@@ -96,7 +104,9 @@ def load_folder(
         def read(tensor: str) -> np.ndarray:
             return tensors[tensor].get_tensor(tensor)
 
-        params = load_params(config, table, shapes, read, str(folder), problems, lost, progress)
+        params = load_params(
+            config, table, shapes, read, str(folder), problems, lost, progress, form.norm_offset
+        )
     return Model(config, params, tokenizer)
 
 
@@ -125,6 +135,30 @@ def _open_tensors(folder: Path, open_files: ExitStack) -> tuple[dict[str, Any], 
     if problems and index is None:
         raise ValueError(problems[0])
     return tensors, problems, lost
+
+
+def _in_container(
+    container: Container, table: dict[str, str], shapes: dict[str, tuple[int, ...]], folder: Path
+) -> dict[str, str]:
+    """Names of the language model's weights in a container, whose other weights are taken out of `shapes`."""
+    others = [name for name in shapes if name.startswith(container.others)]
+    for name in others:
+        del shapes[name]
+    if others:
+        _logger.warning(
+            "%s: %d weights of other parts than the language model are left out: %s and so on; it reads text "
+            "only",
+            folder,
+            len(others),
+            others[0],
+        )
+    layouts = [
+        {path: new + name.removeprefix(old) if name.startswith(old) else name for path, name in table.items()}
+        for old, new in container.prefixes
+    ]
+    return max(
+        layouts, key=lambda layout: sum(name.replace("{i}", "0") in shapes for name in layout.values())
+    )
 
 
 def _not_floating(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

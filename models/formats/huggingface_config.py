@@ -8,12 +8,12 @@ refused.
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.families import huggingface_families
-from retro_jax.models.families.family import LayerKinds, layer_fields
+from retro_jax.models.families.family import FileFormat, LayerKinds, layer_fields
 
 NEEDED = (
     "vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
@@ -59,13 +59,21 @@ WITHOUT_EFFECT = re.compile(
     # What older files keep of generation.
     r"do_sample|early_stopping|temperature|top_[kp]|typical_p|(max|min)_length|num_beams|num_beam_groups|"
     r"num_return_sequences|length_penalty|diversity_penalty|repetition_penalty|(encoder_)?no_repeat_ngram_size|"
-    r"bad_words_ids|exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|tf_legacy_loss"
+    r"bad_words_ids|exponential_decay_length_penalty|suppress_tokens|begin_suppress_tokens|tf_legacy_loss|"
+    r"cache_implementation"
 )
 ROPE_KEYS = {
     "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
     "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-    "partial_rotary_factor", "finetuned",
+    "partial_rotary_factor", "finetuned", "long_factor", "short_factor",
 }  # fmt: skip
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+OUTER = {
+    "dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", "quantization_config", "quantization",
+    "compression_config",
+}  # fmt: skip
+"""Keys of a container that hold for the language model in it."""
 
 _logger = logging.getLogger(__name__)
 
@@ -85,19 +93,18 @@ def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None
     families = huggingface_families()
     if (kind := raw.get("model_type")) not in families:
         raise ValueError(f"{name} is of the family {kind!r}; supported are {', '.join(families)}")
-    family = families[kind]
-    _check_keys(raw, name, family.huggingface.keys)
-    missing = [key for key in NEEDED if raw.get(key) is None]
+    form, parts = families[kind].huggingface, families[kind].parts
+    if form.container and kind == form.container.name:
+        if not raw.get("text_config"):
+            raise ValueError(f"config.json of {name} has no text_config")
+        raw = {key: value for key, value in raw.items() if key in OUTER} | raw["text_config"]
+    _check_keys(raw, name, form)
+    missing = [key for key in NEEDED if raw.get(key, form.defaults.get(key)) is None]
     if missing:
         raise ValueError(f"config.json of {name} has no {', '.join(missing)}")
-    raw = {**family.huggingface.defaults, **raw}
-    parameters = _rope_parameters(raw, name)
-    try:
-        scaling = _rope_scaling(parameters, raw)
-    except KeyError as error:
-        raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
-    rope = Rope(parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0, scaling)
-    kinds = family.huggingface.layer_kinds(raw, _layer_kinds(raw, rope, name))
+    raw = form.complete(raw)
+    ropes = _ropes(raw, name, partial="partial_rotary_factor" in form.keys)
+    kinds = form.layer_kinds(raw, _layer_kinds(raw, ropes, name))
     width, heads = raw["hidden_size"], raw["num_attention_heads"]
     if raw.get("head_dim") is None and width % heads:
         raise ValueError(f"{name} has no head_dim, and hidden_size {width} is no multiple of {heads} heads")
@@ -113,22 +120,24 @@ def config_from_json(raw: Mapping[str, Any], name: str, dtype: str | None = None
         norm_eps=raw["rms_norm_eps"],
         tie_embeddings=bool(raw.get("tie_word_embeddings")),
         dtype=dtype or _stored_dtype(raw),
-        **family.parts,
-        **layer_fields(kinds, _positions(raw, scaling)),
+        **parts,
+        **form.fields(raw),
+        **layer_fields(kinds, _positions(raw, ropes.values())),
     )
 
 
-def _check_keys(raw: Mapping[str, Any], name: str, own: frozenset[str]) -> None:
-    """Refuses and reports keys that are read neither here nor, as its `own`, by the family."""
-    stated = {key: value for key, value in raw.items() if value is not None and key not in own}
+def _check_keys(raw: Mapping[str, Any], name: str, form: FileFormat) -> None:
+    """Refuses and reports keys that are read neither here nor by the family."""
+    stated = {key: value for key, value in raw.items() if value is not None and key not in form.keys}
+    neutral = NEUTRAL | form.values
     refused = [
         f"{key} {value!r}"
         for key, value in stated.items()
-        if (key in OFF and value) or (key in NEUTRAL and value not in NEUTRAL[key])
+        if (key in OFF and value) or (key in neutral and value not in neutral[key])
     ]
     if refused:
         raise ValueError(f"{name} needs what is not supported: {', '.join(refused)}")
-    known = READ | OFF | NEUTRAL.keys()
+    known = READ | OFF | neutral.keys()
     unknown = [key for key in stated if key not in known and not WITHOUT_EFFECT.fullmatch(key)]
     if unknown:
         _logger.warning("config.json of %s: unknown keys are ignored: %s", name, ", ".join(unknown))
@@ -139,15 +148,16 @@ def _stored_dtype(raw: Mapping[str, Any]) -> str:
     return "bfloat16" if stored == "float16" else stored
 
 
-def _positions(raw: Mapping[str, Any], scaling: RopeScaling | None) -> int:
+def _positions(raw: Mapping[str, Any], ropes: Iterable[Rope]) -> int:
     positions = raw["max_position_embeddings"]
-    if scaling is not None and scaling.kind == "yarn":
-        # Qwen's cards add yarn to a configuration that keeps the unstretched number.
-        positions = max(positions, int(scaling.factor * scaling.original_positions))
+    for scaling in {rope.scaling for rope in ropes} - {None}:
+        if scaling.kind == "yarn":
+            # Qwen's cards add yarn to a configuration that keeps the unstretched number.
+            positions = max(positions, int(scaling.factor * scaling.original_positions))
     return positions
 
 
-def _layer_kinds(raw: Mapping[str, Any], rope: Rope, name: str) -> LayerKinds:
+def _layer_kinds(raw: Mapping[str, Any], ropes: Mapping[str, Rope], name: str) -> LayerKinds:
     """Of each layer by layer_types, or by max_window_layers, how many of the first layers do not slide."""
     layers = raw["num_hidden_layers"]
     window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
@@ -156,7 +166,7 @@ def _layer_kinds(raw: Mapping[str, Any], rope: Rope, name: str) -> LayerKinds:
         full = layers if window is None else min(raw.get("max_window_layers") or 0, layers)
         types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     slides = "sliding_attention" in types
-    others = {*types} - {"full_attention", "sliding_attention"}
+    others = {*types} - {*LAYER_TYPES}
     if others or (slides and window is None) or len(types) != max(layers, 0):
         raise ValueError(
             f"{name} has layer_types {types} with num_hidden_layers {layers} and a sliding window of "
@@ -165,39 +175,51 @@ def _layer_kinds(raw: Mapping[str, Any], rope: Rope, name: str) -> LayerKinds:
         )
     if slides and window <= 0:
         raise ValueError(f"{name} has sliding_window {window}; it must be positive")
-    return tuple(LayerKind(rope, window if kind == "sliding_attention" else None) for kind in types)
+    return tuple(LayerKind(ropes[kind], window if kind == "sliding_attention" else None) for kind in types)
 
 
-def _rope_parameters(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The rotary keys, which transformers 4 calls rope_scaling and transformers 5 rope_parameters."""
+def _ropes(raw: Mapping[str, Any], name: str, partial: bool) -> dict[str, Rope]:
+    """The rope of each type of layer; `partial`: the family can rotate a part of each head.
+
+    transformers 4 calls their keys rope_scaling, transformers 5 rope_parameters.
+    """
     old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
     if old and new and old != new:
         raise ValueError(
             f"config.json of {name} has rope_scaling {old} and rope_parameters {new}; delete one"
         )
     rope = old or new
-    if rope.keys() & {"full_attention", "sliding_attention"}:
-        kinds = [dict(value or {}) for value in rope.values()]
-        if any(kind != kinds[0] for kind in kinds):
-            raise ValueError(
-                f"{name} has different rotary embeddings by layer, which is not supported: {rope}"
-            )
-        rope = kinds[0]
+    by_type = {kind: rope for kind in LAYER_TYPES}
+    if rope.keys() & {*LAYER_TYPES}:
+        by_type = {kind: rope.get(kind) or {} for kind in LAYER_TYPES}
+    ropes = {}
+    for kind, parameters in by_type.items():
+        _check_rope(parameters, name)
+        try:
+            scaling = _rope_scaling(parameters, raw)
+        except KeyError as error:
+            raise ValueError(f"config.json of {name} has rope scaling without {error}") from error
+        share = parameters.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+        if share != 1.0 and not partial:
+            raise ValueError(f"{name} has partial_rotary_factor {share}, only 1.0 is supported")
+        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        channels = None if share == 1.0 else int(head_dim * share)
+        theta = parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+        ropes[kind] = Rope(theta, scaling, channels)
+    return ropes
+
+
+def _check_rope(rope: Mapping[str, Any], name: str) -> None:
     unknown = [
         f"{key} {value!r}" for key, value in rope.items() if key not in ROPE_KEYS and value is not None
     ]
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"{name} has rope type {kind!r}; supported are default, linear, llama3, yarn")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{name} has rope type {kind!r}; supported are {', '.join(ROPE_TYPES)}")
     if unknown:
         raise ValueError(f"{name} has rotary parameters that are not supported: {', '.join(unknown)}")
     if rope.get("type", kind) != kind:
         raise ValueError(f"{name} has rope_type {kind!r} and type {rope['type']!r}; delete one")
-    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError(
-            f"{name} has partial_rotary_factor {rope['partial_rotary_factor']}, only 1.0 is supported"
-        )
-    return rope
 
 
 def _rope_scaling(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> RopeScaling | None:
@@ -219,6 +241,17 @@ def _rope_scaling(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> RopeScalin
             high_freq_factor=rope["high_freq_factor"],
         )
     factor = rope.get("factor") or max_positions / original
+    if kind == "longrope":
+        attention = rope.get("attention_factor")
+        if attention is None and factor > 1:
+            attention = math.sqrt(1 + math.log(factor) / math.log(original))
+        return RopeScaling(
+            "longrope",
+            original_positions=original,
+            attention_factor=attention or 1.0,
+            factors=tuple(rope["long_factor"]),
+            short_factors=tuple(rope["short_factor"]),
+        )
     attention, mscale, all_dim = (rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if attention is None and mscale and all_dim and factor > 1:
         attention = (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)

@@ -9,7 +9,7 @@ from pallas_kernels.attention.api import (
     selected_mass,
     settle_blocks,
 )
-from pallas_kernels.attention.reference import attend, merge
+from pallas_kernels.attention.reference import attend, merge, merge_sinks
 
 __all__ = [
     "attend",
@@ -18,6 +18,7 @@ __all__ = [
     "attention_mass",
     "dense_attention",
     "merge",
+    "merge_sinks",
     "retro_attention",
     "selected_mass",
     "settle_blocks",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.attention import mass, reference, residual
 from pallas_kernels.attention.gpu import kernels as mosaic_gpu
 from pallas_kernels.attention.tpu import kernels as mosaic_tpu
-from pallas_kernels.dispatch import by_sequence, dispatch
+from pallas_kernels.dispatch import BY_HEAD, by_sequence, dispatch
 from pallas_kernels.pages import Pages, check_pages
 from pallas_kernels.statistics import Statistics
 
@@ -83,6 +83,7 @@ def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Pages,
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "B T N D"]:
@@ -95,6 +96,7 @@ def dense_attention(
       pages: keys and values of one layer, those of the queries included; what lies beyond a query's
         position may hold anything.
       positions: each query's position; a query at -1 sees nothing and gives 0.
+      sinks: a logit of each head that takes part in the softmax and has no value; None: there are none.
       implementation: see `pallas_kernels.dispatch`.
 
     Raises:
@@ -111,10 +113,11 @@ def dense_attention(
             "mosaic_gpu": mosaic_gpu.dense_attention,
             "mosaic_tpu": mosaic_tpu.dense_attention,
         },
-        (by_sequence(2, 1, None), *by_sequence(2)),
+        ((*by_sequence(2, 1, None), BY_HEAD), *by_sequence(2)),
         q,
         pages,
         positions,
+        sinks,
     )
 
 
@@ -123,6 +126,7 @@ def attend_pages(
     pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "B T N D"]:
@@ -136,11 +140,12 @@ def attend_pages(
         "attend_pages",
         implementation,
         {"xla": reference.attend_pages},
-        (by_sequence(2, 1, None, 1), *by_sequence(2)),
+        ((*by_sequence(2, 1, None, 1), BY_HEAD), *by_sequence(2)),
         q,
         pages,
         positions,
         allowed,
+        sinks,
     )
 
 
@@ -149,6 +154,7 @@ def attention_mass(
     pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     group_reduce: str,
     implementation: str | None = None,
@@ -163,6 +169,7 @@ def attention_mass(
       pages: keys and values of one layer; what lies beyond a query's position may hold anything.
       positions: each query's position; a query at -1 gives nothing.
       allowed: pages that may be attended to; the others get 0.
+      sinks: see `dense_attention`; what they take, no page gets.
       group_reduce: name in `GROUP_REDUCE`.
       implementation: see `pallas_kernels.dispatch`.
     """
@@ -171,11 +178,12 @@ def attention_mass(
         "attention_mass",
         implementation,
         {"xla": mass.attention_mass},
-        (by_sequence(2, 1, None, 1), *by_sequence(1)),
+        ((*by_sequence(2, 1, None, 1), BY_HEAD), *by_sequence(1)),
         q,
         pages,
         positions,
         allowed,
+        sinks,
         group_reduce=group_reduce,
     )
 
@@ -186,6 +194,7 @@ def selected_mass(
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     positions: Int[Array, " B"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     group_reduce: str,
     implementation: str | None = None,
@@ -198,6 +207,7 @@ def selected_mass(
       page_ids: the selected pages, as `retro_attention` takes them.
       counts: how many there are; the mass of all others is 0.
       positions: the newest position.
+      sinks: see `attention_mass`.
       group_reduce: name in `GROUP_REDUCE`.
       implementation: see `pallas_kernels.dispatch`.
     """
@@ -206,12 +216,13 @@ def selected_mass(
         "selected_mass",
         implementation,
         {"xla": mass.selected_mass},
-        (by_sequence(1, 1, 1, 1, None), *by_sequence(1)),
+        ((*by_sequence(1, 1, 1, 1, None), BY_HEAD), *by_sequence(1)),
         q,
         pages,
         page_ids,
         counts,
         positions,
+        sinks,
         group_reduce=group_reduce,
     )
 

@@ -22,6 +22,7 @@ def attention_mass(
     pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     group_reduce: str,
 ) -> Float[Array, "B K P"]:
@@ -51,7 +52,10 @@ def attention_mass(
         return lax.dynamic_update_slice_in_dim(mass, before + more, first, axis=2)
 
     blocks = jnp.max(positions) // (block * S) + 1
-    lse = lax.fori_loop(0, blocks, add_lse, jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32))
+    lse = jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32)
+    if sinks is not None:
+        lse = jnp.broadcast_to(jnp.tile(sinks.astype(jnp.float32).reshape(K, -1), T), lse.shape)
+    lse = lax.fori_loop(0, blocks, add_lse, lse)
     return lax.fori_loop(0, blocks, add_mass, jnp.zeros((B, K, P), jnp.float32))
 
 
@@ -61,6 +65,7 @@ def selected_mass(
     page_ids: Int[Array, "B K C"],
     counts: Int[Array, "B K"],
     positions: Int[Array, " B"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     group_reduce: str,
 ) -> Float[Array, "B K P"]:
@@ -72,7 +77,11 @@ def selected_mass(
     selected = (jnp.arange(C) < counts[..., None])[..., None]
     mask = selected & (ids[..., None] * S + jnp.arange(S) <= positions[:, None, None, None])
     scores = _logits(q.reshape(B, K, N // K, D), keys.reshape(B, K, -1, D), mask.reshape(B, K, 1, -1))
-    weights = jnp.where(mask.reshape(B, K, 1, -1), jax.nn.softmax(scores, axis=-1), 0.0)
+    if sinks is not None:
+        logits = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(K, -1, 1), (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, logits], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : C * S]
+    weights = jnp.where(mask.reshape(B, K, 1, -1), weights, 0.0)
     mass = GROUP_REDUCE[group_reduce](weights.reshape(B, K, N // K, C, S).sum(axis=-1), axis=2)
     b, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
     return jnp.zeros((B, K, P), jnp.float32).at[b, head, ids].add(mass)

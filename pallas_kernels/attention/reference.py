@@ -5,6 +5,9 @@ Everything is made of two functions: `attend`, softmax attention that also retur
 in 8 bits are taken as the numbers that they stand for, in float32.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -51,6 +54,21 @@ def merge(
     reference = jnp.where(jnp.isfinite(lse), lse, 0.0)
     share_a, share_b = (jnp.exp(part - reference)[..., None] for part in (lse_a, lse_b))
     return share_a * o_a + share_b * o_b, lse
+
+
+def merge_sinks(
+    o: Float[Array, "*rows N D"], lse: Float[Array, "*rows N"], sinks: Float[Array, " N"] | None
+) -> Float[Array, "*rows N D"]:
+    """Attention in which each head's sink has taken its weight: `merge` with o = 0, the last of a query.
+
+    Args:
+      o: attention outputs.
+      lse: their log-sum-exp, without the sink.
+      sinks: logits; None: there are none.
+    """
+    if sinks is None:
+        return o
+    return o * jax.nn.sigmoid(lse - sinks.astype(jnp.float32))[..., None]
 
 
 def fold_rows(q: Float[Array, "B W N D"], num_kv_heads: int) -> Float[Array, "B K R D"]:
@@ -116,9 +134,10 @@ def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Pages,
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.dense_attention`."""
-    return attend_pages(q, pages, positions)
+    return attend_pages(q, pages, positions, None, sinks)
 
 
 def attend_pages(
@@ -126,25 +145,50 @@ def attend_pages(
     pages: Pages,
     positions: Int[Array, "B T"],
     allowed: Bool[Array, "B K P"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.attend_pages`."""
+    limit = positions[:, None, :, None]
+
+    def visible(key, of_block):
+        if allowed is None:
+            return key <= limit
+        return (key <= limit) & tokens_of_pages(of_block(allowed), pages.shape[4])[:, :, None]
+
+    return merge_sinks(*attend_blocks(q, pages, jnp.max(positions), visible), sinks)
+
+
+def attend_blocks(
+    q: Float[Array, "B T N D"],
+    pages: Pages,
+    last: Int[Array, ""] | int,
+    visible: Callable[[Array, Callable[[Array], Array]], Array],
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
+    """Attention over pages up to the one of the token at `last`, block by block, and its log-sum-exp.
+
+    Args:
+      q: queries.
+      pages: keys and values of one layer.
+      last: number of a token, in the order of the pages.
+      visible: (numbers of a block's tokens, what takes the part of an array[B, K, P] that is of the block's
+        pages) -> which of them each query sees, [B, #K, T, tokens].
+    """
     B, T, N, _ = q.shape
     K, P, _, S, D = pages.shape[1:]
     block = min(max(_BLOCK_TOKENS // S, 1), P)
     rows = fold_rows(q, K)
-    limit = positions[:, None, :, None]
 
     def add_block(index, carry):
         first = jnp.minimum(index * block, P - block)  # the last block may reach back into the one before
         loaded = slice_pages(pages, first, block)
         k = loaded[:, :, :, KEYS].reshape(B, K, -1, D)
         v = loaded[:, :, :, VALUES].reshape(B, K, -1, D)
-        key = first * S + jnp.arange(block * S)
-        mask = (key >= index * block * S) & (key <= limit)
-        if allowed is not None:
-            mask &= tokens_of_pages(lax.dynamic_slice_in_dim(allowed, first, block, axis=2), S)[:, :, None]
+        token = first * S + jnp.arange(block * S)
+        mask = (token >= index * block * S) & visible(
+            token, lambda array: lax.dynamic_slice_in_dim(array, first, block, axis=2)
+        )
         return merge(*carry, *attend(rows, k, v, rows_of_slots(mask, N // K)))
 
     empty = jnp.zeros(rows.shape, jnp.float32), jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32)
-    o, _ = lax.fori_loop(0, jnp.max(positions) // (block * S) + 1, add_block, empty)
-    return unfold_rows(o, T)
+    o, lse = lax.fori_loop(0, last // (block * S) + 1, add_block, empty)
+    return unfold_rows(o, T), unfold_rows(lse, T)

@@ -27,7 +27,8 @@ class Eviction:
       priority: (rules, kept, newest query, limits in pages[B]) -> finite[B, K, P]; the least are evicted, of
         equal ones the later.
       observe: (rules, layer state with the keys written, prompt queries[B, T, N, D], their positions[B, T],
-        -1 for none) -> kept, called for each chunk of a prompt. None: the prompt's attention does not matter.
+        -1 for none, the layer's sinks[N] or None) -> kept, called for each chunk of a prompt. None: the
+        prompt's attention does not matter.
       attended: (mass so far, mass that the newest query gave) -> new mass, both [B, K, P], of loaded pages.
         None: it does not matter.
       grows: whether only the end of a prompt evicts, and every later page stays.
@@ -37,7 +38,7 @@ class Eviction:
 
     init: Callable[[Rules, ModelConfig, int, int], Kept]
     priority: Callable[[Rules, Kept, Query, Int[Array, " B"]], Float[Array, "B K P"]]
-    observe: Callable[[Rules, LayerState, Array, Array], Kept] | None = None
+    observe: Callable[[Rules, LayerState, Array, Array, Array | None], Kept] | None = None
     attended: Callable[[Array, Array], Array] | None = None
     grows: bool = False
     joins: bool = False
@@ -91,6 +92,7 @@ def remember(
         page_ids,
         counts,
         query.positions,
+        query.sinks,
         group_reduce=rules.group_reduce,
         implementation=rules.implementation,
     )

@@ -23,10 +23,10 @@ def heavy_or_recent(rules, kept, query, limits):
     return jnp.where(recent, jnp.finfo(jnp.float32).max, kept.mass)
 
 
-def observe(rules, layer, q, positions):
+def observe(rules, layer, q, positions, sinks):
     """Adds the attention that all queries of the prompt give."""
     by = {"group_reduce": rules.group_reduce, "implementation": rules.implementation}
-    mass = attention_mass(q, layer.pages, positions, layer.kept.alive, **by)
+    mass = attention_mass(q, layer.pages, positions, layer.kept.alive, sinks, **by)
     return layer.kept.replace(mass=layer.kept.mass + mass)
 
 

@@ -37,7 +37,7 @@ def votes(rules, kept, query, limits):
     return jnp.where(voters, jnp.finfo(jnp.float32).max, kept.mass)
 
 
-def observe(rules, layer, q, positions):
+def observe(rules, layer, q, positions, sinks):
     """Keeps the last queries of the prompt so far, and counts their votes."""
     kept, prompt = layer.kept, layer.kept.prompt
     at = jnp.where(prompt.fresh[:, None], prompt.at, -1)  # else they are of an earlier prompt
@@ -47,7 +47,7 @@ def observe(rules, layer, q, positions):
     at = jnp.take_along_axis(at, last, axis=1)
     queries = jnp.take_along_axis(queries, last[..., None, None], axis=1)
     by = {"group_reduce": rules.group_reduce, "implementation": rules.implementation}
-    mass = attention_mass(queries, layer.pages, at, kept.alive, **by)
+    mass = attention_mass(queries, layer.pages, at, kept.alive, sinks, **by)
 
     some = new > 0
     prompt = Prompt(

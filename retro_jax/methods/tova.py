@@ -18,7 +18,7 @@ def latest_mass(rules, kept, query, limits):
     return kept.mass
 
 
-def observe(rules, layer, q, positions):
+def observe(rules, layer, q, positions, sinks):
     """The attention that the last query of the prompt gives to each page."""
     last = jnp.argmax(positions, axis=1)[:, None]
     at = jnp.take_along_axis(positions, last, axis=1)
@@ -27,6 +27,7 @@ def observe(rules, layer, q, positions):
         layer.pages,
         at,
         layer.kept.alive,
+        sinks,
         group_reduce=rules.group_reduce,
         implementation=rules.implementation,
     )

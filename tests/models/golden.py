@@ -22,8 +22,9 @@ class TinyGolden:
 
 
 def tiny(path: Path) -> TinyGolden:
-    """Golden of a folder or GGUF file in golden/."""
-    with np.load(path / "golden.npz" if path.is_dir() else path.with_suffix(".npz")) as arrays:
+    """Golden of a folder or GGUF file in golden/; a folder's is also that of a file of its name."""
+    folder = path if path.is_dir() else path.with_suffix("")
+    with np.load(folder / "golden.npz" if folder.is_dir() else path.with_suffix(".npz")) as arrays:
         return TinyGolden(arrays["tokens"], arrays["logits"])
 
 

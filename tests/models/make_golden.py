@@ -1,13 +1,14 @@
 """Makes the tiny models under golden/ and Hugging Face transformers' float32 logits for them.
 
-Run from the repository root as `python -m tests.models.make_golden`. These were made with torch 2.13,
-transformers 5.23, gguf 0.19 and sentencepiece 0.2.3.
+Run from the repository root as `python -m tests.models.make_golden`, with names for some of them only. These
+were made with torch 2.13, transformers 5.23 (those of `BOTH_FORMATS` 5.24), gguf 0.19, sentencepiece 0.2.3.
 """
 
 import io
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
@@ -19,12 +20,17 @@ from tokenizers import decoders, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     GenerationConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from tests.models.reference_bpe import encode_with_special
@@ -104,6 +110,44 @@ def families() -> dict:
     }
 
 
+SMALL = SIZES | {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+}
+# The root of 1 + ln(512 / 16) / ln(16) is 1.5, which both formats hold exactly.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 12.0],
+    "short_factor": [1.0, 1.0, 1.25, 1.25, 1.5, 2.0],
+}
+BOTH_FORMATS = {
+    "gemma3": Gemma3TextConfig(
+        **SMALL | TIED | {"hidden_size": 8, "intermediate_size": 16},
+        head_dim=256, sliding_window=20, rope_parameters=GEMMA3_ROPE,
+        layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=3.0,
+    ),
+    "olmo2": Olmo2Config(**SMALL | UNTIED | {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "phi3": Phi3Config(
+        **SMALL | TIED | {"hidden_size": 32, "max_position_embeddings": 512},
+        original_max_position_embeddings=16, rope_parameters=LONGROPE, partial_rotary_factor=0.75,
+    ),
+    "smollm3": SmolLM3Config(**SMALL | TIED | {"num_hidden_layers": 4}),
+    "granite": GraniteConfig(
+        **SMALL | TIED | {"num_hidden_layers": 1}, embedding_multiplier=3.0, residual_multiplier=0.22,
+        attention_multiplier=0.5, logits_scaling=4.0,
+    ),
+}  # fmt: skip
+"""Configuration by name, which is that of the architecture in GGUF; the same weights in both formats."""
+
+
 def random_model(config, seed: int = 0, dtype: torch.dtype = torch.float32):
     """A model whose norms and biases are random, too, so that leaving one out shows."""
     torch.manual_seed(seed)
@@ -128,6 +172,7 @@ def make_family(name: str, config) -> None:
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     dtype = {"llama3.1-sharded": torch.bfloat16, "mistral": torch.float16}.get(name, torch.float32)
+    dtype = torch.float16 if name in BOTH_FORMATS else dtype
     model = random_model(config, dtype=dtype)
     model.to(dtype).save_pretrained(folder, max_shard_size="40KB" if "sharded" in name else "1GB")
     if name == "llama-tied-linear":
@@ -253,6 +298,65 @@ def make_gguf(name: str, config, architecture: str, write_tokenizer) -> None:
     np.savez_compressed(GOLDEN / f"{name}.npz", **logits_of(model, config.vocab_size))
 
 
+def make_both_formats(architecture: str, config) -> None:
+    """A folder and a GGUF file of one random model, as llama.cpp's converter writes it, in float16."""
+    make_family(architecture, config)
+    folder = GOLDEN / architecture
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = config.rope_parameters
+    writer = gguf.GGUFWriter(GOLDEN / f"{architecture}.gguf", architecture)
+    writer.add_name(architecture)
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture == "gemma3":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    elif architecture == "phi3":
+        original = config.original_max_position_embeddings
+        scale = config.max_position_embeddings / original
+        writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * head_dim))
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+        writer.add_sliding_window(0)
+        writer.add_tensor("rope_factors_long.weight", np.array(rope["long_factor"], np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.array(rope["short_factor"], np.float32))
+    elif architecture in ("smollm3", "granite"):
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(head_dim)
+    if architecture == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), layers)
+    for name, weight in model.named_parameters():
+        values = weight.detach().numpy()
+        if architecture in ("smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
+            values = permute(values, heads if "q_proj" in name else config.num_key_value_heads)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            values = values + np.float32(1)
+        kind = np.float16 if values.ndim == 2 else np.float32
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(values, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_sentencepiece(writer: gguf.GGUFWriter) -> None:
     """A SentencePiece BPE tokenizer, whose samples are encoded by sentencepiece itself."""
     trained = io.BytesIO()
@@ -312,11 +416,16 @@ def write_byte_level(writer: gguf.GGUFWriter) -> None:
 
 
 def main() -> None:
-    for name, config in families().items():
-        make_family(name, config)
     llama = LlamaConfig(**SIZES | UNTIED | {"vocab_size": 384, "rope_parameters": LLAMA3_ROPE})
-    make_gguf("gguf-llama", llama, "llama", write_sentencepiece)
-    make_gguf("gguf-qwen2", Qwen2Config(**SIZES | TIED | {"vocab_size": 384}), "qwen2", write_byte_level)
+    qwen2 = Qwen2Config(**SIZES | TIED | {"vocab_size": 384})
+    makers = {name: lambda n=name, c=config: make_family(n, c) for name, config in families().items()}
+    makers |= {
+        name: lambda n=name, c=config: make_both_formats(n, c) for name, config in BOTH_FORMATS.items()
+    }
+    makers["gguf-llama"] = lambda: make_gguf("gguf-llama", llama, "llama", write_sentencepiece)
+    makers["gguf-qwen2"] = lambda: make_gguf("gguf-qwen2", qwen2, "qwen2", write_byte_level)
+    for name in sys.argv[1:] or makers:
+        makers[name]()
 
 
 if __name__ == "__main__":

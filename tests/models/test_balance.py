@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.pages import quantize
 from retro_jax import models
-from retro_jax.models import balance_keys
+from retro_jax.models import LayerKind, Rope, balance_keys
 from retro_jax.models.joined import join_columns, joined_fields, split_columns
 from retro_jax.models.presets import SIZES
 
@@ -29,8 +29,11 @@ def outlying(config):
 
     def layer(layer):
         if config.qk_norm:
-            norm = jnp.asarray(large, config.dtype)
-            return layer.replace(q_norm=layer.q_norm / norm, k_norm=layer.k_norm * norm)
+            q, k = (
+                jnp.asarray(np.tile(large, len(norm) // config.head_dim), norm.dtype)
+                for norm in (layer.q_norm, layer.k_norm)
+            )
+            return layer.replace(q_norm=layer.q_norm / q, k_norm=layer.k_norm * k)
         bqkv = None if layer.bqkv is None else layer.bqkv * by_column
         return layer.replace(wqkv=layer.wqkv * by_column, bqkv=bqkv)
 
@@ -41,8 +44,17 @@ def copied(params):
     return jax.tree.map(jnp.copy, params)
 
 
+PARTIAL = (LayerKind(Rope(channels=12)),) * TINY.num_layers
+PARTS = {
+    "plain": {},
+    "bias": {"qkv_bias": True},
+    "norm": {"qk_norm": True},
+    "joint norm": {"qk_norm": True, "joint_qk_norm": True, "norms": "after", "layer_kinds": PARTIAL},
+}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("parts", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=["plain", "bias", "norm"])
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_outputs_stay_as_they_were_to_the_last_bit(parts, dtype):
     config = dataclasses.replace(TINY, dtype=dtype, **parts)
     params = outlying(config)
@@ -52,7 +64,7 @@ def test_outputs_stay_as_they_were_to_the_last_bit(parts, dtype):
     np.testing.assert_array_equal(before, models.forward(balanced, config, TOKENS))
 
 
-@pytest.mark.parametrize("parts", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=["plain", "bias", "norm"])
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_eight_bits_hold_every_channel(parts):
     config = dataclasses.replace(TINY, **parts)
     params = outlying(config)
@@ -61,7 +73,7 @@ def test_eight_bits_hold_every_channel(parts):
     def error(params):
         """Of scores by keys in 8 bits, relative to how far the scores differ among themselves."""
         q, k, _ = models.qkv(
-            params.layers[0], config, config.layers[0], models.embed(params, TOKENS), positions
+            params.layers[0], config, config.layers[0], models.embed(params, config, TOKENS), positions
         )
         codes, scales = quantize(k, "int8")
         back = codes.astype(jnp.float32) * scales[..., None]

@@ -1,11 +1,12 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from retro_jax import models
-from retro_jax.models import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models import Experts, LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.transformer import causal_attention
 from tests.models import golden
 
@@ -39,11 +40,25 @@ def test_layers_of_one_kind_are_made_of_the_rope():
         ({}, {"num_layers": 2}, "1 layer_kinds for num_layers 2"),
         ({}, {"rope_theta": 5.0}, r"rope_theta 5\.0 stands beside layer_kinds"),
         ({}, {"rope_scaling": RopeScaling("linear")}, "rope_scaling .* stands beside layer_kinds"),
-        ({"rope": (10.0, RopeScaling("factors", factors=(1.0,)))}, {}, "has 1 factors, head_dim 8 needs 4"),
+        (
+            {"rope": (10.0, RopeScaling("factors", factors=(1.0,)))},
+            {},
+            r"has 1 factors, 8 rotary channels \(head_dim 8\) need 4",
+        ),
+        (
+            {"rope": (10.0, RopeScaling("longrope", original_positions=4, factors=(1.0,) * 3), 6)},
+            {},
+            r"has 0 factors, 6 rotary channels \(head_dim 8\) need 3",
+        ),
         ({"rope": (0.0,)}, {}, r"rope_theta must be positive, got 0\.0"),
+        ({"rope": (1.0, None, 3)}, {}, "rotary channels must be positive and even, got 3"),
+        ({"rope": (1.0, None, 10)}, {}, "10 rotary channels are more than head_dim 8"),
         ({"window": 0}, {}, "window of a layer must be positive, got 0"),
         ({"scale": -1.0}, {}, r"scale of a layer must be positive, got -1\.0"),
-        ({"mlp": "experts"}, {}, "mlp 'experts' is not supported; use one of dense"),
+        ({"mlp": "wobble"}, {}, "mlp 'wobble' is not supported; use one of dense, experts"),
+        ({"mlp": "experts"}, {}, "experts None and layers with mlp 'experts' belong together"),
+        ({}, {"experts": Experts(2, 1, 8)}, "mlp 'experts' belong together; give both or neither"),
+        ({"soft_cap": 0.0}, {}, r"soft_cap of a layer must be positive, got 0\.0"),
     ],
 )
 def test_bad_kinds(kind, fields, message):
@@ -63,7 +78,7 @@ def test_kinds_of_every_layer_count(tiny):
 
 
 def test_without_a_rope_tokens_are_not_rotated(tiny):
-    x = models.embed(tiny.params, TOKENS)
+    x = models.embed(tiny.params, tiny.config, TOKENS)
     near, far = (
         models.qkv(tiny.params.layers[0], tiny.config, LayerKind(None), x, TOKENS + shift)
         for shift in (0, 37)
@@ -81,6 +96,14 @@ def test_the_scale_is_that_of_the_products(tiny):
     np.testing.assert_allclose(scaled, models.forward(louder.params, tiny.config, TOKENS), atol=1e-5)
 
 
+def test_a_soft_cap_bounds_the_scores():
+    q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 7, 2, 4), np.float32))
+    scores = 0.7 * np.tanh(np.einsum("btnd,bsnd->bnts", q, k) / 2 / 0.7)
+    weights = np.exp(scores) * np.tri(7)
+    expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(causal_attention(q, k, v, soft_cap=0.7), expected, atol=1e-5)
+
+
 def test_a_window_is_the_latest_tokens():
     q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, 7, 2, 4), np.float32))
     o = causal_attention(q, k, v, window=3)
@@ -90,3 +113,29 @@ def test_a_window_is_the_latest_tokens():
     expected = np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
     np.testing.assert_allclose(o, expected, atol=1e-5)
     np.testing.assert_array_equal(causal_attention(q, k, v, window=7), causal_attention(q, k, v))
+
+
+def test_sinks_are_keys_without_values():
+    """A head's sink is a key whose product with every query is the logit, and whose value is zero."""
+    q, k, v = (jax.random.normal(key, (1, 6, 4, 8)) for key in jax.random.split(jax.random.key(3), 3))
+    sinks = jnp.array([-2.0, 0.0, 1.0, 5.0])
+    scores = np.asarray(jnp.einsum("btnd,bsnd->bnts", q, k), np.float64) * 8**-0.5
+    weights = np.exp(np.where(np.tril(np.ones((6, 6), bool)), scores, -np.inf))
+    weights /= weights.sum(axis=-1, keepdims=True) + np.exp(np.asarray(sinks))[:, None, None]
+    expected = np.einsum("bnts,bsnd->btnd", weights, v)
+    np.testing.assert_allclose(causal_attention(q, k, v, sinks=sinks), expected, atol=1e-5)
+
+
+def test_layers_with_sinks_have_weights_for_them(tiny):
+    rope = tiny.config.layers[0].rope
+    kinds = (LayerKind(rope), LayerKind(rope, sinks=True))
+    config = dataclasses.replace(tiny.config, rope_theta=10_000.0, rope_scaling=None, layer_kinds=kinds)
+    plain = models.random_params(tiny.config, jax.random.key(0))
+    with_sinks = models.random_params(config, jax.random.key(0))
+    assert with_sinks.layers[0].sinks is None
+    assert with_sinks.layers[1].sinks.shape == (config.num_heads,)
+    np.testing.assert_array_equal(with_sinks.layers[1].wo, plain.layers[1].wo)
+    assert (
+        np.abs(models.forward(with_sinks, config, TOKENS) - models.forward(plain, config, TOKENS)).max()
+        > 1e-3
+    )

@@ -6,28 +6,69 @@ import numpy as np
 import pytest
 
 from retro_jax import models
+from retro_jax.models.formats.weights import separate_weights
 from retro_jax.models.presets import SIZES
-from retro_jax.models.rope import rope_frequencies
+from retro_jax.models.rope import apply_rope, rope_frequencies
 from tests.models import golden
 
 SOURCES = [*golden.FAMILIES, *golden.GGUF_FILES]
+BOTH_FORMATS = [path for path in golden.GGUF_FILES if path.with_suffix("").is_dir()]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_logits_equal_transformers(path):
     model, expected = models.load_model(str(path), dtype="float32"), golden.tiny(path)
-    logits = models.forward(model.params, model.config, jnp.asarray(expected.tokens))
+    fit = slice(model.config.max_positions)
+    logits = models.forward(model.params, model.config, jnp.asarray(expected.tokens[:, fit]))
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits, expected.logits[:, fit], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_bfloat16_stays_near_float32(path):
     model, expected = models.load_model(str(path), dtype="bfloat16"), golden.tiny(path)
-    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
-    logits = models.forward(model.params, model.config, jnp.asarray(expected.tokens))
+    dtypes = {name: weight.dtype for name, weight in separate_weights(model.params, model.config).items()}
+    own = {"float32"} if model.config.float32_norms else {"bfloat16"}
+    assert {str(dtype) for name, dtype in dtypes.items() if name.endswith("norm")} == own
+    assert {str(dtype) for name, dtype in dtypes.items() if not name.endswith("norm")} == {"bfloat16"}
+    fit = slice(model.config.max_positions)
+    logits = models.forward(model.params, model.config, jnp.asarray(expected.tokens[:, fit]))
     # Rounding to 8 bits in each of some 20 operations, on logits of order one.
-    assert np.abs(logits - expected.logits).mean() < 0.05
+    assert np.abs(logits - expected.logits[:, fit]).mean() < 0.05
+
+
+def test_gemma3_beyond_its_window():
+    path = golden.FOLDER / "gemma3"
+    model, expected = models.load_model(str(path), dtype="float32"), golden.tiny(path)
+    local, full = model.config.layers
+    kinds = (dataclasses.replace(local, window=20), full)
+    config = dataclasses.replace(model.config, layer_kinds=kinds, max_positions=256)
+    logits = models.forward(model.params, config, jnp.asarray(expected.tokens))
+    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", BOTH_FORMATS, ids=lambda path: path.name)
+def test_both_formats_are_one_model(path):
+    """In all that a file says, and in weights; bfloat16 takes nothing off norms that are stored less one."""
+    file, folder = (
+        models.load_model(str(source), dtype="bfloat16") for source in (path, path.with_suffix(""))
+    )
+    assert file.config == folder.config
+    jax.tree.map(np.testing.assert_array_equal, file.params, folder.params)
+
+
+def test_longrope_of_a_model_for_no_more_than_its_first_positions():
+    """The golden is of the factors beyond; both by the formula, and the rest of a head is not turned."""
+    config = models.load_model(str(golden.FOLDER / "phi3")).config
+    rope, first = config.layers[0].rope, config.layers[0].rope.scaling.original_positions
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 1, 16), np.float32))
+    positions = jnp.array([[0, 5, 11]])
+    plain = 10_000.0 ** -(np.arange(6) / 6)
+    for limit, factors in ((first, rope.scaling.short_factors), (first + 1, rope.scaling.factors)):
+        angles = np.asarray(positions)[0, :, None] * plain / factors
+        turned = (np.asarray(x)[0, :, 0, :6] + 1j * np.asarray(x)[0, :, 0, 6:12]) * 1.5 * np.exp(1j * angles)
+        expected = np.concatenate([turned.real, turned.imag, np.asarray(x)[0, :, 0, 12:]], axis=-1)
+        np.testing.assert_allclose(apply_rope(x, positions, rope, limit)[0, :, 0], expected, atol=1e-5)
 
 
 def test_smollm2_equals_transformers(smollm2):
@@ -62,7 +103,7 @@ def tiny() -> models.Model:
 def test_the_pieces_join_at_any_positions(tiny):
     """Keys and queries shifted by the same positions give the same attention."""
     params, config = tiny.params, tiny.config
-    x = models.embed(params, jnp.arange(12)[None])
+    x = models.embed(params, config, jnp.arange(12)[None])
     positions = jnp.arange(12)[None]
     scores = []
     for shift in (0, 37):
@@ -85,14 +126,14 @@ def test_yarn_with_truncation_off_and_own_attention_factor():
         "yarn", factor=4.0, original_positions=64, beta_fast=4.0, beta_slow=1.0, truncate=False
     )
     config = dataclasses.replace(SIZES["tiny"], head_dim=8, rope_scaling=scaling)
-    frequencies, attention_factor = rope_frequencies(config.layers[0].rope, config.head_dim)
+    frequencies, attention_factor = rope_frequencies(config.layers[0].rope, config.head_dim, 256)
     low, high = (4 * np.log(64 / (turns * 2 * np.pi)) / np.log(10_000) for turns in (4.0, 1.0))
     divided = np.clip((np.arange(4) - low) / (high - low), 0, 1)
     plain = 10_000.0 ** -(np.arange(4) / 4)
     np.testing.assert_allclose(frequencies, plain * (1 - divided + divided / 4), rtol=1e-6)
     assert attention_factor == pytest.approx(1 + 0.1 * np.log(4.0))
     stated = models.Rope(scaling=dataclasses.replace(scaling, attention_factor=1.5))
-    assert rope_frequencies(stated, head_dim=8)[1] == 1.5
+    assert rope_frequencies(stated, 8, 256)[1] == 1.5
 
 
 def test_random_weights_are_seeded_and_sane():

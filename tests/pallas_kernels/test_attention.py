@@ -90,6 +90,22 @@ def test_dense_attention_equals_the_oracle(tokens, block_tokens, monkeypatch):
     )
 
 
+def test_a_sink_takes_weight_and_gives_nothing():
+    rng = np.random.default_rng(4)
+    pages = random_cache(rng, LENGTHS, 8)
+    q = rng.standard_normal((len(LENGTHS), 2, 6, 8)).astype(np.float32)
+    positions = window_positions(LENGTHS, 2)
+    sinks = np.array([-90.0, -3.0, 0.0, 0.5, 4.0, 90.0], np.float32)
+    allowed = np.ones(pages.shape[:3], bool)
+    o = dense_attention(q, pages, positions, sinks)
+    over_pages = pallas_kernels.attend_pages(*map(jnp.asarray, (q, pages, positions, allowed, sinks)))
+    np.testing.assert_array_equal(o, over_pages)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        tokens = oracle.tokens_of(pages[b], n // 3, range(pages.shape[2]), positions[b, t])
+        want, _ = oracle.merge(*oracle.attend(q[b, t, n], *tokens), 0.0, sinks[n])
+        np.testing.assert_allclose(o[b, t, n], want, atol=ATOL)
+
+
 def test_merge_joins_disjoint_sets_and_ignores_empty_ones():
     rng = np.random.default_rng(2)
     q, k, v = rng.standard_normal(8), rng.standard_normal((9, 8)), rng.standard_normal((9, 8))

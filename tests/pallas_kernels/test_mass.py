@@ -90,6 +90,34 @@ def test_selected_mass_reads_the_selected_pages_only(inputs, group_reduce):
             np.testing.assert_allclose(mass[b, head], expected, atol=2e-6)
 
 
+def test_what_sinks_take_no_page_gets(inputs):
+    """The mass of every page of a head shrinks by what its sink takes of each query's weight."""
+    _, q, pages, positions = inputs
+    q, pages, positions = q[1:2, :1], pages[1:2], positions[1:2, :1]
+    sinks = np.repeat(np.array([2.0, -1.0], np.float32), GROUP)
+    allowed = np.ones((1, HEADS, PAGES), bool)
+    lse = np.array(
+        [
+            oracle.attend(q[0, 0, n], *oracle.tokens_of(pages[0], n // GROUP, range(PAGES), positions[0, 0]))[
+                1
+            ]
+            for n in range(HEADS * GROUP)
+        ]
+    )
+    left = (1 / (1 + np.exp(sinks - lse))).reshape(HEADS, GROUP).mean(axis=1)
+    every = np.broadcast_to(np.arange(PAGES, dtype=np.int32), (1, HEADS, PAGES))
+    counts = np.full((1, HEADS), PAGES, np.int32)
+    for mass in (
+        pallas_kernels.attention_mass(
+            *map(jnp.asarray, (q, pages, positions, allowed, sinks)), group_reduce="mean"
+        ),
+        pallas_kernels.selected_mass(
+            *map(jnp.asarray, (q[:, 0], pages, every, counts, positions[:, 0], sinks)), group_reduce="mean"
+        ),
+    ):
+        np.testing.assert_allclose(mass.sum(-1)[0], left, rtol=1e-5)
+
+
 def test_attention_over_allowed_pages_is_attention_over_their_tokens(inputs):
     rng, q, pages, positions = inputs
     allowed = rng.random((3, HEADS, PAGES)) < 0.7

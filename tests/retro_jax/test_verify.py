@@ -280,7 +280,7 @@ def test_drafts_are_as_many_as_pay(accepted, tried, step_bytes, check_bytes, wei
     other = 9.0 if accepted == 0.0 else 0.0
     pairs = ((accepted, other), (tried, 9.0), (step_bytes, 5.0), (check_bytes, 5.0))
     known = rj.Acceptance(*(jnp.array(pair) for pair in pairs))
-    assert known.best_drafts(8, jnp.array([True, False]), weights) == drafts
+    assert known.best_drafts(8, jnp.array([True, False]), [weights] * 9) == drafts
 
 
 def test_what_is_known_of_acceptance_fades():

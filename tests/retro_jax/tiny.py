@@ -135,9 +135,9 @@ def assert_same_tokens(model, config, prompt, got, expected, sampling=None, key=
 def first_sparse_qkv(params, model, tokens, dense):
     """q, k, v of the first sparse layer for all tokens, by plain dense attention below it."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = transformer.embed(params, tokens)
+    x = transformer.embed(params, model, tokens)
     for layer, kind in zip(params.layers[:dense], model.layers[:dense], strict=True):
         q, k, v = transformer.qkv(layer, model, kind, x, positions)
-        x = transformer.attention_output(layer, x, transformer.causal_attention(q, k, v))
+        x = transformer.attention_output(layer, model, x, transformer.causal_attention(q, k, v))
         x = transformer.mlp(layer, model, x)
     return transformer.qkv(params.layers[dense], model, model.layers[dense], x, positions)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.configs import (
+    experts,
     longbench_llama3_1_8b,
     longgenbench_llama3_1_8b,
     longgenbench_qwen2_5_14b,
@@ -25,6 +26,7 @@ _FILES = (
     longbench_llama3_1_8b,
     reasoning_deepseek_r1_llama_8b,
     pg19_llama3_1_8b,
+    experts,
 )
 
 CONFIGS: Mapping[str, RunConfig] = {name: config for file in _FILES for name, config in file.CONFIGS.items()}

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.gpu.blocks import Blocks, choose_blocks
 from pallas_kernels.attention.gpu.thread_block import LOWEST, attend_to_split
+from pallas_kernels.attention.reference import merge_sinks
 from pallas_kernels.gpu import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
 from pallas_kernels.operation import operation
 from pallas_kernels.pages import Pages
@@ -49,6 +50,7 @@ def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Pages,
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     blocks: Blocks | None = None,
     interpret: Any = None,
@@ -57,7 +59,8 @@ def dense_attention(
     check(q, pages)
     blocks = blocks or choose_blocks(q, pages, pages.shape[2])
     o, lse = _attend(q, pages, positions, None, blocks, interpret)
-    return _merge(o, lse, None, None, q.shape, interpret)[0]
+    o, lse = _merge(o, lse, None, None, q.shape, interpret)
+    return merge_sinks(o, lse, sinks)
 
 
 def check(q: Array, pages: Pages) -> None:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import fold_rows, unfold_rows
+from pallas_kernels.attention.reference import fold_rows, merge_sinks, unfold_rows
 from pallas_kernels.attention.tpu.blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
 from pallas_kernels.attention.tpu.page_stream import PageStream
 from pallas_kernels.layout import KEYS, VALUES
@@ -60,13 +60,15 @@ def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Pages,
     positions: Int[Array, "B T"],
+    sinks: Float[Array, " N"] | None = None,
     *,
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.dense_attention`."""
     check(q, pages)
-    return _attend(q, pages, positions, None, None, blocks, interpret)[0]
+    o, lse, _ = _attend(q, pages, positions, None, None, blocks, interpret)
+    return merge_sinks(o, lse, sinks)
 
 
 def check(q: Array, pages: Pages) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import retro_jax.experiments.bench.decode
+from retro_jax.drafts import weight_bytes
 from retro_jax.experiments.bench.decode import (
     BenchDecode,
     agreement,
     results,
     speed_table,
     take_turns,
-    weight_bytes,
 )
 from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.methods import METHODS
@@ -153,7 +153,7 @@ def test_an_embedding_that_is_not_the_head_is_not_read():
         model = small(tie_embeddings=tied)
         embed = model.params.embed.nbytes
         whole = sum(weight.nbytes for weight in jax.tree.leaves(model.params))
-        assert weight_bytes(model) == (whole if tied else whole - embed)
+        assert weight_bytes(model.params, model.config, 1) == (whole if tied else whole - embed)
 
 
 def small(**features):

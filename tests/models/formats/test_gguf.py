@@ -114,8 +114,18 @@ def test_unsupported_quantisations_and_mismatches_are_named_together(tmp_path):
     ("keys", "message"),
     [
         ({"architecture": "mamba"}, "architecture 'mamba'; supported are llama, qwen2, qwen3"),
-        ({"expert_count": 8}, "mixture of experts"),
-        ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope'; none, linear, yarn are supported"),
+        ({"expert_count": 8}, "8 experts, but no expert_used_count"),
+        ({"expert_count": 8, "expert_used_count": 9}, "cannot go through 9 of 8 experts"),
+        (
+            {"expert_shared_count": 1, "expert_weights_scale": 2.5},
+            r"expert_shared_count 1.*_scale 2\.5",
+        ),
+        ({"architecture": "qwen2", "expert_count": 8}, r"not supported: qwen2\.expert_count 8"),
+        ({"rope.scaling.type": "dynamic"}, "rope scaling 'dynamic'; none, linear, yarn, longrope are"),
+        (
+            {"rope.scaling.type": "longrope"},
+            "the tensors of no factors; longrope needs rope_factors_long.weight",
+        ),
         ({"rope.dimension_count": 32}, r"rope\.dimension_count 32, only 64"),
         ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, r"both rope\.scaling\.factor 2\.0 and"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor 0\.5"),
@@ -146,8 +156,9 @@ def test_gguf_yarn_and_window(tmp_path):
     yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4, "rope.scaling.original_context_length": 16}
     path = write_gguf(tmp_path / "model.gguf", **yarn, **{"attention.sliding_window": 48})
     config = models.load_model(str(path)).config
-    assert config.rope_scaling == models.RopeScaling("yarn", factor=4, original_positions=16)
-    assert (config.max_positions, config.norm_eps, config.tie_embeddings) == (48, 1e-5, True)
+    rope = models.Rope(10_000.0, models.RopeScaling("yarn", factor=4, original_positions=16))
+    assert set(config.layers) == {models.LayerKind(rope, window=48)}
+    assert (config.max_positions, config.norm_eps, config.tie_embeddings) == (64, 1e-5, True)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +209,8 @@ def test_rope_factors_and_linear_scaling_multiply(tmp_path):
 
 def test_a_stated_attention_factor_scales_every_kind():
     linear = models.RopeScaling("linear", attention_factor=1.5)
-    assert rope_frequencies(models.Rope(scaling=linear), head_dim=8)[1] == 1.5
-    assert rope_frequencies(models.Rope(), head_dim=8)[1] == 1.0
+    assert rope_frequencies(models.Rope(scaling=linear), 8, 64)[1] == 1.5
+    assert rope_frequencies(models.Rope(), 8, 64)[1] == 1.0
 
 
 def test_keys_without_effect_and_unknown_keys(tmp_path, caplog):

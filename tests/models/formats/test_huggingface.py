@@ -50,6 +50,11 @@ def test_unknown_dtype():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"norms": "around"}, "norms 'around' is not supported; use one of before, after, both"),
+        ({"activation": "relu"}, "activation 'relu' is not supported; use one of silu, gelu_tanh"),
+        ({"residual_multiplier": 0.0}, r"residual_multiplier must be positive, got 0\.0"),
+        ({"logits_soft_cap": -1.0}, r"logits_soft_cap must be positive, got -1\.0"),
+        ({"joint_qk_norm": True}, "joint_qk_norm says what qk_norm is over, which is off"),
         ({"num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2"),
         ({"head_dim": 7}, "head_dim must be even.* got 7"),
         ({"num_layers": 0}, "num_layers must be positive, got 0"),
@@ -59,7 +64,10 @@ def test_unknown_dtype():
         ),
         ({"rope_scaling": ("yarn", 4.0)}, "needs original_positions, got None"),
         ({"rope_scaling": ("linear", 0.0)}, r"factor must be positive, got 0\.0"),
-        ({"rope_scaling": ("factors",)}, "rope scaling has 0 factors, head_dim 8 needs 4"),
+        (
+            {"rope_scaling": ("factors",)},
+            r"rope scaling has 0 factors, 8 rotary channels \(head_dim 8\) need 4",
+        ),
     ],
 )
 def test_impossible_configurations(changes, message):
@@ -138,16 +146,14 @@ def test_config_of_another_size(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "family 'mamba'; supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "family 'mamba'; supported are llama, mistral, "),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         (
             {"attention_bias": True, "quantization_config": {"bits": 4}},
             "attention_bias True, quantization_config",
         ),
-        (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            "rope type 'longrope'; supported are default, linear",
-        ),
+        ({"rope_parameters": {"rope_type": "su"}}, "rope type 'su'; supported are default, linear"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling without 'long_factor'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor 0\.5"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "alpha": 1.0}}, "not supported: alpha 1.0"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope scaling without 'factor'"),
@@ -158,15 +164,6 @@ def test_config_of_another_size(tmp_path):
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}},
             "has rope_scaling .* and rope_parameters .*; delete",
-        ),
-        (
-            {
-                "rope_parameters": {
-                    "full_attention": {"rope_theta": 1e4},
-                    "sliding_attention": {"rope_theta": 1e6},
-                }
-            },
-            "different rotary embeddings by layer",
         ),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types .*'linear_attention'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window of None"),
@@ -198,22 +195,24 @@ SLIDING = {"sliding_window": 100, "use_sliding_window": True}
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "positions"),
+    ("file", "changes", "windows"),
     [
-        ("mistral", {"sliding_window": 100}, 100),
-        ("mistral", {"sliding_window": 1000}, 256),
-        ("qwen2", {"sliding_window": 100, "use_sliding_window": False}, 256),
-        ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": None}, 100),
-        ("qwen2", SLIDING | {"max_window_layers": 2, "layer_types": None}, 256),
-        ("qwen2", SLIDING | {"layer_types": ["full_attention", "sliding_attention"]}, 100),
-        ("qwen2", SLIDING, 256),
-        ("mistral", {"sliding_window": 100, "layer_types": ["full_attention"] * 2}, 100),
-        ("qwen2.5-yarn", {"max_position_embeddings": 64}, 256),
+        ("mistral", {"sliding_window": 100}, (100, 100)),
+        ("mistral", {"sliding_window": 1000}, (None, None)),  # more than the positions
+        ("qwen2", {"sliding_window": 100, "use_sliding_window": False}, (None, None)),
+        ("qwen2", SLIDING | {"max_window_layers": 1, "layer_types": None}, (None, 100)),
+        ("qwen2", SLIDING | {"max_window_layers": 2, "layer_types": None}, (None, None)),
+        ("qwen2", SLIDING | {"layer_types": ["full_attention", "sliding_attention"]}, (None, 100)),
+        ("qwen2", SLIDING, (None, None)),
+        ("mistral", {"sliding_window": 100, "layer_types": ["full_attention"] * 2}, (100, 100)),
+        ("qwen2.5-yarn", {"max_position_embeddings": 64}, (None, None)),
     ],
 )
-def test_positions_end_where_the_model_would_differ(file, changes, positions):
+def test_windows_of_a_file_are_those_of_its_layers(file, changes, windows):
     raw = json.loads((golden.FOLDER / file / "config.json").read_text())
-    assert config_from_json(raw | changes, file).max_positions == positions
+    config = config_from_json(raw | changes, file)
+    assert config.max_positions == 256
+    assert tuple(kind.window for kind in config.layers) == windows
 
 
 # The keys of config.json that matter here, as published (transformers 4).
@@ -228,6 +227,7 @@ LLAMA_3_1_8B = {
     },
     "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
 }  # fmt: skip
+LLAMA_3_1_ROPE = models.Rope(500_000.0, models.RopeScaling("llama3", 8.0, 8192, 1.0, 4.0))
 QWEN_2_5_7B = {
     "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
     "max_position_embeddings": 32768, "max_window_layers": 28, "num_attention_heads": 28,
@@ -291,7 +291,7 @@ def test_load_progress_counts_tensors():
     [
         ("llama", "num_key_value_heads", {"num_kv_heads": 64}),
         ("mistral", "num_key_value_heads", {"num_kv_heads": 8}),
-        ("mistral", "sliding_window", {"max_positions": 4096}),
+        ("mistral", "sliding_window", {"layer_kinds": (models.LayerKind(LLAMA_3_1_ROPE, 4096),) * 32}),
         ("qwen2", "num_key_value_heads", {"num_kv_heads": 32}),
         ("qwen3", "head_dim", {"head_dim": 128}),
         ("llama", "head_dim", {"head_dim": 64}),
