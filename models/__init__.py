@@ -13,6 +13,7 @@ if __name__ != "retro_jax.models":
 
 from retro_jax.models.balance import balance_keys
 from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models.formats.converted import save_model
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
@@ -46,4 +47,5 @@ __all__ = [
     "mlp",
     "qkv",
     "random_params",
+    "save_model",
 ]
