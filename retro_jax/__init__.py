@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from retro_jax.presets import PRESETS
     from retro_jax.requests import Reply, Request
     from retro_jax.sampling import Sampling
+    from retro_jax.saved_states import load_state, save_state
     from retro_jax.score import Score, score
     from retro_jax.sharding import make_mesh, params_on, shard_params, shard_state
     from retro_jax.state import DecodeState, init_state
@@ -63,6 +64,7 @@ __all__ = [
     "generate_many",
     "init_state",
     "load_model",
+    "load_state",
     "make_mesh",
     "params_on",
     "prefill",
@@ -71,6 +73,7 @@ __all__ = [
     "register_score",
     "register_statistic",
     "save_model",
+    "save_state",
     "score",
     "shard_params",
     "shard_state",
@@ -93,6 +96,7 @@ _NAMES = {
     "retro_jax.presets": ("PRESETS",),
     "retro_jax.requests": ("Reply", "Request"),
     "retro_jax.sampling": ("Sampling",),
+    "retro_jax.saved_states": ("load_state", "save_state"),
     "retro_jax.score": ("Score", "score"),
     "retro_jax.sharding": ("make_mesh", "params_on", "shard_params", "shard_state"),
     "retro_jax.state": ("DecodeState", "init_state"),
