@@ -1,9 +1,9 @@
-"""Model families as configurations of one transformer; weights from Hugging Face, GGUF or a seed.
+"""Model families as configurations of one transformer; weights from Hugging Face, GGUF, orbax or a seed.
 
 What may change here: how a model is described, computed layer by layer, and read from files, with its
 tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours. Its rooms, each of
-which imports those before it only: `config` (sizes, layer kinds), `rope`, `joined`, `transformer`,
-`balance`, `families`, `formats`, `presets` and `load`.
+which imports those before it only: `config` (sizes, layer kinds), `config_json`, `fingerprint`, `rope`,
+`joined`, `transformer`, `balance`, `families`, `formats`, `presets` and `load`.
 
 Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """

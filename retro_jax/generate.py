@@ -116,8 +116,8 @@ def generate(
       capacity: tokens per sequence that the cache holds, for later turns too; None: enough for this call.
       stream: called with the index of a sequence and the text it has grown by.
       progress: called as tokens are done.
-      previous: the result of an earlier call with the same model and config, whose sequences these prompts
-        continue as their next turn. Its state is consumed.
+      previous: the result of an earlier call with the same model and config, or of `load_state`, whose
+        sequences these prompts continue as their next turn. Its state is consumed.
       steps_per_call: decode steps of one compiled call; `stream` is called after each.
       verify: drafts at most that `config` makes between two checks by full attention, whose text this then
         is (see `verify`): the same as without, from the same keys, but for ties within rounding. None: the

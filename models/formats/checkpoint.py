@@ -7,15 +7,16 @@ A folder holds `about/about.json`, `arrays/` in orbax's format, and further JSON
 object says the kind and the version of the contents, and dtype, shape and fingerprint of the arrays.
 """
 
-import contextlib
+import gc
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,20 +84,21 @@ def write_checkpoint(
 
     items = {_ABOUT: ocp.args.JsonSave(about), _ARRAYS: ocp.args.PyTreeSave(arrays)}
     items |= {name: ocp.args.JsonSave(value) for name, value in objects.items()}
-    try:
+
+    def write(checkpointer: ocp.Checkpointer) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _checkpointer(*objects) as checkpointer:
-            checkpointer.save(folder, args=ocp.args.Composite(**items))
+        checkpointer.save(folder, args=ocp.args.Composite(**items))
+
+    try:
+        _by_orbax(write, arrays, *objects)
     except BaseException as error:
         if jax.process_index() == 0:
             _remove(folder.with_name(folder.name + _UNFINISHED))
-        number = re.search(r"os_error_code='(\d+)'", str(error))
-        if isinstance(error, OSError) or number:
-            reason = os.strerror(int(number[1])) if number else error.strerror or error
+        if isinstance(error, _Failed) and error.number is not None:
             raise OSError(
-                f"could not write {folder} ({reason}); nothing of it was kept: make room there, or choose "
-                "another place"
-            ) from error
+                f"could not write {folder} ({os.strerror(error.number)}); nothing of it was kept: make room "
+                "there, or choose another place"
+            ) from None
         raise
 
 
@@ -170,16 +172,17 @@ def read_arrays(
         )
         for name, target in wanted.items()
     }
-    largest = max((math.prod(t.shape) * t.dtype.itemsize for t in wanted.values()), default=0)
+
+    def read(checkpointer: ocp.Checkpointer) -> dict[str, Array]:
+        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=how)
+        return checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**{_ARRAYS: restore}))[_ARRAYS]
+
     try:
-        with _checkpointer(largest=largest) as checkpointer:
-            restore = ocp.args.PyTreeRestore(item=wanted, restore_args=how)
-            arrays = checkpointer.restore(folder.absolute(), args=ocp.args.Composite(**{_ARRAYS: restore}))
-        arrays = arrays[_ARRAYS]
-    except Exception as error:  # of orbax's, of which there are many kinds
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        arrays = _by_orbax(read, wanted)
+    except _Failed as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise _damaged(folder, str(error).split(". See full")[0].strip()) from error
+        raise _damaged(folder, str(error).split(". See full")[0].strip()) from None
     as_stored = all(arrays[name].dtype.name == dtype for name, (dtype, _) in stored.items())
     shapes = {name: shape for name, (_, shape) in stored.items()}
     if as_stored and fingerprint(arrays, shapes) != about["fingerprint"]:
@@ -207,29 +210,55 @@ def _check_arrays(
         )
 
 
-@contextlib.contextmanager
-def _checkpointer(*objects: str, largest: int = 0) -> Iterator[Any]:
-    """Orbax's, which is silent meanwhile: what goes wrong is raised as well.
+class _Failed(RuntimeError):
+    """What went wrong within orbax, by its first cause; `number` is the operating system's, if any."""
+
+    def __init__(self, error: BaseException):
+        while error.__cause__ is not None:
+            error = error.__cause__
+        super().__init__(str(error))
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        self.number = int(told[1]) if told else getattr(error, "errno", None)
+
+
+def _by_orbax[T](do: Callable[[Any], T], arrays: Mapping[str, Any], *objects: str) -> T:
+    """What is done by orbax's checkpointer, which prints nothing meanwhile.
 
     Args:
+        do: takes the checkpointer.
+        arrays: or their shapes; on its way between disk and devices, little more than the largest is held.
         *objects: names of the JSON objects besides `about`.
-        largest: bytes of the largest array that is read: beside the arrays about so much is held.
+
+    Raises:
+        _Failed: something went wrong.
     """
     import orbax.checkpoint as ocp
 
+    largest = max(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
     gigabytes = 1 + largest // 10**9
     handlers = {
         name: ocp.JsonCheckpointHandler(_object_file(Path(), name).name) for name in (_ABOUT, *objects)
     }
-    handlers[_ARRAYS] = ocp.PyTreeCheckpointHandler(use_compression=False, restore_concurrent_gb=gigabytes)
+    handlers[_ARRAYS] = ocp.PyTreeCheckpointHandler(
+        use_compression=False, save_device_host_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes
+    )
     logger = logging.getLogger("absl")
-    level = logger.level
+    level, hook = logger.level, sys.unraisablehook
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-            yield checkpointer
+            try:
+                return do(checkpointer)
+            except Exception as error:  # there are many kinds
+                if isinstance(error, MemoryError):
+                    raise
+                failed = _Failed(error)
+        gc.collect()  # of coroutines that failed too, which would be told of when they are dropped
+        raise failed
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _remove(folder: Path) -> None:

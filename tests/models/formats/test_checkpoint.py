@@ -127,7 +127,6 @@ def test_what_is_there_is_kept(written, tmp_path):
         check_new(tmp_path / "file" / "deep")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's threads
 def test_a_full_disk_leaves_nothing(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
