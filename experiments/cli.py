@@ -132,6 +132,10 @@ COMMANDS: Mapping[str, Entry | Group] = {
         "retro_jax.experiments.generate.score:Score",
         "Measure how likely a model finds a text when one method decodes along it.",
     ),
+    "convert": Entry(
+        "retro_jax.experiments.convert.command:Convert",
+        "Write a model into a folder that loads at once, on one device or many.",
+    ),
     "compare": Entry(
         "retro_jax.experiments.compare.command:Compare",
         "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",

@@ -1,9 +1,9 @@
-"""Model families as configurations of one transformer; weights from Hugging Face, GGUF or a seed.
+"""Model families as configurations of one transformer; weights from Hugging Face, GGUF, orbax or a seed.
 
 What may change here: how a model is described, computed layer by layer, and read from files, with its
 tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours. Its rooms, each of
-which imports those before it only: `config` (sizes, layer kinds), `rope`, `joined`, `transformer`,
-`balance`, `families`, `formats`, `presets` and `load`.
+which imports those before it only: `config` (sizes, layer kinds), `config_json`, `fingerprint`, `rope`,
+`joined`, `transformer`, `balance`, `families`, `formats`, `presets` and `load`.
 
 Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """
@@ -13,6 +13,7 @@ if __name__ != "retro_jax.models":
 
 from retro_jax.models.balance import balance_keys
 from retro_jax.models.config import Experts, LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models.formats.converted import save_model
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
@@ -47,4 +48,5 @@ __all__ = [
     "mlp",
     "qkv",
     "random_params",
+    "save_model",
 ]

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 
 from retro_jax.models.balance import balance_keys
+from retro_jax.models.formats.checkpoint import is_checkpoint
+from retro_jax.models.formats.converted import Shardings, load_converted
 from retro_jax.models.formats.gguf import load_gguf
 from retro_jax.models.formats.huggingface import download, load_folder
 from retro_jax.models.formats.weights import Progress
@@ -23,24 +25,35 @@ def load_model(
     revision: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    shardings: Shardings | None = None,
 ) -> Model:
     """Loads a model by name, with balanced keys (`models.balance`).
 
     Args:
-        name: a preset ("smollm2-135m"), a local Hugging Face folder, a .gguf file, a Hugging Face hub id
-            ("org/name"), or "random:NAME" for seeded random weights of a named size.
+        name: a preset ("smollm2-135m"), a local folder in Hugging Face's layout or from `save_model`, a .gguf
+            file, a Hugging Face hub id ("org/name"), or "random:NAME" for seeded random weights of a named
+            size.
         dtype: "float32" or "bfloat16"; None: the source's own, float32 for GGUF and bfloat16 for float16.
         revision: branch, tag or commit of a hub id.
         seed: of random weights.
         progress: called as progress(stage, done, total) with stages "download" (bytes) and "load" (tensors).
+        shardings: called with the configuration and the weights as shapes, says where each goes, as
+            `retro_jax.params_on(mesh)` does; None: all to the default device. From a folder of `save_model`
+            each device, and each host, then reads its part alone; other sources are read to the default
+            device first.
 
     Raises:
         FileNotFoundError: if a named file or folder does not exist.
         OSError: if the model cannot be fetched.
         ValueError: if the name has none of these forms, or the source is broken or not supported.
     """
+    if name and is_checkpoint(path := local_path(name)):
+        return load_converted(path, dtype, shardings)
     model = _read(name, dtype, revision, seed, progress)
-    return dataclasses.replace(model, params=balance_keys(model.params, model.config))
+    params = balance_keys(model.params, model.config)
+    if shardings is not None:
+        params = jax.device_put(params, shardings(model.config, params))
+    return dataclasses.replace(model, params=params)
 
 
 def _read(name: str, dtype: str | None, revision: str | None, seed: int, progress: Progress | None) -> Model:

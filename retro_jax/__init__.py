@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from retro_jax.generate import Generation, NonFiniteLogits, generate
     from retro_jax.methods import Eviction, Method, register_method
     from retro_jax.metrics import Metrics
-    from retro_jax.models import Model, load_model
+    from retro_jax.models import Model, load_model, save_model
     from retro_jax.prefill import extend, prefill
     from retro_jax.presets import PRESETS
     from retro_jax.requests import Reply, Request
     from retro_jax.sampling import Sampling
+    from retro_jax.saved_states import load_state, save_state
     from retro_jax.score import Score, score
-    from retro_jax.sharding import make_mesh, shard_params, shard_state
+    from retro_jax.sharding import make_mesh, params_on, shard_params, shard_state
     from retro_jax.state import DecodeState, init_state
     from retro_jax.step import decode_step
     from retro_jax.verify import VerifiedDecoded, VerifiedTokens, verified_decode, verified_step
@@ -63,12 +64,16 @@ __all__ = [
     "generate_many",
     "init_state",
     "load_model",
+    "load_state",
     "make_mesh",
+    "params_on",
     "prefill",
     "preset",
     "register_method",
     "register_score",
     "register_statistic",
+    "save_model",
+    "save_state",
     "score",
     "shard_params",
     "shard_state",
@@ -79,7 +84,7 @@ __all__ = [
 
 _NAMES = {
     "pallas_kernels": ("register_score", "register_statistic"),
-    "retro_jax.models": ("Model", "load_model"),
+    "retro_jax.models": ("Model", "load_model", "save_model"),
     "retro_jax.batching": ("generate_many",),
     "retro_jax.config": ("DecodeConfig", "preset"),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
@@ -91,8 +96,9 @@ _NAMES = {
     "retro_jax.presets": ("PRESETS",),
     "retro_jax.requests": ("Reply", "Request"),
     "retro_jax.sampling": ("Sampling",),
+    "retro_jax.saved_states": ("load_state", "save_state"),
     "retro_jax.score": ("Score", "score"),
-    "retro_jax.sharding": ("make_mesh", "shard_params", "shard_state"),
+    "retro_jax.sharding": ("make_mesh", "params_on", "shard_params", "shard_state"),
     "retro_jax.state": ("DecodeState", "init_state"),
     "retro_jax.step": ("decode_step",),
     "retro_jax.verify": ("VerifiedDecoded", "VerifiedTokens", "verified_decode", "verified_step"),

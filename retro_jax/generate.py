@@ -62,6 +62,9 @@ class Generation:
       turns: the tokens that each sequence generated since its last prompt: `tokens`, and before them those of
         earlier calls that this one went on from without a prompt.
       exact: whether the cache is full attention's: of prompts and verified tokens only.
+      sampling: how tokens were chosen; `previous` does not hand it on.
+      keys: the random keys that the call was given, likewise.
+      verify: the bound of drafts that the call was given, likewise.
     """
 
     texts: list[str]
@@ -74,6 +77,9 @@ class Generation:
     pending: np.ndarray
     turns: list[list[int]]
     exact: bool
+    sampling: Sampling
+    keys: Key[Array, " B"] | None
+    verify: int | None
 
 
 @under_mesh_of_weights
@@ -110,8 +116,8 @@ def generate(
       capacity: tokens per sequence that the cache holds, for later turns too; None: enough for this call.
       stream: called with the index of a sequence and the text it has grown by.
       progress: called as tokens are done.
-      previous: the result of an earlier call with the same model and config, whose sequences these prompts
-        continue as their next turn. Its state is consumed.
+      previous: the result of an earlier call with the same model and config, or of `load_state`, whose
+        sequences these prompts continue as their next turn. Its state is consumed.
       steps_per_call: decode steps of one compiled call; `stream` is called after each.
       verify: drafts at most that `config` makes between two checks by full attention, whose text this then
         is (see `verify`): the same as without, from the same keys, but for ties within rounding. None: the
@@ -142,7 +148,8 @@ def generate(
     ids = _turn_ids(model, prompts, previous)
     stops = check_stop_tokens(model, stop_tokens)
     check_stop(model, stop)
-    keys = sequence_keys(sampling, len(ids)) if keys is None else check_keys(keys, len(ids))
+    given_keys = None if keys is None else check_keys(keys, len(ids))
+    keys = sequence_keys(sampling, len(ids)) if keys is None else given_keys
     exact = previous is None or previous.exact
     if verify is not None:
         check_verify(config, verify, model=model.config)
@@ -177,6 +184,9 @@ def generate(
             pending=pending,
             turns=output.turns,
             exact=exact and (not calls or verify is not None or config.attention.dense),
+            sampling=sampling,
+            keys=given_keys,
+            verify=verify,
         )
 
     if prompted.any():

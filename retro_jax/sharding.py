@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import GetAttrKey, SequenceKey, keystr
 
@@ -190,14 +190,26 @@ def abstract_arguments(
     )
 
 
+def params_on(mesh: Mesh) -> Callable[[ModelConfig, Params], Params]:
+    """Where `shard_params` would place weights, for `load_model` to read them there at once.
+
+    What it returns raises ValueError for a model that the mesh does not divide, see `check_mesh`.
+    """
+
+    def shardings(model: ModelConfig, params: Params) -> Params:
+        check_mesh(model, mesh, mesh.shape.get(SEQUENCES, 1))
+        return params_shardings(params, mesh)
+
+    return shardings
+
+
 def shard_params(params: Params, model: ModelConfig, mesh: Mesh) -> Params:
     """Weights placed on the mesh as by `params_shardings`.
 
     Raises:
       ValueError: see `check_mesh`.
     """
-    check_mesh(model, mesh, mesh.shape.get(SEQUENCES, 1))
-    return jax.device_put(params, params_shardings(params, mesh))
+    return jax.device_put(params, params_on(mesh)(model, params))
 
 
 def shard_state(state: DecodeState, model: ModelConfig, mesh: Mesh) -> DecodeState:
@@ -220,21 +232,29 @@ def new_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: in
     mesh = jax.sharding.get_mesh()
     if mesh.empty or mesh.size == 1:
         return init_state(model, config, batch, capacity)
-    check_mesh(model, mesh, batch)
     make = functools.partial(init_state, model, config, batch, capacity)
-    shapes = jax.eval_shape(make)
-    shardings = jax.tree.map(_as_returned, state_shardings(shapes, mesh), shapes)
-    return jax.jit(make, out_shardings=shardings)()
+    return jax.jit(make, out_shardings=returned_shardings(model, jax.eval_shape(make), mesh))()
 
 
-def _as_returned(sharding: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding:
-    """The sharding as programs return it: no axes of one device, none for an array without elements.
+def returned_shardings(model: ModelConfig, state: DecodeState, mesh: Mesh) -> DecodeState:
+    """How a state lies on a mesh as programs return it; `state` may be shapes only.
 
-    A program that gets a new state would else be compiled anew when it gets its own result.
+    That is without axes of one device, and without any for an array that has no elements: a program that gets
+    a new state would else be compiled anew when it gets its own result.
+
+    Raises:
+      ValueError: see `check_mesh`.
     """
-    if 0 in array.shape:
-        return NamedSharding(sharding.mesh, P())
-    axes = [axis if axis is not None and sharding.mesh.shape[axis] > 1 else None for axis in sharding.spec]
-    while axes and axes[-1] is None:
-        axes.pop()
-    return NamedSharding(sharding.mesh, P(*axes))
+    check_mesh(model, mesh, state.length.shape[0])
+
+    def spec(sharding: NamedSharding, array: jax.ShapeDtypeStruct) -> NamedSharding | SingleDeviceSharding:
+        if mesh.size == 1:
+            return SingleDeviceSharding(mesh.devices.item())
+        if 0 in array.shape:
+            return NamedSharding(mesh, P())
+        axes = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in sharding.spec]
+        while axes and axes[-1] is None:
+            axes.pop()
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(spec, state_shardings(state, mesh), state)

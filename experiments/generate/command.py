@@ -1,13 +1,21 @@
 """The command `generate`: continue prompts, or chat."""
 
+import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import tyro
 
-from retro_jax.experiments.io.flags import Command, Configured, Flag, SamplingArguments, SamplingFlags
+from retro_jax.experiments.io.flags import (
+    Command,
+    Configured,
+    Flag,
+    SamplingArguments,
+    SamplingFlags,
+)
 from retro_jax.experiments.io.progress import Progress, Rates
 
 if TYPE_CHECKING:
@@ -19,7 +27,8 @@ class Generate(Configured, Command):
     """Continue prompts, or chat, with full attention, Quest or RetroAttention.
 
     The text goes to stdout as it is generated (several prompts: when all are finished), a summary to stderr.
-    Replies to --prompts go to --out, each as soon as it is finished.
+    Replies to --prompts go to --out, each as soon as it is finished. What --save-state keeps, --state goes on
+    with, another day or on another machine.
     """
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -46,28 +55,48 @@ class Generate(Configured, Command):
     verify: int | None = None
     """Draft up to so many tokens by the method, then check them by one pass of full attention, whose text
     this then is. None: the text is the method's."""
+    save_state: Path | None = None
+    """A new folder for the state at the end, from which --state goes on."""
+    state: Path | None = None
+    """Go on from a folder of --save-state, whose text is part of the output; with --prompt, one for each
+    sequence, as its next turn. --dtype, --verify and the flags below are then by default as they were."""
     sampling: SamplingArguments = field(default_factory=SamplingFlags)
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> Self | None:
+        """Returns the defaults with what a saved state was made with, if the arguments name one."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--state", nargs="?")
+        folder = parser.parse_known_args(list(arguments))[0].state
+        if folder is None:
+            return super().defaults(arguments)
+        from retro_jax.experiments.generate.saved import made_with
+
+        return cls(model=tyro.MISSING, **made_with(Path(folder)))
 
     def run(self) -> None:
         """Generates, once or turn by turn."""
         from retro_jax.experiments.generate import chat
-        from retro_jax.experiments.io.files import print_json
-        from retro_jax.experiments.io.provenance import provenance
         from retro_jax.experiments.io.text import file_tokens, read_text
         from retro_jax.sizes import batch_rows, cache_capacity
         from retro_jax.verify import check_verify
 
-        config, sampling = self.config.config(), self.sampling.sampling()
+        config = self.config.config()
+        self.sampling.sampling()  # raises where its flags are wrong, before work begins
         if self.verify is not None:
             check_verify(config, self.verify)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        self._check_states()
         if self.prompts or self.out:
             self._many()
             return
         prompts = [*self.prompt, *(read_text(path, chars=self.prompt_chars) for path in self.prompt_file)]
         if self.token_ids:
             prompts += file_tokens(self.token_ids, None).tolist()
+        if self.state:
+            self._go_on(prompts)
+            return
         if not prompts and not self.chat:
             raise ValueError(
                 "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy, "
@@ -85,14 +114,69 @@ class Generate(Configured, Command):
             prompts = [chat.first_turn(model.tokenizer, prompt) for prompt in prompts]
         streamed = len(prompts) == 1 and model.tokenizer is not None and not self.json
         result, rates = self._generate(model, prompts, capacity=self.capacity, streamed=streamed)
+        self._finish(model, result, rates, streamed)
+
+    def _check_states(self) -> None:
+        """Raises if a state cannot be kept, or gone on with, as the flags say."""
+        from retro_jax.models.formats.checkpoint import check_new
+
+        talks = self.chat and not (self.prompt or self.prompt_file or self.token_ids)
+        for name, folder in (("--save-state", self.save_state), ("--state", self.state)):
+            if folder and (self.prompts or self.out):
+                raise ValueError(f"{name} cannot be given with --prompts, whose command goes on by itself")
+            if folder and talks:
+                raise ValueError(f"{name} cannot be used to talk; pass --prompt with --chat, or leave it out")
+        if self.state and (self.chat or self.preset):
+            raise ValueError(
+                "--state goes on with what it was made with; leave --chat and --preset out (a message of a "
+                "conversation can be a --prompt as the chat template writes it)"
+            )
+        if self.save_state:
+            check_new(self.save_state)
+
+    def _go_on(self, prompts: list) -> None:
+        """Goes on from a saved state, with the prompts as its sequences' next turns if there are any."""
+        from retro_jax import load_state
+        from retro_jax.experiments.generate.saved import so_far
+        from retro_jax.inputs import check_capacity, prompt_ids
+        from retro_jax.saved_states import read_state_about
+
+        config, about = self.config.config(), read_state_about(self.state)
+        count, used = len(about["generation"]["pending"]), max(about["lengths"])
+        if prompts and len(prompts) != count:
+            raise ValueError(
+                f"{self.state} has {count} sequences, {len(prompts)} prompts were given; give one for each, "
+                "or none to go on"
+            )
+        least = used + self.max_new_tokens
+        model = self.load([config], about["rows"], max(about["capacity"], least))
+        ids = [prompt_ids(model, prompt, index, False) for index, prompt in enumerate(prompts)]
+        needed = least + max((1 + len(row) for row in ids), default=0)
+        room = self.capacity or about["capacity"]
+        if needed > room:
+            room = check_capacity(model.config, needed, self.capacity)
+        saved = load_state(model, self.state, config, capacity=room)
+        streamed = count == 1 and model.tokenizer is not None and not self.json
+        before = so_far(model, saved) if streamed and not ids else ""
+        result, rates = self._generate(model, ids or None, room, streamed, saved, before)
+        self._finish(model, result, rates, streamed)
+
+    def _finish(self, model: "Model", result: "Generation", rates: Rates, streamed: bool) -> None:
+        """Shows all that was generated since the prompts, and keeps the state where that is asked for."""
+        from retro_jax import save_state
+        from retro_jax.experiments.generate.saved import turn_texts
+        from retro_jax.experiments.io.files import print_json
+        from retro_jax.experiments.io.provenance import provenance
+
+        texts = turn_texts(model, result)
         if self.json:
             values = {
                 "model": self.model,
-                "config": asdict(config),
-                "sampling": asdict(sampling),
+                "config": asdict(result.config),
+                "sampling": asdict(result.sampling),
                 "verify": self.verify,
-                "texts": result.texts,
-                "tokens": result.tokens,
+                "texts": texts,
+                "tokens": result.turns,
                 "finished": result.finished,
                 "metrics": result.metrics.summary() if result.metrics else None,
                 "seconds": rates.seconds,
@@ -102,16 +186,20 @@ class Generate(Configured, Command):
             }
             print_json(values)
         elif not streamed:
-            for number, (text, tokens) in enumerate(zip(result.texts, result.tokens, strict=True), 1):
+            for number, (text, tokens) in enumerate(zip(texts, result.turns, strict=True), 1):
                 print(f"--- {number} ---\n{text if model.tokenizer else ' '.join(map(str, tokens))}")
+        if self.save_state:
+            save_state(model, result, self.save_state)
+            print(f"[the state is in {self.save_state}; --state goes on from there]", file=sys.stderr)
 
     def _generate(
         self,
         model: "Model",
-        prompts: list,
+        prompts: list | None,
         capacity: int | None,
         streamed: bool,
         previous: "Generation | None" = None,
+        before: str = "",
     ) -> "tuple[Generation, Rates]":
         from retro_jax import generate
         from retro_jax.experiments.machine.memory import check_memory
@@ -124,12 +212,12 @@ class Generate(Configured, Command):
             room = capacity or cache_capacity(max(map(len, prompts)) + self.max_new_tokens)
             check_memory(model.config, [config], batch_rows(len(prompts)), room, loaded=True)
         with Progress() as show:
-            rates = Rates(show)
+            rates, unshown = Rates(show), iter([before])
 
             def stream(_: int, piece: str) -> None:
                 if sys.stdout.isatty():
                     show.stop()
-                print(piece, end="", flush=True)
+                print(next(unshown, ""), piece, sep="", end="", flush=True)
 
             result = generate(
                 model,
@@ -144,7 +232,7 @@ class Generate(Configured, Command):
                 verify=self.verify,
             )
         if streamed:
-            print(flush=True)
+            print(next(unshown, ""), flush=True)
         print(_summary(result, rates), file=sys.stderr)
         if note := _covered(result, model):
             print(note, file=sys.stderr)

@@ -91,8 +91,8 @@ class Command(Output):
     """A command on one model."""
 
     model: tyro.conf.Positional[str]
-    """A preset ("smollm2-135m"), a Hugging Face hub id ("org/name") or folder, a .gguf file, or "random:NAME"
-    for seeded random weights of a named size."""
+    """A preset ("smollm2-135m"), a Hugging Face hub id ("org/name") or folder, a folder that `convert` wrote,
+    a .gguf file, or "random:NAME" for seeded random weights of a named size."""
     dtype: str | None = None
     """Of weights, activations and a cache without --cache-dtype, "float32" or "bfloat16"; None: the model's
     own."""

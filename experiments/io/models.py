@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from retro_jax.experiments.io.files import read_json
 from retro_jax.models.config import ModelConfig
+from retro_jax.models.formats.checkpoint import is_checkpoint
+from retro_jax.models.formats.converted import converted_config
 from retro_jax.models.formats.huggingface import config_from_json
 from retro_jax.models.load import local_path
 from retro_jax.models.presets import SIZES
@@ -11,6 +13,8 @@ from retro_jax.models.presets import SIZES
 
 def known_model(name: str, dtype: str | None) -> ModelConfig | None:
     """A model's sizes without fetching it: of a preset, a local folder, or a hub model of a known size."""
+    if name and is_checkpoint(folder := local_path(name)):
+        return converted_config(folder, dtype)
     file = local_path(name) / "config.json"
     if file.is_file():
         return config_from_json(read_json(file, "fetch the model again"), name, dtype)

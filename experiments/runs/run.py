@@ -5,12 +5,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
 
-from retro_jax import Model, load_model, make_mesh, shard_params
+from retro_jax import Model, load_model, make_mesh, params_on
 from retro_jax.experiments.io.folders import digest
 from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.progress import Progress, Rates
@@ -158,7 +158,10 @@ def _mesh(config: RunConfig) -> contextlib.AbstractContextManager:
 
 
 def _load(config: RunConfig) -> Model:
-    """The model, its weights on the current mesh: read into the host's memory first, for its size.
+    """The model, its weights on the current mesh.
+
+    From other folders than those of `retro-jax convert` they are read into the host's memory first, for their
+    size.
 
     Raises:
       ValueError: it has no tokenizer, or does not divide over the mesh.
@@ -167,7 +170,13 @@ def _load(config: RunConfig) -> Model:
     mesh = jax.sharding.get_mesh()
     host = contextlib.nullcontext() if mesh.empty else jax.default_device(jax.local_devices(backend="cpu")[0])
     with Progress() as progress, host:
-        model = load_model(config.model, dtype=config.dtype, revision=config.revision, progress=progress)
+        model = load_model(
+            config.model,
+            dtype=config.dtype,
+            revision=config.revision,
+            progress=progress,
+            shardings=None if mesh.empty else params_on(mesh),
+        )
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
-    return model if mesh.empty else replace(model, params=shard_params(model.params, model.config, mesh))
+    return model

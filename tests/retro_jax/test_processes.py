@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,14 +18,20 @@ from tests.retro_jax.tiny import tiny
 CONFIG = rj.DecodeConfig("retro", window=3, page_size=8, budget_tokens=24, dense_layers=1, prefill_chunk=16)
 
 
-def results(mesh: jax.sharding.Mesh | None) -> dict:
-    """What a process computes; its weights on the mesh, if there is one."""
+def results(mesh: jax.sharding.Mesh | None, folder: Path) -> dict:
+    """What a process computes; its weights on the mesh, if there is one.
+
+    Args:
+      mesh: None for one process alone.
+      folder: where it leaves a state, for others to go on from.
+    """
     model = tiny(3, layers=2)
     if mesh is not None:
         model = replace(model, params=rj.shard_params(model.params, model.config, mesh))
     ids = np.random.default_rng(0).integers(0, 96, (2, 30))
     sampling = rj.Sampling(1.0)
     first = rj.generate(model, list(ids[:, :20]), CONFIG, 5, sampling=sampling, capacity=64)
+    rj.save_state(model, first, folder)
     second = rj.generate(model, [None, [7]], CONFIG, 4, sampling=sampling, previous=first)
     scored = rj.score(model, ids, CONFIG, 20)
     disagree = ""
@@ -34,6 +41,7 @@ def results(mesh: jax.sharding.Mesh | None) -> dict:
         except ValueError as error:
             disagree = str(error)
     return {
+        "second": second.tokens,
         "tokens": first.tokens + second.tokens,
         "summary": first.metrics.summary(),
         "nll": scored.nll.tolist(),
@@ -42,17 +50,27 @@ def results(mesh: jax.sharding.Mesh | None) -> dict:
     }
 
 
+def gone_on(mesh: jax.sharding.Mesh | None, folder: Path) -> list[list[int]]:
+    """The tokens of `second` from a state that `results` left."""
+    model = tiny(3, layers=2)
+    if mesh is not None:
+        model = replace(model, params=rj.shard_params(model.params, model.config, mesh))
+    first = rj.load_state(model, folder)
+    return rj.generate(model, [None, [7]], CONFIG, 4, sampling=first.sampling, previous=first).tokens
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
 
 
-@pytest.mark.timeout(240)
-def test_two_processes_of_two_devices_give_what_one_process_gives():
+@pytest.mark.timeout(300)
+def test_two_processes_of_two_devices_give_what_one_process_gives(tmp_path):
+    alone = results(None, tmp_path / "alone")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     port = str(_free_port())
-    command = [sys.executable, "-m", __name__, port]
+    command = [sys.executable, "-m", __name__, port, str(tmp_path)]
     processes = [
         subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
@@ -66,13 +84,16 @@ def test_two_processes_of_two_devices_give_what_one_process_gives():
     first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
     assert first == second
     assert first["disagree"].startswith("the processes of the mesh were given different prompts; give all")
-    alone = results(None)
     assert first["tokens"] == alone["tokens"] and first["hits"] == alone["hits"]
     assert first["summary"] == alone["summary"]
     np.testing.assert_allclose(first["nll"], alone["nll"], atol=1e-5)
+    assert gone_on(None, tmp_path / "together") == first["gone_on"] == alone["second"]
 
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-    print(json.dumps(results(rj.make_mesh(2, 2))))
+    port, place, rank = sys.argv[1:]
+    jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+    both = rj.make_mesh(2, 2)
+    found = results(both, Path(place) / "together")
+    print(json.dumps(found | {"gone_on": gone_on(both, Path(place) / "alone")}))
