@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -124,6 +125,20 @@ PUBLISHED = {
 def test_published_configurations_are_the_named_sizes(name, caplog):
     assert config_from_json(PUBLISHED[name], name) == SIZES[name]
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gemma3-270m", 268_098_176),
+        ("olmo2-7b", 7_298_617_344),
+        ("phi4-mini", 3_836_021_760),
+        ("smollm3-3b", 3_075_098_624),
+    ],
+)
+def test_sizes_have_as_many_weights_as_published(name, count):
+    shapes = jax.eval_shape(lambda: models.random_params(SIZES[name], jax.random.key(0)))
+    assert sum(math.prod(weight.shape) for weight in jax.tree.leaves(shapes)) == count
 
 
 @pytest.mark.parametrize(
