@@ -166,6 +166,8 @@ def test_export_refuses_what_it_does_not_cover(tmp_path):
         export(small(rope_scaling=RopeScaling("linear", factor=2.0)), tmp_path)
     with pytest.raises(ValueError, match=r"the layers of small are of kinds that the export"):
         export(small(layer_kinds=(LayerKind(), LayerKind(None))), tmp_path)
+    with pytest.raises(ValueError, match=r"small has norms 'both', logits_divisor 8\.0, which the export"):
+        export(small(norms="both", logits_divisor=8.0), tmp_path)
 
 
 @pytest.mark.parametrize(
