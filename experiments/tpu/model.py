@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import pages_for
 from pallas_kernels.attention.tpu.blocks import LATENCY, choose_blocks
 from pallas_kernels.selection.tpu.kernels import heads_per_step, pages_per_block
 from pallas_kernels.statistics import STATISTICS
@@ -35,7 +36,7 @@ class Part:
     """One part of a decode step, in one layer or, for the weights, in all.
 
     Attributes:
-      name: "weights", "dense attention", "selection", "attention" or "update".
+      name: "weights", "dense attention", "window attention", "selection", "attention" or "update".
       layers: how many layers have it.
       bytes: that one device reads in each.
       bundles: that one of its TensorCores issues in each; 0 where that is not counted.
@@ -90,14 +91,15 @@ def weights(model: ModelConfig, chip: Chip, devices: int, tokens: int) -> Part:
     return Part("weights", 1, size // devices, 0, seconds, seconds, "memory")
 
 
-def attention(model, chip, page_size, pages, window, items, layers, dense) -> Part:
+def attention(model, chip, page_size, pages, window, items, layers, name) -> Part:
     """Attention to `pages` pages per sequence and KV head; `items` of these on a core."""
+    dense = name != "attention"
     group = model.num_heads // model.num_kv_heads
     schedule = _schedule(chip.name, page_size, model.head_dim, group, window, dense)
     page_bytes = 2 * page_size * model.head_dim * 2
     it = tpu_schedule.predict(chip.name, schedule, pages, page_bytes, items)
     return Part(
-        "dense attention" if dense else "attention",
+        name,
         layers,
         bytes=items * chip.cores * pages * page_bytes,
         bundles=round(it.issue * chip.clock),
@@ -138,6 +140,9 @@ def decode_step(
 ) -> list[Part]:
     """The parts of a decode step that reads a context of so many tokens, in bfloat16.
 
+    Layers with a sliding window are taken to read all of their ring by the kernel of dense attention, which
+    serves those with one query.
+
     Args:
       model: sizes.
       config: method, window, budget and page size.
@@ -162,7 +167,10 @@ def decode_step(
     update = Part("update", model.num_layers, 0, 0, 0.0, 2 * LATENCY, "latency")  # in, and back
     parts = [weights(model, chip, devices, batch * max(plan.windows)), update]
     if dense:
-        parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, dense=True))
+        parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, "dense attention"))
+    for ring, layers in Counter(ring for ring in plan.rings if ring is not None).items():
+        held = min(pages, pages_for(ring, config.page_size))
+        parts.append(attention(model, chip, config.page_size, held, 1, items, layers, "window attention"))
     if sparse:
         itemsize = jnp.dtype(model.dtype).itemsize
         loads = budget_pages(config, Budget.of(config, 1), jnp.array([context]), model.head_dim, itemsize)
@@ -171,7 +179,7 @@ def decode_step(
         parts += [
             selection(model, config, chip, context, selected, batch, heads, sparse),
             *(
-                attention(model, chip, config.page_size, selected, window, items, layers, dense=False)
+                attention(model, chip, config.page_size, selected, window, items, layers, "attention")
                 for window, layers in sorted(Counter(windows).items(), reverse=True)
             ),
         ]

@@ -159,4 +159,4 @@ def test_readme_names_every_size():
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     table = text[text.index("## Models") : text.index("## Command line")]
     assert {*re.findall(r"`([\w.-]+)`", table)} >= {*SIZES} - {"tiny"}
-    assert {*families.gguf_families()} <= {*re.findall(r"`(\w+)`", table)}
+    assert {*families.gguf_families()} <= {*re.findall(r"`([\w-]+)`", table)}
