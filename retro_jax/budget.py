@@ -1,6 +1,7 @@
 """How many pages a step may load, what a method is told of that, and what a step reads.
 
-What is read is counted in vectors: head_dim channels of a key or value, of one KV head.
+What is read is counted in vectors: head_dim channels of a key or value in the model's dtype, of one KV head.
+In a cache of 8 bits one counts as the part of that which its codes and its scale take.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import STATISTICS
+from pallas_kernels import STATISTICS, vector_bytes
 from pallas_kernels.dispatch import SEQUENCES
 from retro_jax.cache import spread
 from retro_jax.config import DecodeConfig
@@ -63,7 +64,7 @@ def budget_pages(
       budget: of each sequence.
       context: tokens of each sequence, the newest included.
       head_dim: channels of a key.
-      itemsize: bytes of a channel.
+      itemsize: bytes of a channel in the model's dtype.
     """
     return _pages(config, budget.share, budget.floor, context, head_dim, itemsize, jnp)
 
@@ -112,9 +113,16 @@ def rules_of(config: DecodeConfig, num_pages: int, head_dim: int, itemsize: int)
     )
 
 
+def cached_vector(config: DecodeConfig, head_dim: int, itemsize: int) -> float:
+    """What a key or value of the cache takes, in vectors."""
+    if config.cache_dtype is None:
+        return 1.0
+    return vector_bytes(head_dim, config.cache_dtype) / (head_dim * itemsize)
+
+
 def vectors_per_page(config: DecodeConfig, head_dim: int, itemsize: int) -> float:
     """Vectors that a step reads of every page, loaded or not, to score and to estimate it."""
-    vectors = float(config.scored_vectors)
+    vectors = config.scored_vectors * cached_vector(config, head_dim, itemsize)
     if config.kept_statistics:
         kind = STATISTICS[config.kept_statistics]
         vectors += kind.vectors * kind.vector_bytes(head_dim, itemsize) / (head_dim * itemsize)
@@ -129,6 +137,7 @@ def _pages(config, share, floor, context, head_dim, itemsize, numpy):
     # Rounded up to whole pages, as everywhere.
     quest = QUEST_VECTORS * -(-context // QUEST_PAGE) + 2 * QUEST_PAGE * -(-tokens // QUEST_PAGE)
     own = vectors_per_page(config, head_dim, itemsize) * -(-context // config.page_size)
-    own += config.residual_pages > 0  # of a block that settles, a value a step
-    pages = numpy.floor((quest - own) / (2 * config.page_size)).astype(numpy.int32)
+    cached = cached_vector(config, head_dim, itemsize)
+    own += cached * (config.residual_pages > 0)  # of a block that settles, a value a step
+    pages = numpy.floor((quest - own) / (2 * config.page_size * cached)).astype(numpy.int32)
     return numpy.maximum(pages, 1 + config.sink_pages)

@@ -7,7 +7,7 @@ itself (`Method.check`).
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pallas_kernels import GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
+from pallas_kernels import CODES, GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
 from retro_jax.fields import DecodeFields
 from retro_jax.methods import METHODS, Eviction, Method
 from retro_jax.models.names import nearest
@@ -68,6 +68,7 @@ class DecodeConfig(DecodeFields):
         _check_known("score", self.score, SELECTORS)
         _check_known("statistics", self.statistics, STATISTICS, optional=True)
         _check_known("group_reduce", self.group_reduce, GROUP_REDUCE)
+        _check_known("cache_dtype", self.cache_dtype, CODES, optional=True)
         _check_known("implementation", self.implementation, IMPLEMENTATIONS, optional=True)
         readable = SELECTORS[self.score].statistics
         if readable and self.statistics not in (None, *readable):

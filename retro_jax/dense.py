@@ -53,6 +53,7 @@ def dense_hidden(
 
     They have no meaning beyond a sequence's length. `implementation` is that of the operations on pages.
     """
+    state.check_cache(config)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     x = transformer.embed(params, tokens)
     layers = []

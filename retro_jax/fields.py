@@ -31,6 +31,10 @@ class DecodeFields:
     `group_reduce="mass"` computes them, reach this sum (Twilight, arXiv 2502.02770). None: all of them."""
     page_size: int = 16
     """Consecutive tokens that are selected and loaded together."""
+    cache_dtype: str | None = None
+    """How keys and values are kept, in every layer: "int8" or "float8_e4m3fn", 8 bits with a float32 scale
+    for each token and head. All attention reads them so, that within a prompt included: full attention, an
+    exact cache and verified text are those of this cache. None: in the model's dtype."""
     dense_layers: int = 2
     """First layers that always use full attention."""
     sink_pages: int = 1
@@ -38,9 +42,9 @@ class DecodeFields:
     nor Quest forces any (0)."""
     budget_covers: str = "pages"
     """What the budget limits: "pages" (the tokens that are loaded; what is read to choose them comes on top)
-    or "traffic" (all that Quest would read with this budget: its tokens, and two vectors for every 16 tokens
-    of context; statistics that take less leave room for more pages, those that `anchor_every` and
-    `select_every` do not read leave none)."""
+    or "traffic" (the bytes that Quest would read with this budget from a cache in the model's dtype: its
+    tokens, and two vectors for every 16 tokens of context; statistics that take less leave room for more
+    pages, as do pages in 8 bits; those that `anchor_every` and `select_every` do not read leave none)."""
     group_reduce: str = "mean"
     """How the scores of the query heads that share a KV head become one: "mean" or "max", or "mass" (each
     head's scores become attention weights over all pages, then their mean)."""

@@ -89,9 +89,10 @@ class Slots:
 
 def window_slots(config: DecodeConfig, state: DecodeState, active: Bool[Array, " B"]) -> Slots:
     """The window of the step that decodes the token at position `state.length`."""
-    W, pages = config.slots, state.layers[0].pages
+    W, head_dim = config.slots, state.layers[0].pages.shape[-1]
     age = jnp.arange(W - 1, -1, -1)
-    budgets = budget_pages(config, state.budget, state.length + 1, pages.shape[-1], pages.dtype.itemsize)
+    itemsize = state.hidden.dtype.itemsize  # the model's, unlike that of pages in 8 bits
+    budgets = budget_pages(config, state.budget, state.length + 1, head_dim, itemsize)
     return Slots(
         start=state.length - (W - 1),
         valid=(age <= state.decoded[:, None]) & active[:, None],
@@ -141,7 +142,9 @@ def dense_layer(
     else:
         o = attend_pages(q, pages, positions, cache.kept.alive, implementation=implementation)
         if config.eviction.observe:
-            cache = cache.replace(kept=config.eviction.observe(_rules(config, cache), cache, q, positions))
+            cache = cache.replace(
+                kept=config.eviction.observe(_rules(model, config, cache), cache, q, positions)
+            )
     x = transformer.attention_output(layer, x, o)
     return transformer.mlp(layer, model, x), cache
 
@@ -199,7 +202,7 @@ def sparse_layer(
 
     # Select pages for the newest query; one load of them serves the window.
     query = Query(q[:, -1], positions[:, -1], slots.budgets, index)
-    selection, kept = choose(config, _rules(config, cache), cache, query, below)
+    selection, kept = choose(config, _rules(model, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
     attended = newly_attended(page_ids, counts, cache.last_loaded, positions, config.page_size)
     # That was read before attention overwrites it: else XLA would keep a copy.
@@ -243,13 +246,12 @@ def sparse_layer(
     x = transformer.attention_output(layer, x, attention)
     x = transformer.mlp(layer, model, x)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
-    seen = watch and watch(_rules(config, cache), cache, query, Window(q, attention))
+    seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
     return x, cache, selection, jnp.mean(attended, axis=1, dtype=jnp.float32), seen
 
 
-def _rules(config: DecodeConfig, cache: LayerState) -> Rules:
-    _, _, P, _, _, D = cache.pages.shape
-    return rules_of(config, P, D, cache.pages.dtype.itemsize)
+def _rules(model: ModelConfig, config: DecodeConfig, cache: LayerState) -> Rules:
+    return rules_of(config, cache.pages.shape[2], model.head_dim, jnp.dtype(model.dtype).itemsize)
 
 
 def settle(

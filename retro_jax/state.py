@@ -4,7 +4,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import STATISTICS
+from pallas_kernels import STATISTICS, QuantizedPages, empty_pages
 from pallas_kernels.dispatch import SEQUENCES
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import Budget, rules_of
@@ -47,6 +47,20 @@ class DecodeState:
         """Tokens that each sequence can still take: up to the capacity, or to the model's last position."""
         return min(self.capacity, model.max_positions) - self.length
 
+    def check_cache(self, config: DecodeConfig) -> None:
+        """Raises ValueError if pages lie otherwise than the configuration says."""
+        pages = self.layers[0].pages
+        kept = pages.dtype.name if isinstance(pages, QuantizedPages) else None
+        for name, given, has in (
+            ("page_size", config.page_size, pages.shape[4]),
+            ("cache_dtype", config.cache_dtype, kept),
+        ):
+            if given != has:
+                raise ValueError(
+                    f"{name} is {given!r}, but the state was made with {has!r}; use the configuration that "
+                    "it was made with"
+                )
+
 
 @under_fixed_settings
 def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> DecodeState:
@@ -75,7 +89,7 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
     rules = rules_of(config, P, D, jnp.dtype(model.dtype).itemsize)
 
     def layer(sparse: bool, anchor: bool, window: int) -> LayerState:
-        pages = jnp.zeros((B, K, P, 2, config.page_size, D), model.dtype)
+        pages = empty_pages((B, K, P, 2, config.page_size, D), config.cache_dtype or model.dtype)
         if not sparse:
             return LayerState(pages)
         statistics = block_values = None

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import vector_bytes
 from pallas_kernels.settings import under_fixed_settings
-from retro_jax.budget import vectors_per_page
+from retro_jax.budget import cached_vector, vectors_per_page
 from retro_jax.cache import StepMetrics
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints
@@ -66,6 +67,7 @@ def watched_step(
 ) -> tuple[DecodeState, Float[Array, "B V"], tuple[Any, ...]]:
     """`decode_step`, and what `watch` returned in each sparse layer, for analyses of what a step decides."""
     tokens = check_ints(tokens, state.length.shape, "tokens", "one for each sequence of the state")
+    state.check_cache(config)
     if active is None:
         active = jnp.ones(tokens.shape, bool)
     active = check_bools(active, tokens.shape, "active", "one for each sequence of the state")
@@ -118,7 +120,7 @@ def watched_step(
         # The cache is rewritten when the step has read it: else XLA would keep a copy for the last layer.
         state, logits = lax.optimization_barrier((state, logits))
         state, rectified = rectify(params, model, config, state, tokens, active)
-        whole = jnp.where(rectified, full_cache_bytes(model, state.length), 0.0)
+        whole = jnp.where(rectified, full_cache_bytes(model, config, state.length), 0.0)
         state = state.replace(metrics=state.metrics.replace(kv_bytes=state.metrics.kv_bytes + whole))
     return state, jnp.where(refused[:, None], jnp.nan, logits), tuple(watched)
 
@@ -144,16 +146,20 @@ def _metrics(
     if config.evict:
         scored = jnp.minimum(scored, config.left_pages)
     itemsize = jnp.dtype(model.dtype).itemsize
+    cached = cached_vector(config, model.head_dim, itemsize)
     by_page = vectors_per_page(config, model.head_dim, itemsize) * scored
     if config.residual_pages:
-        by_page += active  # of a block that settles, a value a step
-    vectors = plan.num_dense * 2 * context + plan.num_sparse * 2 * config.page_size * loaded
+        by_page += active * cached  # of a block that settles, a value a step
+    vectors = (plan.num_dense * 2 * context + plan.num_sparse * 2 * config.page_size * loaded) * cached
     vectors += sum(read) * by_page
     kv_bytes = vectors.astype(jnp.float32) * model.head_dim * itemsize * model.num_kv_heads
     return StepMetrics(pages_attended=by_age, pages_loaded=loaded, kv_bytes=kv_bytes)
 
 
-def full_cache_bytes(model: ModelConfig, context: Int[Array, " B"]) -> Float[Array, " B"]:
-    """Bytes of all keys and values of `context` tokens."""
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+def full_cache_bytes(
+    model: ModelConfig, config: DecodeConfig, context: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    """Bytes of all keys and values of `context` tokens, their scales included."""
+    vector = vector_bytes(model.head_dim, config.cache_dtype or model.dtype)
+    token = 2 * model.num_layers * model.num_kv_heads * vector
     return context.astype(jnp.float32) * token

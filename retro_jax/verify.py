@@ -5,6 +5,9 @@ full attention generates with the same random keys, token for token, but for tie
 check draw the token of a position with the same noise (the Gumbel noise of the sequence's key and of the
 position, see `sampling.sample`), so that a draft is accepted if and only if it is full attention's choice.
 
+Draft and check read and write one cache: in 8 bits (`DecodeConfig.cache_dtype`) the text is that of full
+attention with such a cache.
+
 Behind the last token that is kept the cache is full attention's: the pass writes keys and values of the
 drafts anew, and page statistics are those of the tokens that are kept. A draft begins with an empty window,
 as after a prompt, and revises its own tokens only; what it loaded and its outputs are forgotten with it.
@@ -196,7 +199,7 @@ def verified_step(
         accepted=accepted,
         emitted=kept,
         draft_bytes=draft_bytes,
-        check_bytes=jnp.where(active, full_cache_bytes(model, start + passed), 0.0),
+        check_bytes=jnp.where(active, full_cache_bytes(model, config, start + passed), 0.0),
     )
     return state, VerifiedTokens(
         tokens=chosen,

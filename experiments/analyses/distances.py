@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import KEYS, VALUES
+from pallas_kernels import KEYS, VALUES, Pages
 from retro_jax import DecodeConfig
 from retro_jax.cache import LayerState
 from retro_jax.experiments.analyses.command import VARIED, DistancesFlags
@@ -75,7 +75,7 @@ def _window(rules: Rules, layer: LayerState, query: Query, window: Window) -> Wi
 
 
 def _compare(
-    pages: Float[Array, "B K P 2 S D"],
+    pages: Pages,
     window: Window,
     first: Float[Array, "B W N D"],
     full: FullAttention,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import KEYS
+from pallas_kernels import KEYS, Pages, dequantized
 from retro_jax import DecodeConfig, DecodeState
 from retro_jax.layers import window_slots
 from retro_jax.models import ModelConfig, Params, transformer
@@ -80,17 +80,15 @@ def newly_attended(
     return loaded[:, None] & (past[:, None] < slot) & (first_token <= slot)
 
 
-def window_keys(pages: Float[Array, "B K P 2 S D"], positions: Int[Array, " W"]) -> Float[Array, "B W K D"]:
+def window_keys(pages: Pages, positions: Int[Array, " W"]) -> Float[Array, "B W K D"]:
     """Returns the keys of the tokens at the given positions, as the cache holds them."""
     return cached(pages, positions, KEYS)
 
 
-def cached(
-    pages: Float[Array, "B K P 2 S D"], positions: Int[Array, " A"], part: int
-) -> Float[Array, "B A K D"]:
+def cached(pages: Pages, positions: Int[Array, " A"], part: int) -> Float[Array, "B A K D"]:
     """Returns what the cache holds of the tokens at the given positions: `KEYS` or `VALUES`."""
-    page_size = pages.shape[-2]
-    return pages[:, :, positions // page_size, part, positions % page_size].swapaxes(1, 2)
+    page, place = positions // pages.shape[-2], positions % pages.shape[-2]
+    return dequantized(jax.tree.map(lambda array: array[:, :, page, part, place], pages)).swapaxes(1, 2)
 
 
 def relative_distance(

@@ -20,6 +20,7 @@ import tyro
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import (
+    CODES,
     GROUP_REDUCE,
     SCORES,
     STATISTICS,
@@ -112,7 +113,7 @@ def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
     ).layers
     B, W, N, D = case.batch, config.slots, model.num_heads, model.head_dim
     K, P = sparse.pages.shape[1:3]
-    capacity = most_pages(config, P, D, sparse.pages.dtype.itemsize)
+    capacity = most_pages(config, P, D, jnp.dtype(model.dtype).itemsize)
 
     def shape(*sizes, dtype=model.dtype):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -242,11 +243,27 @@ def tables() -> dict[str, list[tuple[dict[str, str], Case]]]:
         ({"pages": str(pages), "batch": str(batch)}, Case(config, pages=pages, batch=batch))
         for pages, batch in itertools.product((8, 40, 64, 8192, 65536), (1, 64))
     ]
+    eight_bits = [
+        (
+            {"cache_dtype": dtype, "statistics": kind, "head_dim": str(dim), "page_size": str(size)},
+            Case(
+                dataclasses.replace(config, cache_dtype=dtype, score=score, statistics=kind, page_size=size),
+                head_dim=dim,
+            ),
+        )
+        for dtype, (score, kind), dim, size in itertools.product(
+            CODES,
+            (("bounds", "min_max"), ("mean_key", "mean_key"), ("mean_key", "mean_key_int8")),
+            (64, 128, 256),
+            (16, 32, 64),
+        )
+    ]
     return {
         "Scores, statistics, reductions, residuals and page sizes": selections,
         "Windows and groups of query heads": windows,
         "Dtypes and head_dim": heads,
         "Pages of the cache and sequences": caches,
+        "Keys and values in 8 bits": eight_bits,
     }
 
 

@@ -187,7 +187,7 @@ class BenchVerify(BenchVerifyFlags):
     def run(self) -> None:
         """Measures, and prints the tables."""
         contestants = self.configurations()
-        common = {name: getattr(self.config, name) for name in ("page_size", "implementation")}
+        common = {name: getattr(self.config, name) for name in ("page_size", "cache_dtype", "implementation")}
         full = DecodeConfig("full", sink_pages=0, **common)
         capacity = self.capacity
         every = [config for configs in contestants.values() for config in configs]

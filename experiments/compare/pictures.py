@@ -174,7 +174,7 @@ def ladder_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
 def _split(runs: Sequence[Run]) -> tuple[Run, list[Run]]:
     """Full attention, and the others; without overwriting there is nothing to see but Quest."""
     full = next(run for run in runs if run.config.method == "full")
-    return full, [run for run in runs if run is not full and run.config.overwrite]
+    return full, [run for run in runs if run.config.method != "full" and run.config.overwrite]
 
 
 def _panels(runs: Sequence[Run], apart: Sequence[Axis]) -> dict[str, list[Run]]:

@@ -101,11 +101,16 @@ def _rectified(every: int) -> str:
     return "exact cache" if every == 1 else f"rectified every {every} tokens"
 
 
+def _cached(dtype: str) -> str:
+    return f"{dtype} cache"
+
+
 AXES = (
     Axis("budgets", "budget", "b", "budget", read=budget_value, write=budget_fields),
     Axis("page_sizes", "page_size", "p", "page size"),
     Axis("sink_pages", "sink_pages", "sinks", "sink pages"),
     Axis("group_reduces", "group_reduce", column="group reduce"),
+    Axis("cache_dtype", "cache_dtype", "cache_", words=_cached, joins=True),
     Axis("evict", "evict", "evict_", words=_evicts, scored=True),
     Axis("scores", "score", scored=True),
     Axis("", "statistics", scored=True),
@@ -157,6 +162,9 @@ class Sweep:
     rectify: tuple[int, ...] = ()
     """After how many tokens a dense pass rewrites their keys and values exactly: Quest, RetroAttention and
     presets also run so. 1: an exact cache, so that only what the newest query misses is left."""
+    cache_dtype: tuple[str, ...] = ()
+    """How keys and values are kept, int8 or float8_e4m3fn: everything, full attention included, also runs so.
+    Excess is over full attention with a cache in the model's dtype."""
     methods: tuple[str, ...] = ()
     """Further methods: streaming, tova, h2o, snapkv."""
     presets: tuple[str, ...] = ()
@@ -181,9 +189,9 @@ class Sweep:
         # Full attention has no sink pages to choose; 0 is within any budget.
         full = replace(common, **plain | {"method": "full", "sink_pages": 0})
         wider = sorted(set(self.windows) - {1})
-        found = [full]
+        found = [full, *(replace(full, cache_dtype=dtype) for dtype in self.cache_dtype)]
         joining = [axis for axis in AXES if axis.joins]
-        rest = [axis for axis in joining if axis.field != "revised_layers"]
+        rest = [axis for axis in joining if axis.scored and axis.field != "revised_layers"]
         of_all, of_scored = ([axis for axis in AXES if axis.scored == scored] for scored in (False, True))
         for shared in self._combinations(of_all):
             for own in self._combinations(of_scored):
@@ -242,17 +250,16 @@ class Sweep:
 
 
 def quest_of(config: "DecodeConfig") -> "DecodeConfig":
-    """Returns Quest with the same budget, page size and other settings, but for those that join presets."""
+    """Returns Quest with the same budget, page size and other settings, but for those that join others."""
     joined = {axis.field: axis.default for axis in AXES if axis.joins}
     return replace(config, method="quest", window=None, overwrite=True, **joined)
 
 
 def run_name(config: "DecodeConfig") -> str:
     """Returns the name of a run: its method, and what differs from the defaults."""
-    if config.method == "full":
-        return "full"
     parts = [config.method, "" if config.window is None else f"w{config.window}"]
-    parts += [f"{axis.prefix}{value}" for axis in AXES if (value := axis.value(config)) != axis.default]
+    axes = [axis for axis in AXES if config.method != "full" or axis.field == "cache_dtype"]
+    parts += [f"{axis.prefix}{value}" for axis in axes if (value := axis.value(config)) != axis.default]
     return "-".join(filter(None, [*parts, "" if config.overwrite else "no_overwrite"]))
 
 

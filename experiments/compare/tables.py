@@ -21,14 +21,14 @@ def comparison_table(comparison: Sequence[Row], bins: Sequence[tuple[int, int]])
     body = []
     for row in comparison:
         config = row.run.config
-        full = config.method == "full"
+        full, base = config.method == "full", row.run.name == "full"
         body.append([
             label(config),
             "" if full else str(config.slots),
             *("" if full else str(axis.value(config)) for axis in varying),
             f"{row.nll.mean:.4f}",
-            "" if full else number(row.excess),
-            *("" if full else number(part) for part in row.by_position),
+            "" if base else number(row.excess),
+            *("" if base else number(part) for part in row.by_position),
             "" if row.ratio is None else number(row.ratio, 3),
             "" if full else f"{row.run.exposure[-1]:.2f}",
             f"{row.run.kv_bytes / 1e6:.2f}",
@@ -52,7 +52,7 @@ def ladder_table(runs: Sequence[Run], budget: float) -> str:
     listed = {first: "Quest, no sink page"} | {run_name(config): name for name, config in paper.items()}
     listed |= {name: text for name, text in words.items() if name != first}
     for run in runs:
-        if run is not full and budget_value(run.config) == budget:
+        if run.config.method != "full" and budget_value(run.config) == budget:
             text = label(run.config) + (f", w = {run.config.slots}" if run.config.slots > 1 else "")
             listed.setdefault(run.name, f"{text}, {run.config.sink_pages} sink pages")
     quest, sink = (by_name.get(run_name(config)) for config in steps[:2])

@@ -94,7 +94,8 @@ class Command(Output):
     """A preset ("smollm2-135m"), a Hugging Face hub id ("org/name") or folder, a .gguf file, or "random:NAME"
     for seeded random weights of a named size."""
     dtype: str | None = None
-    """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
+    """Of weights, activations and a cache without --cache-dtype, "float32" or "bfloat16"; None: the model's
+    own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 

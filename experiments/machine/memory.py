@@ -126,7 +126,7 @@ def check_room(what: str, needed: int, parts: str) -> None:
         raise ValueError(
             f"{what} does not fit: it takes at least {gigabytes(needed)} ({parts}), and {gigabytes(left)} "
             f"are left on this machine's {local_devices()[0].device_kind}; use fewer tokens or sequences, a "
-            "smaller model or --dtype, or another device"
+            "smaller model or --dtype, a --cache-dtype of 8 bits, or another device"
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -56,7 +56,8 @@ class RunConfig:
     device_gb: float | None = None
     """Memory of each device that the run is meant for, in GB; None: not told."""
     dtype: str | None = None
-    """Of weights, activations and cache, "float32" or "bfloat16"; None: the model's own."""
+    """Of weights, activations and a cache without --cache-dtype, "float32" or "bfloat16"; None: the model's
+    own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
@@ -88,7 +89,8 @@ class RunConfig:
         """
         fields = method_fields(self.methods, self.presets, self.windows, self.budgets)
         found = [self.decode.config(**own) for own in fields.values()]
-        return {run_name(config): config for config in found}
+        # All have one kind of cache, which names need not tell.
+        return {run_name(replace(config, cache_dtype=None)): config for config in found}
 
     @property
     def task_name(self) -> str:

@@ -32,12 +32,16 @@ class Study(Output):
     """What a step may load per layer and KV head: up to 1 a share of the context, above it tokens."""
     only: tuple[str, ...] = ()
     """Names of the variants to run; none: all. Quest always runs."""
+    cache_dtype: tuple[str, ...] = ()
+    """How keys and values are kept, int8 or float8_e4m3fn: full attention and all variants also run so, with
+    the pages of the budget and with as many as its bytes pay."""
     tokens: int | None = 8192
     """Length of each text, the prompt included; None: all tokens of the shortest of its kind."""
     prompt_tokens: int = 1024
     """Tokens at the beginning that are read at once with full attention and not scored."""
     dtype: str | None = None
-    """Of weights, activations and cache, "float32" or "bfloat16"; None: each model's own."""
+    """Of weights, activations and a cache without --cache-dtype, "float32" or "bfloat16"; None: each model's
+    own."""
     budgets_together: Flag[bool] = False
     """Decode the texts of all budgets as one batch: faster on an accelerator, and as many times the cache."""
     out: Path
@@ -69,7 +73,7 @@ class Study(Output):
             print(f"Tables, picture and block means: {self.out}")
 
     def configurations(self) -> "list[DecodeConfig]":
-        """Returns full attention, and every variant at every budget.
+        """Returns full attention, and every variant at every budget, with every kind of cache.
 
         Raises:
           ValueError: a value is not possible, or `only` names no variant.
@@ -77,7 +81,7 @@ class Study(Output):
         from dataclasses import replace
 
         from retro_jax.experiments.io.budgets import budget_fields
-        from retro_jax.experiments.study.variants import QUEST, variants
+        from retro_jax.experiments.study.variants import QUEST, variants, with_caches
         from retro_jax.models.names import nearest
 
         for name in self.only:
@@ -93,8 +97,8 @@ class Study(Output):
         }
         full = self.config.config(method="full", sink_pages=0)
         sparse = (
-            replace(full, **fields, **budget_fields(budget))
-            for fields in chosen.values()
+            replace(full, **fields, **({} if fields["method"] == "full" else budget_fields(budget)))
+            for fields in with_caches(chosen, self.cache_dtype).values()
             for budget in self.budgets
         )
         return list(dict.fromkeys([full, *sparse]))

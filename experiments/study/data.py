@@ -16,7 +16,7 @@ from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import BLOCK, block_means
 from retro_jax.experiments.io.files import read_json, write_file, write_json
-from retro_jax.experiments.study.variants import QUEST, variants
+from retro_jax.experiments.study.variants import QUEST, every_variant
 
 ABOUT, BLOCKS = "study.json", "study.npz"
 
@@ -26,7 +26,7 @@ class Result:
     """One variant at one budget.
 
     Attributes:
-        variant: a name of `variants`.
+        variant: a name of `every_variant`.
         budget: up to 1 a share of the context, above it tokens.
         kv_bytes: of keys, values and page statistics that a step loaded for a text, on average.
         excess: negative log-likelihood over full attention's, nats per token, by block of `BLOCK` tokens.
@@ -102,11 +102,13 @@ def cell(model: str, domain: str, identity: dict, runs: Sequence[Run]) -> Cell:
         runs: full attention's among them.
     """
     full = next(run for run in runs if run.config.method == "full")
-    budgets = {budget_value(run.config) for run in runs if run is not full}
-    words = {
-        run_name(replace(full.config, **fields, **budget_fields(budget))): name
-        for name, fields in variants().items()
-        for budget in budgets
+    budgets = {budget_value(run.config) for run in runs if run.config.method != "full"}
+    by_name = {run.name: run for run in runs}
+    # Full attention with another cache, which no budget binds, stands at each of them.
+    found = {
+        (name, budget): by_name.get(run_name(replace(full.config, **fields, **budget_fields(budget))))
+        for name, fields in every_variant().items()
+        for budget in sorted(budgets)
     }
     return Cell(
         model=model,
@@ -119,9 +121,7 @@ def cell(model: str, domain: str, identity: dict, runs: Sequence[Run]) -> Cell:
         provenance=full.provenance,
         full=block_means(full.nll),
         results=tuple(
-            Result(words[run.name], budget_value(run.config), run.kv_bytes, block_means(run.nll - full.nll))
-            for run in runs
-            if run.name in words
+            Result(*at, run.kv_bytes, block_means(run.nll - full.nll)) for at, run in found.items() if run
         ),
     )
 

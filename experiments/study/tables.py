@@ -15,9 +15,9 @@ from retro_jax.experiments.study.variants import (
     RECTIFIED,
     SINK,
     WINDOW,
+    every_variant,
     rectified,
     revised,
-    variants,
 )
 
 SPLITS = {
@@ -101,7 +101,7 @@ def preset_table(cells: Sequence[Cell]) -> str:
 def ratio_table(cells: Sequence[Cell], budget: float) -> str:
     """Returns each variant's share of Quest's excess at one budget, by model and kind of text."""
     body = []
-    for variant in variants():
+    for variant in every_variant():
         shares = [_share(one, variant, QUEST, budget) for one in cells]
         if variant != QUEST and any(shares):
             body.append([variant, *("" if share is None else number(share, 3) for share in shares)])
@@ -112,7 +112,7 @@ def excess_table(one: Cell) -> str:
     """Returns excess and MB a step of every variant at every budget, for one model and kind of text."""
     header = ["", *(words for budget in one.budgets for words in (f"excess at {budget:g}", "MB"))]
     body = []
-    for variant in variants():
+    for variant in every_variant():
         found = [one.result(variant, budget) for budget in one.budgets]
         if any(found):
             cells = [

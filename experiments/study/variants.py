@@ -1,6 +1,6 @@
 """What a study runs: the paper's method, what it could repair at most, its rival, and preset mean-key."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from retro_jax.experiments.compare.ladder import LADDER, PAPER_WINDOWS
 from retro_jax.presets import PRESETS
@@ -64,6 +64,39 @@ def _beyond() -> dict[str, Mapping[str, object]]:
             found[partly_revised(f"{PRESET}, w = {WINDOW}")] = {**fields, **LOWER_HALF}
         found[PRESET + words + EXACT] = {**fields, "rectify_every": 1}
     return found
+
+
+def with_caches(
+    variants: Mapping[str, Mapping[str, object]], dtypes: Iterable[str]
+) -> dict[str, Mapping[str, object]]:
+    """Returns variants and, with caches of each dtype, full attention and all of them.
+
+    A budget of pages buys the same pages then, for fewer bytes; a second row spends the bytes that Quest
+    would read from a cache in the model's dtype. A budget of traffic has that row only.
+
+    Args:
+      variants: fields of `DecodeConfig` beside the budget, by name.
+      dtypes: names for `DecodeConfig.cache_dtype`.
+    """
+    found = dict(variants)
+    for dtype in dtypes:
+        cache = {"cache_dtype": dtype}
+        found[f"full attention, {dtype} cache"] = {"method": "full", "sink_pages": 0, **cache}
+        for name, fields in variants.items():
+            words, traffic = f"{name}, {dtype} cache", {**fields, "budget_covers": "traffic"}
+            if fields != traffic:
+                found[words] = {**fields, **cache}
+                if fields["method"] not in ("quest", "retro") or traffic in variants.values():
+                    continue
+            found[f"{words}, equal bytes"] = {**traffic, **cache}
+    return found
+
+
+def every_variant() -> dict[str, Mapping[str, object]]:
+    """Returns `variants` with every kind of cache."""
+    from pallas_kernels import CODES
+
+    return with_caches(variants(), CODES)
 
 
 def variants() -> dict[str, Mapping[str, object]]:

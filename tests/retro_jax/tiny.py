@@ -56,7 +56,7 @@ def begin(model: rj.Model, config: rj.DecodeConfig, tokens: np.ndarray, lengths,
     """
     lengths = np.asarray(lengths, np.int32)
     prompts = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
-    if config.eviction or config.residual_pages:
+    if config.eviction or config.residual_pages or config.cache_dtype:
         return prefill(model.params, model.config, config, prompts, lengths, capacity=capacity)
     plain = rj.DecodeConfig(
         "quest", page_size=config.page_size, dense_layers=0, statistics=config.statistics, score=config.score

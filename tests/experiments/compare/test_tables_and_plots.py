@@ -6,7 +6,7 @@ from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.comparison import rows
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.pictures import sweep_pictures
-from retro_jax.experiments.compare.sweep import Sweep, order, quest_of, run_name
+from retro_jax.experiments.compare.sweep import Sweep, label, order, quest_of, run_name
 from retro_jax.experiments.compare.tables import comparison_report, comparison_table
 from retro_jax.experiments.io.estimates import Estimate
 
@@ -120,6 +120,38 @@ def test_windows_run_in_the_lower_layers_only_too():
         "retro-w4-revised0.5", "retro-w4-evict_h2o-revised0.5", "retro-w4-sinks0-revised0.5"
     ]  # fmt: skip
     assert all(quest_of(config) in configs for config in lower[:2])
+
+
+def test_full_attention_quest_evictions_and_presets_also_run_with_a_cache_of_8_bits():
+    sweep = Sweep(
+        cache_dtype=("int8",), evict=("h2o",), rectify=(1,), methods=("tova",), presets=("mean-key",)
+    )
+    configs = sweep.configurations(DecodeConfig(cache_tokens=512))
+    found = {run_name(config): config for config in configs}
+    assert len(found) == len(configs) == 2 * (1 + 2 * 3 + 1 + 2)
+    assert [name for name, config in found.items() if config.cache_dtype == "int8"] == [
+        "full-cache_int8",
+        "quest-cache_int8", "retro-w4-cache_int8", "quest-cache_int8-f1", "retro-w4-cache_int8-f1",
+        "quest-cache_int8-evict_h2o", "retro-w4-cache_int8-evict_h2o", "tova-cache_int8",
+        *(name for name in found if "mean_key" in name and "cache_int8" in name),
+    ]  # fmt: skip
+    assert label(found["full-cache_int8"]) == "full (int8 cache)"
+    assert sorted(reversed(configs), key=order)[0] == found["full"]  # what excess is over
+    assert quest_of(found["retro-w4-cache_int8"]) == found["quest"]
+
+
+def test_full_attention_with_another_cache_has_an_excess():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(3.0, 1.0, size=(2, 512))
+    runs = []
+    for config in Sweep((4,), (64,), cache_dtype=("int8",)).configurations(DecodeConfig()):
+        added = 0.01 * (config.cache_dtype is not None) + 0.2 * (config.method != "full")
+        runs.append(Run(run_name(config), config, exact + added, np.ones(config.slots), 4.0, 2.5e6, 1.0, {}))
+    lines = comparison_table(rows(runs, [(128, 640)], 128), [(128, 640)]).splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[4:6] for line in lines[2:]}
+    assert cells["full"][0].strip() == "" and cells["full (int8 cache)"][0].strip().startswith("0.0100")
+    assert cells["Quest (int8 cache)"][0].strip().startswith("0.2100")
+    assert {line.split("|")[2].strip() for line in lines[2:4]} == {""}  # no window
 
 
 def test_rows_compare_with_the_quest_of_their_sink_pages(runs):

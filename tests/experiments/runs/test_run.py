@@ -227,6 +227,8 @@ def test_presets_run_beside_methods():
         preset("mean-key", budget_tokens=256),
     ]
     assert list(found) == [run_name(decode) for decode in found.values()]  # as `compare` names them
+    cached = replace(config, decode=replace(config.decode, cache_dtype="int8")).configurations()
+    assert list(cached) == list(found) and {own.cache_dtype for own in cached.values()} == {"int8"}
     with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, mean-key"):
         replace(config, presets=("best",)).check()
 

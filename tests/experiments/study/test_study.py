@@ -8,10 +8,13 @@ import pytest
 
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare import comparison
+from retro_jax.experiments.compare.folder import Run
+from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.estimates import estimate
 from retro_jax.experiments.io.estimates import ratio as by_token
 from retro_jax.experiments.study import data, tables, variants
+from retro_jax.experiments.study.command import Study
 from retro_jax.experiments.study.picture import position_pictures
 from retro_jax.experiments.study.variants import EXACT, PRESET, QUEST, SINK, rectified, revised
 
@@ -72,6 +75,41 @@ def test_every_variant_is_a_configuration_of_its_own():
     assert len(set(found)) == len(found) > 20
     names = {QUEST, SINK, PRESET, QUEST + EXACT, revised(4), revised(4, sink=True), rectified(8)}
     assert names <= variants.variants().keys()
+
+
+def test_every_variant_and_full_attention_have_rows_with_caches_of_8_bits():
+    found = variants.every_variant()
+    assert len(found) > 3 * len(variants.variants())
+    full = DecodeConfig("full", sink_pages=0)
+    by_fields = {name: replace(full, **fields, **budget_fields(128)) for name, fields in found.items()}
+    assert len(set(by_fields.values())) == len(found)
+    names = [name for name in found if name.startswith((f"{QUEST}, int8", f"{PRESET}, int8", "TOVA, int8"))]
+    assert names == [
+        f"{QUEST}, int8 cache", f"{QUEST}, int8 cache, equal bytes", f"{PRESET}, int8 cache, equal bytes",
+        "TOVA, int8 cache",
+    ]  # fmt: skip
+    assert {by_fields[name].budget_covers for name in names[1:3]} == {"traffic"}
+
+
+def test_full_attention_with_another_cache_stands_at_every_budget(tmp_path):
+    flags = {"cache_dtype": ("int8",), "only": (PRESET,), "budgets": (128, 0.15), "out": tmp_path}
+    configs = Study(**flags).configurations()
+    assert len({run_name(config) for config in configs}) == len(configs) == 2 + 2 * 5
+    exact = np.random.default_rng(0).normal(size=(2, 640))
+    excess = {None: 0.0, "int8": 0.01}
+    runs = [
+        Run(run_name(config), config, exact + excess[config.cache_dtype], None, 4.0, 1e6, 1.0, {})
+        for config in configs
+    ]
+    about = {"texts": ["a", "b"], "tokens": 768, "prompt_tokens": 128, "dtype": "float32"}
+    found = data.cell("M", "prose", about, runs)
+    assert found.budgets == [128, 0.15]
+    for budget in found.budgets:
+        row = found.result("full attention, int8 cache", budget)
+        assert row.excess.mean() == pytest.approx(0.01)
+    assert len(found.results) == 2 * 6
+    table = tables.excess_table(found)
+    assert "full attention, int8 cache" in table and f"{PRESET}, int8 cache, equal bytes" in table
 
 
 def test_blocks_give_the_errors_that_tokens_give():
