@@ -82,7 +82,8 @@ def _fitting(head_dim: int, page_size: int, itemsize: int) -> Cut:
     pages = max(tokens // page_size, 1)
     free = free_bytes(head_dim, pages * page_size * warpgroups if itemsize == 1 else 0)
     stages = free // stage_bytes(pages, page_size, head_dim, itemsize)
-    return pages, max(min(stages, 8) // warpgroups * warpgroups, 1), warpgroups, 1
+    stages = min(stages, 8, max(32 // pages, warpgroups))  # the loading warps hold the ids of all stages
+    return pages, max(stages // warpgroups * warpgroups, 1), warpgroups, 1
 
 
 @functools.cache

@@ -234,6 +234,7 @@ class ThreadBlock:
             for j, (page, load) in enumerate(zip(ids, loads, strict=True)):
                 room = position - jnp.where(self.there(step, page, j), page * S, _NOWHERE)
                 rooms.append(room if self.dense else jnp.where(load < position, room, -1))
+            unwritten = functools.reduce(jnp.logical_or, [page * S + S - 1 > self.newest for page in ids])
             here = ids
             ids, loads = self._look_up(jnp.minimum(step + self.blocks.warpgroups, self.steps - 1))
 
@@ -253,18 +254,20 @@ class ThreadBlock:
             weights = [jnp.exp2(part * scale - shift) for part in scores]
             decay = jnp.exp2((before - highest) * scale)
             norm = norm * decay + functools.reduce(jnp.add, weights).sum(axis=1)
-            acc = acc * per_column(decay, acc.shape)
             if self.eight:
                 weights = [part * by for part, by in zip(weights, value_scales, strict=True)]
-                weights = jnp.concatenate([part.astype(self.q_tile.dtype) for part in weights], axis=1)
+            weights = [part.astype(self.q_tile.dtype) for part in weights]
+            acc = acc * per_column(decay, acc.shape)
+            if self.eight:
+                weights = jnp.concatenate(weights, axis=1)
                 acc = add_product(acc, weights, self.converted[turn][VALUES], self.interpret)
                 return acc, highest, norm, ids, loads
 
-            @pl.when(functools.reduce(jnp.logical_or, [page * S + S - 1 > self.newest for page in here]))
+            @pl.when(unwritten)
             def _():  # what lies beyond the newest position may be NaN, and 0 * NaN is NaN
                 clear_unwritten(stage, here, self.newest)
 
-            acc = add_values(acc, [part.astype(stage.dtype) for part in weights], stage, self.interpret)
+            acc = add_values(acc, weights, stage, self.interpret)
             plgpu.barrier_arrive(self.free.at[self.stage_of(step)])
             return acc, highest, norm, ids, loads
 
