@@ -118,9 +118,11 @@ def times_codes(q_smem, codes_smem, keys_smem, values_smem, tokens):
     S = codes_smem.shape[0] // len(tokens) // 2
 
     def convert(half, target_smem, tokens):
-        for j, written in enumerate(tokens):
-            target = target_smem.at[pl.ds(j * S, S)]
-            _convert(codes_smem.at[pl.ds((2 * j + half) * S, S)], target, written)
+        parts = [
+            _codes(codes_smem.at[pl.ds((2 * j + half) * S, S)], written) for j, written in enumerate(tokens)
+        ]
+        # At once: a barrier before a store and one behind it keep other work from being done meanwhile.
+        target_smem[...] = jnp.concatenate(parts, axis=0).astype(target_smem.dtype)
 
     all_of_them = [None] * len(tokens)
     convert(KEYS, keys_smem, all_of_them)
@@ -139,8 +141,8 @@ def times_codes(q_smem, codes_smem, keys_smem, values_smem, tokens):
     return [lax.slice(product, (0, j * S), (TILE_ROWS, (j + 1) * S)) for j in range(len(tokens))]
 
 
-def _convert(codes_smem, target_smem, written):
-    """Codes [S, D] in the dtype of the target, 0 beyond the first `written`; None: all are."""
+def _codes(codes_smem, written):
+    """Codes [S, D] in registers, 0 beyond the first `written`; None: all are."""
     layout = _ROWS_OF_64 if codes_smem.shape[1] == 64 else _ROWS_OF_128
     codes = plgpu.load(codes_smem, layout=layout, optimized=False)
     if codes.dtype != jnp.int8:
@@ -148,4 +150,4 @@ def _convert(codes_smem, target_smem, written):
     if written is not None:
         row = plgpu.broadcasted_iota(jnp.int32, codes.shape, 0, layout=layout)
         codes = jnp.where(row < written, codes, jnp.zeros_like(codes))
-    target_smem[...] = codes.astype(target_smem.dtype)
+    return codes
