@@ -34,7 +34,8 @@ class DecodeFields:
     cache_dtype: str | None = None
     """How keys and values are kept, in every layer: "int8" or "float8_e4m3fn", 8 bits with a float32 scale
     for each token and head. All attention reads them so, that within a prompt included: full attention, an
-    exact cache and verified text are those of this cache. None: in the model's dtype."""
+    exact cache and verified text are those of this cache. Float8 is the less exact of the two, and on a CPU
+    XLA copies a layer of it in each step. None: in the model's dtype."""
     dense_layers: int = 2
     """First layers that always use full attention."""
     sink_pages: int = 1

@@ -130,7 +130,7 @@ def check_fits(what: str, needed: int, name: str, limit: float) -> None:
     if needed > limit:
         raise ValueError(
             f"{what} {gigabytes(needed)} on each device, over {name} {gigabytes(limit)}; use more devices "
-            "(--model-devices, --data-devices), a smaller --batch, or another --dtype"
+            "(--model-devices, --data-devices), a smaller --batch, or another --dtype or --cache-dtype"
         )
 
 

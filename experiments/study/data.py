@@ -48,7 +48,7 @@ class Cell:
         texts: names of the texts.
         tokens: of each text, the prompt included.
         prompt_tokens: that were read at once and not scored.
-        dtype: of weights, activations and cache.
+        dtype: of weights and activations, and of caches that are not in 8 bits.
         full_bytes: as `Result.kv_bytes`, of full attention.
         provenance: where it was computed.
         full: negative log-likelihood of full attention, nats per token, by block.

@@ -112,3 +112,21 @@ def test_what_are_no_pages_is_refused():
         check_pages(codes.replace(codes=pages))
     with pytest.raises(ValueError, match=r"\(1, 1, 1, 2, 4, 8\) and scales \(1, 1, 1, 2\); give one scale"):
         check_pages(codes.replace(scales=codes.scales[..., 0]))
+
+
+@pytest.mark.parametrize(("dtype", "half_step"), [("int8", 0.5 / 127), ("float8_e4m3fn", 2**-4)])
+def test_attention_errs_no_more_than_rounded_keys_and_values_can_make_it(dtype, half_step):
+    """Scores err by e at most, weights so by a factor within exp(2e), and their values by half a step."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in [(4, DIM), (20, DIM), (20, DIM)])
+    pages = np.stack([k, v]).reshape(2, 5, SIZE, DIM).swapaxes(0, 1)[None, None]
+    arguments = jnp.asarray(q)[None, :, None], jnp.full((1, 4), 19)
+    exact, got = (
+        np.asarray(pallas_kernels.dense_attention(arguments[0], cache, arguments[1]))[0, :, 0]
+        for cache in (jnp.asarray(pages), codes_of(pages, dtype))
+    )
+    largest_k, largest_v = np.abs(k).max(-1), np.abs(v).max(-1)
+    e = np.abs(q).sum(-1) * largest_k.max() * half_step / np.sqrt(DIM)
+    bound = np.expm1(2 * e) * largest_v.max() + largest_v.max() * half_step
+    error = np.abs(got - exact).max(-1)
+    assert (error > 0).all() and (error <= bound).all()

@@ -69,7 +69,7 @@ def dense_attention(
     return _attend(q, pages, positions, None, None, blocks, interpret)[0]
 
 
-def check(q: Array, pages: Array) -> None:
+def check(q: Array, pages: Pages) -> None:
     """Raises `NotImplementedError` for what the kernels do not support."""
     check_support(pages.dtype, pages.shape[-1], pages.shape[-2])
     if q.dtype != pages.dtype:
