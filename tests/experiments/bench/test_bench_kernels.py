@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import json
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from pallas_kernels import CODES
 from retro_jax.experiments.bench import kernel_cases
 from retro_jax.experiments.bench import kernels as bench_kernels
 from retro_jax.experiments.bench.device_time import (
@@ -146,28 +144,6 @@ def test_bytes_that_must_move():
     assert Case("update", 1, 32768, tokens=40).bytes(H100) == 8 * 256 * (40 * 2 + 3 * (16 + 2))
     eight = Case("update", 1, 32768, tokens=4, statistics="mean_key_int8")
     assert eight.bytes(H100) == 8 * (256 * (4 * 2 + 16) + 132)
-
-
-@pytest.mark.parametrize("dtype", CODES)
-def test_bytes_of_pages_in_8_bits_count_their_scales(dtype):
-    """A key is 128 codes and a scale; statistics stay as they are."""
-    dims = dataclasses.replace(H100, cache_dtype=dtype)
-    assert Case("attention", 1, 32768, 0.125, window=16).bytes(dims) == 8 * 256 * 32 * 132
-    assert Case("update", 1, 32768, tokens=4).bytes(dims) == 8 * ((4 * 2 + 16) * 132 + 2 * 256)
-    assert Case("update", 1, 32768, tokens=4).footprint(dims) == 8 * 2048 * (32 * 132 + 2 * 256)
-
-
-def test_pages_in_8_bits_are_measured_and_said(json_command):
-    flags = ("--operations", "attention", "dense", "update", "--cases", "1x128@0.25", "--contexts", "1x64")
-    flags = (*flags, "--windows", 2, "--statistics", "min_max", "--baselines", "jax", *TINY)
-    values = json_command("bench", "kernels", *flags, "--cache-dtype", "int8")
-    ours, theirs = (
-        [row for row in values["rows"] if bool(row["baseline"]) == other] for other in (False, True)
-    )
-    assert [row["operation"] for row in ours] == ["attention", "dense", "update"]
-    # K, C, keys and values of a page, bytes of one
-    assert (ours[0]["bytes"], theirs[0]["bytes"]) == (2 * 4 * 16 * 12, 2 * 4 * 16 * 32)
-    assert "pages of 8 in int8." in kernel_report(values)
 
 
 def test_footprint_is_the_memory_of_one_set(monkeypatch):
