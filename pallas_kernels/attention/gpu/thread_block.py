@@ -144,18 +144,20 @@ class ThreadBlock:
 
     def _copy(self, ids, stage):
         rows, ready = self.page_rows, self.ready.at[stage]
-        copies = [(self.pages, self.stages)]
+        copies = [(self.pages, self.stages, None)]
         if self.eight:
-            copies.append((self.scales, self.scale_stages))
-        for cache, stages in copies:
+            # A tile must land on a multiple of 128 bytes, and scales of 8 tokens are 64. In bounds, they are
+            # no tile but a run of bytes, for which 16 do.
+            copies.append((self.scales, self.scale_stages, plgpu.OOBFillMode.PROMISE_IN_BOUNDS))
+        for cache, stages, mode in copies:
             source, target = cache.at[self.b, self.head], stages.at[stage]
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=ready, oob_mode=mode)
             if self.together:
                 start = pl.multiple_of(ids[0] * rows, rows)
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(start, len(ids) * rows)], target, ready)
+                copy(source.at[pl.ds(start, len(ids) * rows)], target)
                 continue
             for j, page in enumerate(ids):
-                there = target.at[pl.ds(j * rows, rows)]
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(page * rows, rows)], there, ready)
+                copy(source.at[pl.ds(page * rows, rows)], target.at[pl.ds(j * rows, rows)])
 
     def compute(self, turn: int):
         """A computing warpgroup: every step that is its turn, then the output of all."""
