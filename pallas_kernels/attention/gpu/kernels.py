@@ -105,12 +105,7 @@ def _attend(q, pages, positions, selection, blocks, interpret):
     dense, eight = selection is None, isinstance(pages, QuantizedPages)
     kept = [pages.codes, pages.scales] if eight else [pages]
     copies = len(kept) * (1 if dense and blocks.pages <= P else blocks.pages)  # of one stage
-    converted = [
-        plgpu.SMEM((blocks.stages, 2 * tokens), jnp.float32),
-        matrix((2 * blocks.warpgroups, tokens, D), q.dtype),
-        plgpu.Barrier(num_barriers=2 * blocks.warpgroups),
-        plgpu.Barrier(num_barriers=2 * blocks.warpgroups),
-    ]
+    converted = [matrix((tokens, D), q.dtype)] * (2 * blocks.warpgroups)
     launch = kernel(
         functools.partial(
             attend_to_split, blocks=blocks, dense=dense, eight=eight, interpret=interpret is not None
@@ -128,14 +123,14 @@ def _attend(q, pages, positions, selection, blocks, interpret):
             (plgpu.SMEM if eight else matrix)((blocks.stages, 2 * tokens, D), pages.dtype),
             plgpu.SMEM((TILE_ROWS, D), jnp.float32),
             plgpu.SMEM((2, TILE_ROWS), jnp.float32),
-            *(converted if eight else []),
+            *([plgpu.SMEM((blocks.stages, 2 * tokens), jnp.float32), *converted] if eight else []),
             plgpu.Barrier(num_arrivals=W),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages),
-            plgpu.Barrier(num_arrivals=1 + eight, num_barriers=blocks.stages),
+            plgpu.Barrier(num_barriers=blocks.stages),
             plgpu.Barrier(),
         ],
-        warpgroups=blocks.warpgroups + 1 + eight,
+        warpgroups=blocks.warpgroups + 1,
         interpret=interpret,
     )
     # A page's keys and values are one copy of 2 * S rows, their scales one of 2 * S numbers.

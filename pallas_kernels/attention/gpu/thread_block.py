@@ -1,15 +1,11 @@
 """One block of threads of the attention kernel: a split of one sequence's and KV head's pages.
 
 One warpgroup loads pages into a ring of stages, a TMA copy for each page (another for its scales, if it is
-kept in 8 bits); one or two take turns to compute. The window's slots and the heads of a group are the rows of
+kept in 8 bits); the others take turns to compute. The window's slots and the heads of a group are the rows of
 one matrix tile of 64, so that a page is loaded once for all of them.
-
-The matrix unit takes 16 bits, which hold every code of 8: one more warpgroup converts codes, ahead of those
-that compute, to which it hands keys and values over one after the other.
 """
 
 import functools
-import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,9 +20,8 @@ from pallas_kernels.attention.gpu.tiles import (
     add_product,
     add_values,
     clear_unwritten,
-    convert,
     join,
-    product,
+    times_codes,
     times_keys,
 )
 from pallas_kernels.gpu import LOG2E, TILE_ROWS
@@ -41,18 +36,19 @@ def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, eight: bool, interp
     """The kernel's body; `_attend` in `kernels.py` lists the references."""
     block = ThreadBlock(refs, blocks, dense, eight, interpret)
     warpgroup = lax.axis_index("warpgroup")
-    # Each with the registers of a thread that it may use; threads of a multiprocessor share 65536.
-    computing = 240 if blocks.warpgroups == 1 else 184 if eight else 232
-    parts = [(functools.partial(block.compute, turn), computing) for turn in range(blocks.warpgroups)]
-    parts += [(block.convert, 104)] * eight + [(block.load, 40)]
-    for number, (part, registers) in enumerate(parts):
+    for turn in range(blocks.warpgroups):
 
-        @pl.when(warpgroup == number)
-        def _(part=part, registers=registers):
+        @pl.when(warpgroup == turn)
+        def _(turn=turn):
             if not interpret:
-                action = "increase" if registers == computing else "decrease"
-                plgpu.set_max_registers(registers, action=action)
-            part()
+                plgpu.set_max_registers(232 if blocks.warpgroups == 2 else 240, action="increase")
+            block.compute(turn)
+
+    @pl.when(warpgroup == blocks.warpgroups)
+    def _():
+        if not interpret:
+            plgpu.set_max_registers(40, action="decrease")
+        block.load()
 
 
 class ThreadBlock:
@@ -77,11 +73,11 @@ class ThreadBlock:
             self.ids, self.counts, self.last_loaded, *refs = refs
         # Outputs: o[B, K, splits, R8, D], lse[B, K, splits, 64]. Scratch: three tiles of queries and outputs
         # [64, D], stages[stages, 2 * pages * S, D], maxima and sums[2, 64]; stages of scales
-        # [stages, 2 * pages * S], keys of each computing warpgroup in 16 bits and then values
-        # [2 * warpgroups, pages * S, D].
+        # [stages, 2 * pages * S], then for each warpgroup keys and values in 16 bits, [pages * S, D] both.
         self.o, self.lse, self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *refs = refs
         if eight:
-            self.scale_stages, self.converted, self.converted_ready, self.converted_free, *refs = refs
+            self.scale_stages, *refs = refs
+            self.converted = [(refs.pop(0), refs.pop(0)) for _ in range(blocks.warpgroups)]
         self.q_loaded, self.q_ready, self.ready, self.free, self.other_done = refs
         self.blocks, self.dense, self.eight, self.interpret = blocks, dense, eight, interpret
         self.b, self.head, self.split = (lax.axis_index(axis) for axis in ("sequence", "head", "split"))
@@ -117,11 +113,6 @@ class ThreadBlock:
     def stage_of(self, step):
         """The place of a step in the ring."""
         return lax.rem(step, jnp.int32(self.blocks.stages))
-
-    def converted_of(self, half, step):
-        """The place of a step's converted keys or values."""
-        warpgroups = jnp.int32(self.blocks.warpgroups)
-        return lax.rem(jnp.int32(step), warpgroups) + half * warpgroups
 
     def load(self):
         """The loading warpgroup. Records the loads of pages that nothing will look up any more."""
@@ -167,28 +158,6 @@ class ThreadBlock:
                 continue
             for j, page in enumerate(ids):
                 copy(source.at[pl.ds(page * rows, rows)], target.at[pl.ds(j * rows, rows)])
-
-    def convert(self):
-        """The converting warpgroup: keys and values of every step, for the warpgroup whose turn it is."""
-
-        @pl.loop(jnp.int32(0), self.steps)
-        def _(step):
-            stage, taken = self.stage_of(step), step >= self.blocks.warpgroups
-            tokens = None
-            if self.pages.dtype != jnp.int8:  # some codes are NaN, and 0 * NaN is NaN
-                tokens = [self.newest + 1 - page * self.S for page in self.page_ids(step)]
-            plgpu.barrier_wait(self.ready.at[stage])
-            for half in (KEYS, VALUES):
-                place = self.converted_of(half, step)
-                pl.when(taken)(functools.partial(plgpu.barrier_wait, self.converted_free.at[place]))
-                target, written = self.converted.at[place], tokens if half == VALUES else None
-                convert(self.stages.at[stage], half, target, self.blocks.pages, written)
-                plgpu.barrier_arrive(self.converted_ready.at[place])
-            plgpu.barrier_arrive(self.free.at[stage])
-
-        for step, half in itertools.product(range(self.blocks.warpgroups), (KEYS, VALUES)):  # the last ones
-            place = self.converted_of(half, step)
-            pl.when(step < self.steps)(functools.partial(plgpu.barrier_wait, self.converted_free.at[place]))
 
     def compute(self, turn: int):
         """A computing warpgroup: every step that is its turn, then the output of all."""
@@ -273,8 +242,7 @@ class ThreadBlock:
 
             plgpu.barrier_wait(self.ready.at[self.stage_of(step)])
             if self.eight:
-                scores = self._times_converted_keys(step)
-                scores, value_scales = self._scaled(scores, step, here)
+                scores, value_scales = self._scores_of_codes(turn, step, here)
             else:
                 scores = times_keys(self.q_tile, stage, self.blocks.pages)
             scores = [
@@ -292,7 +260,8 @@ class ThreadBlock:
             weights = [part.astype(self.q_tile.dtype) for part in weights]
             acc = acc * per_column(decay, acc.shape)
             if self.eight:
-                acc = self._add_converted_values(acc, jnp.concatenate(weights, axis=1), step)
+                weights = jnp.concatenate(weights, axis=1)
+                acc = add_product(acc, weights, self.converted[turn][VALUES], self.interpret)
                 return acc, highest, norm, ids, loads
 
             @pl.when(unwritten)
@@ -305,29 +274,14 @@ class ThreadBlock:
 
         return attend
 
-    def _times_converted_keys(self, step):
-        """Logits of every row for each page's keys, without their scales: a list of (64, S)."""
-        place, S = self.converted_of(KEYS, step), self.S
-        plgpu.barrier_wait(self.converted_ready.at[place])
-        logits = product(self.q_tile, self.converted.at[place])
-        plgpu.barrier_arrive(self.converted_free.at[place])
-        pages = range(self.blocks.pages)
-        return [lax.slice(logits, (0, j * S), (TILE_ROWS, (j + 1) * S)) for j in pages]
-
-    def _add_converted_values(self, acc, weights, step):
-        """Adds weights @ values to `acc`, the scales of values being in the weights."""
-        place = self.converted_of(VALUES, step)
-        plgpu.barrier_wait(self.converted_ready.at[place])
-        acc = add_product(acc, weights, self.converted.at[place], self.interpret)
-        plgpu.barrier_arrive(self.converted_free.at[place])
-        return acc
-
-    def _scaled(self, scores, step, ids):
-        """Logits times the scales of their keys, and the scales of values; frees the stage."""
+    def _scores_of_codes(self, turn, step, ids):
+        """Logits of a step's keys in 8 bits and the scales of its values; the stage is free after that."""
         stage, S = self.stage_of(step), self.S
+        tokens = [self.newest + 1 - page * S for page in ids]
+        scores = times_codes(self.q_tile, self.stages.at[stage], *self.converted[turn], tokens)
         offset = plgpu.broadcasted_iota(jnp.int32, (S,), 0, layout=PER_COLUMN)
         parts, value_scales = [], []
-        for j, (part, page) in enumerate(zip(scores, ids, strict=True)):
+        for j, (part, written) in enumerate(zip(scores, tokens, strict=True)):
             by_key, by_value = (
                 plgpu.load(
                     self.scale_stages.at[stage, pl.ds((2 * j + half) * S, S)],
@@ -337,7 +291,7 @@ class ThreadBlock:
                 for half in (KEYS, VALUES)
             )
             parts.append(part * lax.broadcast_in_dim(by_key, part.shape, [1]))
-            by_value = jnp.where(offset <= self.newest - page * S, by_value, 0.0)  # others may be NaN
+            by_value = jnp.where(offset < written, by_value, 0.0)  # others may be NaN
             value_scales.append(lax.broadcast_in_dim(by_value, part.shape, [1]))
         plgpu.barrier_arrive(self.free.at[stage])
         return parts, value_scales

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import TILE_ROWS
+from pallas_kernels.layout import KEYS, VALUES
 
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 """The layout of a value per row of a tile."""
@@ -100,40 +101,44 @@ def clear_unwritten(stage_smem, ids, newest):
     plgpu.commit_smem()
 
 
-def product(q_smem, keys_smem):
-    """Logits of every row for keys that lie without values between them: (64, tokens)."""
+def times_codes(q_smem, codes_smem, keys_smem, values_smem, tokens):
+    """As `times_keys` of a stage in 8 bits, without its scales; also makes its values ready for a product.
 
-    def multiply(logits):
-        plgpu.wgmma(logits, q_smem, keys_smem.transpose((1, 0)))
-        return logits[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, keys_smem.shape[0]), jnp.float32))
-
-
-def convert(codes_smem, half, target_smem, pages, written):
-    """Codes of a stage as numbers of 16 bits, in registers and from there to where a product takes them.
+    The matrix unit takes 16 bits, which hold every code: codes are converted in registers and written to
+    shared memory, keys and values each together. A step writes keys before its first barrier and values
+    before its second, when every warp is done with those of the step before.
 
     Args:
+      q_smem: queries [64, D].
       codes_smem: pages as they lie in the cache [pages * 2 * S, D].
-      half: of each page, its keys or its values.
-      target_smem: [pages * S, D].
-      pages: of a stage.
-      written: how many tokens each page has, S or more if all; the others become 0. None: they do not matter.
+      keys_smem: for the converted keys [pages * S, D].
+      values_smem: for the converted values, likewise; 0 for tokens that do not exist.
+      tokens: how many each page has, S or more if all.
     """
-    S = codes_smem.shape[0] // pages // 2
+    S = codes_smem.shape[0] // len(tokens) // 2
 
-    def store(written):
+    def convert(half, target_smem, tokens):
         parts = [
-            _codes(codes_smem.at[pl.ds((2 * j + half) * S, S)], written and written[j]) for j in range(pages)
+            _codes(codes_smem.at[pl.ds((2 * j + half) * S, S)], written) for j, written in enumerate(tokens)
         ]
         # At once: a barrier before a store and one behind it keep other work from being done meanwhile.
         target_smem[...] = jnp.concatenate(parts, axis=0).astype(target_smem.dtype)
 
-    store(None)
-    if written is not None:
-        some_missing = functools.reduce(jnp.logical_or, [count < S for count in written])
-        pl.when(some_missing)(lambda: store(written))
+    all_of_them = [None] * len(tokens)
+    convert(KEYS, keys_smem, all_of_them)
     plgpu.commit_smem()
+
+    def multiply(product):
+        plgpu.wgmma(product, q_smem, keys_smem.transpose((1, 0)))
+        convert(VALUES, values_smem, all_of_them)  # while the matrix unit works
+        return product[...]
+
+    product = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, len(tokens) * S), jnp.float32))
+    if codes_smem.dtype != jnp.int8:  # some codes are NaN, and 0 * NaN is NaN
+        some_missing = functools.reduce(jnp.logical_or, [written < S for written in tokens])
+        pl.when(some_missing)(lambda: convert(VALUES, values_smem, tokens))
+    plgpu.commit_smem()
+    return [lax.slice(product, (0, j * S), (TILE_ROWS, (j + 1) * S)) for j in range(len(tokens))]
 
 
 def _codes(codes_smem, written):
