@@ -18,7 +18,7 @@ from pallas_kernels.operation import before_launch, check_supported
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 HEAD_DIMS = (64, 128, 256)
-PAGE_SIZES = (16, 32, 64)
+PAGE_SIZES = (8, 16, 32, 64)
 TILE_ROWS = 64
 """Rows of a wgmma: the window's slots times the heads of a group fit into them."""
 SHARED_MEMORY = 227 * 1024

@@ -132,8 +132,19 @@ def quantize(
     Returns:
       Codes and float32 scales; a vector of zeros has scale 0.
     """
-    dtype, tokens = jnp.dtype(dtype), tokens.astype(jnp.float32)
-    largest = INT8_MAX if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-    scales = jnp.max(jnp.abs(tokens), axis=-1) / largest
-    units = tokens / jnp.where(scales == 0, 1, scales)[..., None]
-    return (jnp.round(units) if dtype == jnp.int8 else units).astype(dtype), scales
+    tokens = tokens.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(tokens), axis=-1) / largest_code(dtype)
+    return in_codes(tokens, scales[..., None], dtype), scales
+
+
+def largest_code(dtype: jnp.dtype | str) -> float:
+    """The largest number that is a code."""
+    return float(INT8_MAX if jnp.dtype(dtype) == jnp.int8 else jnp.finfo(dtype).max)
+
+
+def in_codes(
+    tokens: Float[Array, "..."], scales: Float[Array, "..."], dtype: jnp.dtype | str
+) -> Int8[Array, "..."] | Float[Array, "..."]:
+    """Numbers over their scales, each to the nearest code; zeros have scale 0."""
+    units = tokens / jnp.where(scales == 0, 1, scales)
+    return (jnp.round(units) if jnp.dtype(dtype) == jnp.int8 else units).astype(dtype)

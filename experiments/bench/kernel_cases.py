@@ -16,13 +16,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
+    CODES,
     STATISTICS,
+    Pages,
+    QuantizedPages,
     Statistics,
     dense_attention,
     pages_for,
+    quantize,
     retro_attention,
     select_pages,
     update_pages,
+    vector_bytes,
 )
 
 ROTATED_BYTES = 128 << 20
@@ -39,6 +44,7 @@ class Dimensions:
         head_dim: D.
         page_size: S, tokens.
         dtype: of queries, keys, values and statistics.
+        cache_dtype: of keys and values in pages, None for `dtype`.
     """
 
     kv_heads: int
@@ -46,6 +52,7 @@ class Dimensions:
     head_dim: int
     page_size: int
     dtype: str
+    cache_dtype: str | None = None
 
     @property
     def heads(self) -> int:
@@ -54,8 +61,8 @@ class Dimensions:
 
     @property
     def vector_bytes(self) -> int:
-        """Bytes of one key or value of one KV head."""
-        return self.head_dim * jnp.dtype(self.dtype).itemsize
+        """Bytes of one key or value of one KV head in a page."""
+        return vector_bytes(self.head_dim, self.cache_dtype or self.dtype)
 
 
 @dataclass(frozen=True)
@@ -325,9 +332,15 @@ def _update(case: Case, dims: Dimensions, implementation, sets: int, calls: int,
     return call
 
 
-def _pages(key: Array, case: Case, dims: Dimensions) -> Float[Array, "B K P 2 S D"]:
+def _pages(key: Array, case: Case, dims: Dimensions) -> Pages:
     shape = (case.batch, dims.kv_heads, case.pages(dims), 2, dims.page_size, dims.head_dim)
-    return normal(key, shape, dims.dtype)
+    dtype = dims.cache_dtype or dims.dtype
+    return _codes(key, shape, dtype) if dtype in CODES else normal(key, shape, dtype)
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _codes(key: Array, shape: tuple[int, ...], dtype: str) -> QuantizedPages:
+    return QuantizedPages(*quantize(jax.random.normal(key, shape, "bfloat16"), dtype))
 
 
 def _queries(key: Array, case: Case, dims: Dimensions) -> Float[Array, "B W N D"]:

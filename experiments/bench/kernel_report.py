@@ -42,14 +42,15 @@ def kernel_report(values: dict) -> str:
     columns = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     dims, ceilings = values["dimensions"], values["ceilings_gb_per_s"]
+    cache = f" in {dims['cache_dtype']}" if dims.get("cache_dtype") else ""
     measured = ", ".join(f"{name} {rounded(rate)}" for name, rate in ceilings.items())
     parts = [
         f"# Operations on pages, {values['provenance']['device']}",
         f"{dims['dtype']}, {dims['kv_heads']} KV heads of {dims['group']} query heads, head_dim "
-        f"{dims['head_dim']}, pages of {dims['page_size']}. Medians of {values['calls']} calls on inputs "
-        "that take turns. *us* is the time in which at least one kernel of the call runs, *span us* from the "
-        "first one's start to the last one's end. *GB/s* counts the bytes that cannot be avoided; the "
-        f"*ceiling* is this device's read bandwidth, {rounded(values['ceiling_gb_per_s'])} GB/s "
+        f"{dims['head_dim']}, pages of {dims['page_size']}{cache}. Medians of {values['calls']} calls on "
+        "inputs that take turns. *us* is the time in which at least one kernel of the call runs, *span us* "
+        "from the first one's start to the last one's end. *GB/s* counts the bytes that cannot be avoided; "
+        f"the *ceiling* is this device's read bandwidth, {rounded(values['ceiling_gb_per_s'])} GB/s "
         f"({measured}).",
         markdown(list(columns), list(zip(*columns.values(), strict=True))),
     ]

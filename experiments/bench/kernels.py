@@ -126,6 +126,9 @@ class BenchKernels(Output):
     """Tokens per page."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of queries, keys, values and statistics."""
+    cache_dtype: Literal["bfloat16", "float32", "int8", "float8_e4m3fn"] | None = None
+    """Of keys and values in pages, for attention, dense attention and update; None: as --dtype. Other
+    libraries' are as --dtype."""
     calls: int = 50
     """Timed calls of each implementation on each case."""
     warm_up: int = 5
@@ -145,7 +148,9 @@ class BenchKernels(Output):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         local_devices()
         implementations = self.implementations or tuple(dict.fromkeys([kernels_of_device() or "xla", "xla"]))
-        dims = Dimensions(self.kv_heads, self.group, self.head_dim, self.page_size, self.dtype)
+        dims = Dimensions(
+            self.kv_heads, self.group, self.head_dim, self.page_size, self.dtype, self.cache_dtype
+        )
         with Progress() as progress, jax.set_mesh(make_mesh(1, 1)):
             values = self._measure(dims, implementations, progress)
         report = kernel_report(values)
@@ -280,18 +285,18 @@ class Timer:
         window = case.window if case.operation == "attention" else None
         timing = self._attempt(self._words(case, window, implementation), time)
         if timing:
-            self._add(case, sets, timing, window=window, implementation=implementation, baseline=None)
+            moved = case.bytes(self._dims)
+            self._add(case, sets, moved, timing, window=window, implementation=implementation, baseline=None)
 
     def baseline(self, case: Case, baseline: Baseline) -> None:
         """Times all variants of another library and keeps the fastest."""
-        sets = self._sets(case, baseline.footprint(case, self._dims))
+        dims = replace(self._dims, cache_dtype=None)
+        sets = self._sets(case, baseline.footprint(case, dims))
         found: dict[str, tuple[Timing, float | None]] = {}
         for variant in baseline.variants:
             result = self._attempt(
                 self._words(case, None, _labelled(baseline, variant)),
-                partial(
-                    baseline.time, variant, case, self._dims, sets, self._calls, self._warm_up, self._seed
-                ),
+                partial(baseline.time, variant, case, dims, sets, self._calls, self._warm_up, self._seed),
             )
             if result:
                 found[variant] = result
@@ -301,6 +306,7 @@ class Timer:
             self._add(
                 case,
                 sets,
+                case.bytes(dims),
                 timing,
                 window=None,
                 implementation=_labelled(baseline, fastest),
@@ -334,9 +340,15 @@ class Timer:
         return sets_for(case.rotated(self._dims), footprint, self._calls, device_memory())
 
     def _add(
-        self, case: Case, sets: int, timing: Timing, window: int | None, implementation: str, **values
+        self,
+        case: Case,
+        sets: int,
+        moved: int,
+        timing: Timing,
+        window: int | None,
+        implementation: str,
+        **values,
     ) -> None:
-        moved = case.bytes(self._dims)
         rate = moved / timing.busy_us / 1e3
         row = Row(
             operation=case.operation,

@@ -47,10 +47,11 @@ def roofline_pictures(values: dict) -> dict[str, bytes]:
         fastest = max(row["gb_per_s"] for row in chosen)
         ceiling = partial(_ceiling, values["ceiling_gb_per_s"], fastest)
         panels.append(Curves(lines, size, rate, TITLES[operation], ceiling))
+    cache = f" in {dims['cache_dtype']}" if dims.get("cache_dtype") else ""
     notes = [
         f"n = {counted(values['calls'], 'call')} of each, medians",
         f"{dims['dtype']}, {dims['kv_heads']} KV heads of {dims['group']} query heads, head_dim "
-        f"{dims['head_dim']}, pages of {dims['page_size']}",
+        f"{dims['head_dim']}, pages of {dims['page_size']}{cache}",
         f"Grey line: read bandwidth, {values['ceiling_gb_per_s']:.4g} GB/s, unless it is far above",
         "Hollow: other libraries" if any(row["baseline"] for row in rows) else "",
     ]

@@ -2,14 +2,17 @@
 
     python -m retro_jax.experiments.bench.tune_kernels --out tuned.json
 
-Every candidate that fits is timed on every case; the fastest of each head_dim, page size and case is kept.
+Every candidate that fits is timed on every case; the fastest of each dtype of pages, head_dim, page size and
+case is kept. Codes of either kind are cut alike.
 """
 
 import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import jax.numpy as jnp
 import tyro
 
 from pallas_kernels import kernels_of_device
@@ -37,8 +40,10 @@ class Tune:
     """JSON file; it must not exist."""
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Channels of a head."""
-    page_sizes: tuple[int, ...] = (16, 32, 64)
+    page_sizes: tuple[int, ...] = (8, 16, 32, 64)
     """Tokens of a page."""
+    cache_dtypes: tuple[Literal["bfloat16", "int8"], ...] = ("bfloat16", "int8")
+    """Of keys and values in pages."""
     cases: tuple[str, ...] = ("1x32768@0.125", "8x32768@0.125")
     """Batch, context and share of the pages that are read."""
     window: int = 4
@@ -52,15 +57,21 @@ class Tune:
         if kernels_of_device() != "mosaic_gpu":
             raise ValueError("there is no Hopper GPU here, whose kernels this tunes")
         entries = []
-        for dim, page_size, text in itertools.product(self.head_dims, self.page_sizes, self.cases):
+        sizes = itertools.product(self.cache_dtypes, self.head_dims, self.page_sizes, self.cases)
+        for dtype, dim, page_size, text in sizes:
             batch, context, share = parse_case(text, shared=True)
             case = Case("attention", batch, context, share=share, window=self.window)
-            dims = Dimensions(kv_heads=8, group=4, head_dim=dim, page_size=page_size, dtype="bfloat16")
-            times = [(self._time(case, dims, cut), cut) for cut in candidates(dim, page_size)]
+            dims = Dimensions(8, 4, head_dim=dim, page_size=page_size, dtype="bfloat16", cache_dtype=dtype)
+            cuts = candidates(dim, page_size, jnp.dtype(dtype).itemsize)
+            if not cuts:  # no kernel
+                continue
+            times = [(self._time(case, dims, cut), cut) for cut in cuts]
             microseconds, best = min(times, key=lambda pair: pair[0])
             entry = _entry(case, dims, best)
             entries.append(entry | {"us": microseconds})
-            print(f"{dim} {page_size} {text}: {best} {microseconds:.1f} us", file=sys.stderr, flush=True)
+            print(
+                f"{dtype} {dim} {page_size} {text}: {best} {microseconds:.1f} us", file=sys.stderr, flush=True
+            )
         write_json(self.out, {"entries": entries, "provenance": provenance()})
 
     def _time(self, case: Case, dims: Dimensions, cut: blocks.Cut) -> float:
@@ -73,21 +84,24 @@ class Tune:
         return device_time(call, self.calls, warm_up=3).busy_us
 
 
-def candidates(head_dim: int, page_size: int) -> list[blocks.Cut]:
+def candidates(head_dim: int, page_size: int, itemsize: int) -> list[blocks.Cut]:
     """Returns pages of a stage, stages, computing warpgroups and waves that fit the shared memory.
 
     Args:
       head_dim: channels; wide heads leave registers for one computing warpgroup only.
       page_size: tokens of a page.
+      itemsize: bytes of a channel in a page.
     """
     warpgroups = 1 if head_dim == 256 else 2
     found = []
     for tokens, turns, waves in itertools.product((32, 64, 128), (1, 2, 4), (1, 2)):
         pages, stages = tokens // page_size, turns * warpgroups
-        fits = stages * blocks.stage_bytes(pages, page_size, head_dim) <= blocks.free_bytes(head_dim)
-        columns = tokens if page_size >= 32 else 2 * tokens  # of logits, which lie in registers
+        converted = tokens * warpgroups if itemsize == 1 else 0
+        needed = stages * blocks.stage_bytes(pages, page_size, head_dim, itemsize)
+        fits = needed <= blocks.free_bytes(head_dim, converted) and stages * pages <= 32
+        columns = tokens if page_size >= 32 or itemsize == 1 else 2 * tokens  # of logits, in registers
         registers = columns <= 128 and columns * head_dim <= 128 * 128
-        whole = 2 * tokens >= TILE_ROWS and (pages > 1 or page_size == TILE_ROWS)
+        whole = itemsize * tokens >= TILE_ROWS and (pages > 1 or page_size == TILE_ROWS)
         if pages and fits and registers and whole and (waves == 1 or tokens == 64):
             found.append((pages, stages, warpgroups, waves))
     return found
@@ -99,6 +113,7 @@ def _entry(case: Case, dims: Dimensions, cut: blocks.Cut) -> dict:
         "chip": chip(),
         "head_dim": dims.head_dim,
         "page_size": dims.page_size,
+        "itemsize": jnp.dtype(dims.cache_dtype).itemsize,
         "rows": case.window * dims.group,
         "pages": case.batch * dims.kv_heads * case.selected(dims),
         "blocks": {"pages": pages, "stages": stages, "warpgroups": warpgroups, "waves": waves},

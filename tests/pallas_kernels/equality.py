@@ -45,13 +45,15 @@ def assert_same_update(got, inputs):
     In 8 bits that is an ulp of a float32 sum, by which a number halfway between two steps may take the other.
     """
     expected = jax.jit(update.update_pages)(*inputs)
-    np.testing.assert_array_equal(*(np.asarray(pages, np.float32) for pages in (got[0], expected[0])))
+    assert jax.tree.structure(got[0]) == jax.tree.structure(expected[0])
+    for pages, wanted in zip(jax.tree.leaves(got[0]), jax.tree.leaves(expected[0]), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(array, np.float32) for array in (pages, wanted)))
     if inputs[1] is None:
         assert got[1] is None
         return
     statistic = STATISTICS[inputs[1].kind]
     sums = any(part.fold.finish for part in statistic.parts)
-    tolerance = float(jnp.finfo(inputs[0].dtype).eps) if sums else 0
+    tolerance = float(jnp.finfo(inputs[2].dtype).eps) if sums else 0
     assert got[1].kind == inputs[1].kind
     if statistic.quantized:
         np.testing.assert_allclose(got[1].scales, expected[1].scales, rtol=1e-6)

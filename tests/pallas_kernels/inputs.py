@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import STATISTICS
+from pallas_kernels import CODES, STATISTICS, QuantizedPages, quantize
 
 PAGES = 12
 
@@ -29,7 +29,19 @@ def random_statistics(rng, lengths, page_size, heads, pages, kind, dim, dtype):
 
 
 def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_pages=PAGES):
-    """Arguments of `update_pages` whose last token is the sequence's last; NaN where none is written."""
+    """Arguments of `update_pages` whose last token is the sequence's last; NaN where none is written.
+
+    Args:
+      rng: random numbers.
+      lengths: of the sequences.
+      tokens: to write.
+      page_size: S.
+      heads: K.
+      dim: D.
+      kind: of statistics, or None.
+      dtype: of pages; see `dtype_beside` for that of tokens and statistics.
+      num_pages: P.
+    """
     start = np.asarray(lengths, np.int32) - tokens
     write = start[:, None] + np.arange(tokens) >= 0
     k, v = rng.standard_normal((2, len(lengths), tokens, heads, dim))
@@ -38,9 +50,9 @@ def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_
     statistics = None
     if kind:
         values = rng.standard_normal((*pages.shape[:3], STATISTICS[kind].vectors, dim))
-        statistics = STATISTICS[kind].keep(jnp.asarray(values, dtype))
-    pages, k, v = (jnp.asarray(array, dtype) for array in (pages, k, v))
-    return [pages, statistics, k, v, jnp.asarray(start), jnp.asarray(write)]
+        statistics = STATISTICS[kind].keep(jnp.asarray(values, dtype_beside(dtype)))
+    k, v = (jnp.asarray(array, dtype_beside(dtype)) for array in (k, v))
+    return [pages_as(pages, dtype), statistics, k, v, jnp.asarray(start), jnp.asarray(write)]
 
 
 def random_cache(rng, lengths, page_size, heads=2, dim=8, num_pages=PAGES):
@@ -50,6 +62,17 @@ def random_cache(rng, lengths, page_size, heads=2, dim=8, num_pages=PAGES):
     beyond = position >= np.asarray(lengths)[:, None, None]
     pages[np.broadcast_to(beyond[:, None, :, None, :, None], pages.shape)] = np.nan
     return pages
+
+
+def pages_as(pages, dtype):
+    """Pages in a dtype; in one of `CODES` they get scales, which are NaN wherever pages are."""
+    name = jnp.dtype(dtype).name
+    return QuantizedPages(*quantize(jnp.asarray(pages), name)) if name in CODES else jnp.asarray(pages, dtype)
+
+
+def dtype_beside(dtype):
+    """The dtype of queries, keys and values beside pages in a dtype."""
+    return jnp.bfloat16 if jnp.dtype(dtype).name in CODES else dtype
 
 
 def window_positions(lengths, window):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import gpu, kernels_of_device, tpu
+from pallas_kernels import CODES, gpu, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
 from pallas_kernels.scores import GROUP_REDUCE
@@ -27,7 +27,13 @@ from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
 from retro_jax.experiments.io.provenance import provenance
 from tests.pallas_kernels.equality import FUSED, SCORED
-from tests.pallas_kernels.inputs import random_retro_inputs, random_statistics, random_update
+from tests.pallas_kernels.inputs import (
+    dtype_beside,
+    pages_as,
+    random_retro_inputs,
+    random_statistics,
+    random_update,
+)
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 
 B, K = 5, 2
@@ -69,7 +75,8 @@ class Attention:
         q, cache, *rest = random_retro_inputs(
             rng, lengths, window, group, page_size, K, dim, pages, places=max(pages // 2, 1)
         )
-        return jnp.asarray(q, self.dtype), jnp.asarray(cache, self.dtype), *map(jnp.asarray, rest)
+        q = jnp.asarray(q, dtype_beside(self.dtype))
+        return q, pages_as(cache, self.dtype), *map(jnp.asarray, rest)
 
     def errors(self, inputs, got, expected):
         return max(relative(got[0], expected[0]), relative(got[1], expected[1])), bool(
@@ -158,8 +165,9 @@ class Update:
         return inputs
 
     def errors(self, inputs, got, expected):
-        equal = np.array_equal(
-            np.asarray(got[0], np.float32), np.asarray(expected[0], np.float32), equal_nan=True
+        equal = all(
+            np.array_equal(*(np.asarray(array, np.float32) for array in pair), equal_nan=True)
+            for pair in zip(jax.tree.leaves(got[0]), jax.tree.leaves(expected[0]), strict=True)
         )
         return relative(*(result[1].at_float32() for result in (got, expected))), equal
 
@@ -177,6 +185,14 @@ def configurations():
         yield Dense(dim, page_size, *next(rows), next(dtypes))
         yield Select(dim, page_size, *next(scores), next(rows)[1], next(pages), next(dtypes))
         yield Update(dim, page_size, next(counts), next(kinds), next(dtypes))
+    if KERNELS != "mosaic_gpu":
+        return
+    for dim, page_size, codes in itertools.product((64, 128), SUPPORTED.PAGE_SIZES, CODES):
+        yield Attention(dim, page_size, *next(rows), codes)
+        yield Dense(dim, page_size, *next(rows), codes)
+        yield Update(dim, page_size, next(counts), next(kinds), codes)
+    for dim, group, reduce in zip(SUPPORTED.HEAD_DIMS, (9, 16, 12), ("mean", "mass", "max"), strict=True):
+        yield Select(dim, 16, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
 
 
 def check(configuration, cases):

@@ -19,7 +19,7 @@ from pallas_kernels.attention.gpu.thread_block import LOWEST, attend_to_split
 from pallas_kernels.attention.reference import merge_sinks
 from pallas_kernels.gpu import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
 from pallas_kernels.operation import operation
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import Pages, QuantizedPages
 
 
 @operation
@@ -65,8 +65,18 @@ def dense_attention(
 
 def check(q: Array, pages: Pages) -> None:
     """Raises `NotImplementedError` for what the kernels do not support."""
-    check_support(pages.dtype, pages.shape[-1], pages.shape[-2])
-    if q.dtype != pages.dtype:
+    eight = isinstance(pages, QuantizedPages)
+    check_support(q.dtype if eight else pages.dtype, pages.shape[-1], pages.shape[-2])
+    if eight and pages.shape[-1] > 128:
+        raise NotImplementedError(
+            f"attention: head_dim {pages.shape[-1]} over pages in 8 bits does not fit the shared memory of "
+            "the Mosaic GPU kernel, which takes 64 or 128"
+        )
+    if eight and q.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"attention: q is {q.dtype}; over pages in 8 bits the Mosaic GPU kernel takes bfloat16"
+        )
+    if not eight and q.dtype != pages.dtype:
         raise NotImplementedError(
             f"attention: q is {q.dtype} and pages are {pages.dtype}; the Mosaic GPU kernel takes one dtype"
         )
@@ -76,11 +86,6 @@ def check(q: Array, pages: Pages) -> None:
             f"attention: {slots} slots x {group} heads of a group are more than the {TILE_ROWS} rows of the "
             "Mosaic GPU kernel"
         )
-    if 2 * pages.shape[2] * pages.shape[-2] < TILE_ROWS:
-        raise NotImplementedError(
-            f"attention: a cache of {pages.shape[2]} pages of {pages.shape[-2]} tokens is smaller than a "
-            f"stage of the Mosaic GPU kernel ({TILE_ROWS // 2} tokens)"
-        )
 
 
 def _attend(q, pages, positions, selection, blocks, interpret):
@@ -88,7 +93,7 @@ def _attend(q, pages, positions, selection, blocks, interpret):
 
     Args:
       q: [B, W, N, D].
-      pages: [B, K, P, 2, S, D].
+      pages: [B, K, P, 2, S, D], or codes and scales.
       positions: [B, W].
       selection: page_ids, counts and a Ref to last_loaded, or None for all pages.
       blocks: how to cut the work.
@@ -99,10 +104,15 @@ def _attend(q, pages, positions, selection, blocks, interpret):
     """
     B, W, N, D = q.shape
     K, P, _, S, _ = pages.shape[1:]
-    rows, dtype = 2 * blocks.pages * S, pages.dtype
-    dense = selection is None
+    tokens = blocks.pages * S
+    dense, eight = selection is None, isinstance(pages, QuantizedPages)
+    kept = [pages.codes, pages.scales] if eight else [pages]
+    copies = len(kept) * (1 if dense and blocks.pages <= P else blocks.pages)  # of one stage
+    converted = [matrix((tokens, D), q.dtype)] * (2 * blocks.warpgroups)
     launch = kernel(
-        functools.partial(attend_to_split, blocks=blocks, dense=dense, interpret=interpret is not None),
+        functools.partial(
+            attend_to_split, blocks=blocks, dense=dense, eight=eight, interpret=interpret is not None
+        ),
         name="dense_attention" if dense else "retro_attention",
         out_type=[
             jax.ShapeDtypeStruct((B, K, blocks.splits, -(-W * N // K // 8) * 8, D), jnp.float32),
@@ -111,24 +121,25 @@ def _attend(q, pages, positions, selection, blocks, interpret):
         grid=(B, K, blocks.splits),
         grid_names=("sequence", "head", "split"),
         scratch=[
-            plgpu.SMEM((TILE_ROWS, D), dtype),
-            matrix((TILE_ROWS, D), dtype),
-            matrix((blocks.stages, rows, D), dtype),
+            plgpu.SMEM((TILE_ROWS, D), q.dtype),
+            matrix((TILE_ROWS, D), q.dtype),
+            (plgpu.SMEM if eight else matrix)((blocks.stages, 2 * tokens, D), pages.dtype),
             plgpu.SMEM((TILE_ROWS, D), jnp.float32),
             plgpu.SMEM((2, TILE_ROWS), jnp.float32),
+            *([plgpu.SMEM((blocks.stages, 2 * tokens), jnp.float32), *converted] if eight else []),
             plgpu.Barrier(num_arrivals=W),
             plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=1 if dense else blocks.pages, num_barriers=blocks.stages),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages),
             plgpu.Barrier(num_barriers=blocks.stages),
             plgpu.Barrier(),
         ],
         warpgroups=blocks.warpgroups + 1,
         interpret=interpret,
     )
-    # A page's keys and values are one copy of 2 * S rows.
-    return launch(
-        q.reshape(B, W, K, N // K, D), pages.reshape(B, K, P * 2 * S, D), positions, *(selection or ())
-    )
+    # A page's keys and values are one copy of 2 * S rows, their scales one of 2 * S numbers.
+    kept = [array.reshape(B, K, P * 2 * S, *array.shape[5:]) for array in kept]
+    arguments = [q.reshape(B, W, K, N // K, D), kept[0], positions, *kept[1:], *(selection or ())]
+    return launch(*arguments)
 
 
 def _merge(o, lse, cached_o, cached_lse, shape, interpret):

@@ -1,8 +1,8 @@
 """One block of threads of the attention kernel: a split of one sequence's and KV head's pages.
 
-One warpgroup loads pages into a ring of stages, a TMA copy for each page; the others take turns to compute.
-The window's slots and the heads of a group are the rows of one matrix tile of 64, so that a page is loaded
-once for all of them.
+One warpgroup loads pages into a ring of stages, a TMA copy for each page (another for its scales, if it is
+kept in 8 bits); the others take turns to compute. The window's slots and the heads of a group are the rows of
+one matrix tile of 64, so that a page is loaded once for all of them.
 """
 
 import functools
@@ -14,17 +14,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu.blocks import Blocks
-from pallas_kernels.attention.gpu.tiles import PER_ROW, add_values, clear_unwritten, join, times_keys
+from pallas_kernels.attention.gpu.tiles import (
+    PER_COLUMN,
+    PER_ROW,
+    add_product,
+    add_values,
+    clear_unwritten,
+    join,
+    times_codes,
+    times_keys,
+)
 from pallas_kernels.gpu import LOG2E, TILE_ROWS
+from pallas_kernels.layout import KEYS, VALUES
 
 LOWEST = -1e30
 """Of a running maximum: finite, so that its difference to -inf is not NaN."""
 _NOWHERE = 1 << 30  # the position of a page that is not there
 
 
-def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, interpret: bool) -> None:
+def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, eight: bool, interpret: bool) -> None:
     """The kernel's body; `_attend` in `kernels.py` lists the references."""
-    block = ThreadBlock(refs, blocks, dense, interpret)
+    block = ThreadBlock(refs, blocks, dense, eight, interpret)
     warpgroup = lax.axis_index("warpgroup")
     for turn in range(blocks.warpgroups):
 
@@ -45,27 +55,36 @@ class ThreadBlock:
     """What the warpgroups of a block share.
 
     Args:
-      refs: arguments (of a selection: page_ids, counts, last_loaded), outputs, scratch.
+      refs: arguments (of pages in 8 bits: scales; of a selection: page_ids, counts, last_loaded), outputs,
+        scratch.
       blocks: how the work is cut.
       dense: attend to all pages, without a selection.
+      eight: pages are kept in 8 bits.
       interpret: run in the interpreter.
     """
 
-    def __init__(self, refs: tuple, blocks: Blocks, dense: bool, interpret: bool):
-        # Arguments: q[B, W, K, G, D], pages[B, K, P * 2 * S, D], positions[B, W]; page_ids[B, K, C],
-        # counts[B, K], last_loaded[B, K, P].
+    def __init__(self, refs: tuple, blocks: Blocks, dense: bool, eight: bool, interpret: bool):
+        # Arguments: q[B, W, K, G, D], pages[B, K, P * 2 * S, D], positions[B, W]; scales[B, K, P * 2 * S];
+        # page_ids[B, K, C], counts[B, K], last_loaded[B, K, P].
         self.q, self.pages, self.positions, *refs = refs
+        if eight:
+            self.scales, *refs = refs
         if not dense:
             self.ids, self.counts, self.last_loaded, *refs = refs
         # Outputs: o[B, K, splits, R8, D], lse[B, K, splits, 64]. Scratch: three tiles of queries and outputs
-        # [64, D], stages[stages, 2 * pages * S, D], maxima and sums[2, 64].
-        self.o, self.lse, self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *barriers = refs
-        self.q_loaded, self.q_ready, self.ready, self.free, self.other_done = barriers
-        self.blocks, self.dense, self.interpret = blocks, dense, interpret
+        # [64, D], stages[stages, 2 * pages * S, D], maxima and sums[2, 64]; stages of scales
+        # [stages, 2 * pages * S], then for each warpgroup keys and values in 16 bits, [pages * S, D] both.
+        self.o, self.lse, self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *refs = refs
+        if eight:
+            self.scale_stages, *refs = refs
+            self.converted = [(refs.pop(0), refs.pop(0)) for _ in range(blocks.warpgroups)]
+        self.q_loaded, self.q_ready, self.ready, self.free, self.other_done = refs
+        self.blocks, self.dense, self.eight, self.interpret = blocks, dense, eight, interpret
         self.b, self.head, self.split = (lax.axis_index(axis) for axis in ("sequence", "head", "split"))
         self.W, _, self.G, self.D = self.q.shape[1:]
         self.page_rows = self.stages.shape[1] // blocks.pages  # keys, then values
         self.S = self.page_rows // 2
+        self.together = dense and self.stages.shape[1] <= self.pages.shape[2]  # pages of a stage, in one copy
 
         slots = [self.positions[self.b, slot] for slot in range(self.W)]
         self.newest = functools.reduce(jnp.maximum, slots)
@@ -80,16 +99,16 @@ class ThreadBlock:
     def page_ids(self, step):
         """The pages of a step. Places beyond the last page hold some page, see `there`."""
         place, pages = (self.first + step) * self.blocks.pages, self.blocks.pages
-        if self.dense:
+        if self.together:
             start = jnp.minimum(place, self.pages.shape[2] // self.page_rows - pages)
             return [start + j for j in range(pages)]
         places = [jnp.maximum(jnp.minimum(place + j, self.count - 1), 0) for j in range(pages)]
-        return [self.ids[self.b, self.head, place] for place in places]
+        return places if self.dense else [self.ids[self.b, self.head, place] for place in places]
 
     def there(self, step, page, j):
         """Whether the j-th page of a step is one to attend to."""
         place = (self.first + step) * self.blocks.pages
-        return (page >= place) & (page < self.count) if self.dense else place + j < self.count
+        return (page >= place) & (page < self.count) if self.together else place + j < self.count
 
     def stage_of(self, step):
         """The place of a step in the ring."""
@@ -124,16 +143,21 @@ class ThreadBlock:
                 record(pages)
 
     def _copy(self, ids, stage):
-        rows, source = self.page_rows, self.pages.at[self.b, self.head]
-        target, ready = self.stages.at[stage], self.ready.at[stage]
-        if self.dense:
-            start = pl.multiple_of(ids[0] * rows, rows)
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(start, len(ids) * rows)], target, ready)
-            return
-
-        for j, page in enumerate(ids):
-            there = target.at[pl.ds(j * rows, rows)]
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(page * rows, rows)], there, ready)
+        rows, ready = self.page_rows, self.ready.at[stage]
+        copies = [(self.pages, self.stages, None)]
+        if self.eight:
+            # A tile must land on a multiple of 128 bytes, and scales of 8 tokens are 64. In bounds, they are
+            # no tile but a run of bytes, for which 16 do.
+            copies.append((self.scales, self.scale_stages, plgpu.OOBFillMode.PROMISE_IN_BOUNDS))
+        for cache, stages, mode in copies:
+            source, target = cache.at[self.b, self.head], stages.at[stage]
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=ready, oob_mode=mode)
+            if self.together:
+                start = pl.multiple_of(ids[0] * rows, rows)
+                copy(source.at[pl.ds(start, len(ids) * rows)], target)
+                continue
+            for j, page in enumerate(ids):
+                copy(source.at[pl.ds(page * rows, rows)], target.at[pl.ds(j * rows, rows)])
 
     def compute(self, turn: int):
         """A computing warpgroup: every step that is its turn, then the output of all."""
@@ -217,20 +241,28 @@ class ThreadBlock:
             ids, loads = self._look_up(jnp.minimum(step + self.blocks.warpgroups, self.steps - 1))
 
             plgpu.barrier_wait(self.ready.at[self.stage_of(step)])
-            scores = times_keys(self.q_tile, stage, self.blocks.pages)
+            if self.eight:
+                scores, value_scales = self._scores_of_codes(turn, step, here)
+            else:
+                scores = times_keys(self.q_tile, stage, self.blocks.pages)
             scores = [
                 jnp.where(offset <= per_column(room, offset.shape), part, -jnp.inf)
                 for room, part in zip(rooms, scores, strict=True)
             ]
             before = highest
-            for part in scores:
-                highest = jnp.maximum(highest, part.max(axis=1))
+            highest = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(axis=1))
             shift = per_column(highest * scale, offset.shape)
             weights = [jnp.exp2(part * scale - shift) for part in scores]
             decay = jnp.exp2((before - highest) * scale)
             norm = norm * decay + functools.reduce(jnp.add, weights).sum(axis=1)
-            weights = [part.astype(stage.dtype) for part in weights]
+            if self.eight:
+                weights = [part * by for part, by in zip(weights, value_scales, strict=True)]
+            weights = [part.astype(self.q_tile.dtype) for part in weights]
             acc = acc * per_column(decay, acc.shape)
+            if self.eight:
+                weights = jnp.concatenate(weights, axis=1)
+                acc = add_product(acc, weights, self.converted[turn][VALUES], self.interpret)
+                return acc, highest, norm, ids, loads
 
             @pl.when(unwritten)
             def _():  # what lies beyond the newest position may be NaN, and 0 * NaN is NaN
@@ -241,3 +273,25 @@ class ThreadBlock:
             return acc, highest, norm, ids, loads
 
         return attend
+
+    def _scores_of_codes(self, turn, step, ids):
+        """Logits of a step's keys in 8 bits and the scales of its values; the stage is free after that."""
+        stage, S = self.stage_of(step), self.S
+        tokens = [self.newest + 1 - page * S for page in ids]
+        scores = times_codes(self.q_tile, self.stages.at[stage], *self.converted[turn], tokens)
+        offset = plgpu.broadcasted_iota(jnp.int32, (S,), 0, layout=PER_COLUMN)
+        parts, value_scales = [], []
+        for j, (part, written) in enumerate(zip(scores, tokens, strict=True)):
+            by_key, by_value = (
+                plgpu.load(
+                    self.scale_stages.at[stage, pl.ds((2 * j + half) * S, S)],
+                    layout=PER_COLUMN,
+                    optimized=False,
+                )
+                for half in (KEYS, VALUES)
+            )
+            parts.append(part * lax.broadcast_in_dim(by_key, part.shape, [1]))
+            by_value = jnp.where(offset < written, by_value, 0.0)  # others may be NaN
+            value_scales.append(lax.broadcast_in_dim(by_value, part.shape, [1]))
+        plgpu.barrier_arrive(self.free.at[stage])
+        return parts, value_scales

@@ -1,14 +1,25 @@
 """The steps of flash attention on the tiles of one stage, for a warpgroup."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import TILE_ROWS
+from pallas_kernels.layout import KEYS, VALUES
 
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 """The layout of a value per row of a tile."""
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+"""The layout of a value per column of a tile."""
+_ROWS_OF_128 = plgpu.Layout.TILED(  # two to a warp, eight neighbours to a thread
+    plgpu.Tiling(((8, 128), (2, 128), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+_ROWS_OF_64 = plgpu.Layout.TILED(  # two to a warp, four neighbours to a thread
+    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 
 
 def join(acc, highest, norm, o_smem, softmax_smem, scale):
@@ -55,14 +66,17 @@ def add_values(acc, weights, stage_smem, interpret):
     """Adds weights @ values to `acc`; the keys between them get weight 0."""
     S = weights[0].shape[1]
     if len(weights) == 1 and S >= TILE_ROWS:
-        weights, operand = weights[0], stage_smem.at[pl.ds(S, S)]
-    else:
-        zero = jnp.zeros_like(weights[0])
-        weights = jnp.concatenate([half for part in weights for half in (zero, part)], axis=1)
-        operand = stage_smem
+        return add_product(acc, weights[0], stage_smem.at[pl.ds(S, S)], interpret)
+    zero = jnp.zeros_like(weights[0])
+    weights = jnp.concatenate([half for part in weights for half in (zero, part)], axis=1)
+    return add_product(acc, weights, stage_smem, interpret)
+
+
+def add_product(acc, weights, operand_smem, interpret):
+    """Adds weights @ operand to `acc`, the weights from registers."""
     if interpret:  # which has no wgmma with an operand in registers
-        return acc + jnp.dot(weights, operand[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, operand))(plgpu.ACC.init(acc))
+        return acc + jnp.dot(weights, operand_smem[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, operand_smem))(plgpu.ACC.init(acc))
 
 
 def clear_unwritten(stage_smem, ids, newest):
@@ -85,3 +99,55 @@ def clear_unwritten(stage_smem, ids, newest):
             here[...] = jnp.where(written, values, jnp.zeros_like(values))
 
     plgpu.commit_smem()
+
+
+def times_codes(q_smem, codes_smem, keys_smem, values_smem, tokens):
+    """As `times_keys` of a stage in 8 bits, without its scales; also makes its values ready for a product.
+
+    The matrix unit takes 16 bits, which hold every code: codes are converted in registers and written to
+    shared memory, keys and values each together. A step writes keys before its first barrier and values
+    before its second, when every warp is done with those of the step before.
+
+    Args:
+      q_smem: queries [64, D].
+      codes_smem: pages as they lie in the cache [pages * 2 * S, D].
+      keys_smem: for the converted keys [pages * S, D].
+      values_smem: for the converted values, likewise; 0 for tokens that do not exist.
+      tokens: how many each page has, S or more if all.
+    """
+    S = codes_smem.shape[0] // len(tokens) // 2
+
+    def convert(half, target_smem, tokens):
+        parts = [
+            _codes(codes_smem.at[pl.ds((2 * j + half) * S, S)], written) for j, written in enumerate(tokens)
+        ]
+        # At once: a barrier before a store and one behind it keep other work from being done meanwhile.
+        target_smem[...] = jnp.concatenate(parts, axis=0).astype(target_smem.dtype)
+
+    all_of_them = [None] * len(tokens)
+    convert(KEYS, keys_smem, all_of_them)
+    plgpu.commit_smem()
+
+    def multiply(product):
+        plgpu.wgmma(product, q_smem, keys_smem.transpose((1, 0)))
+        convert(VALUES, values_smem, all_of_them)  # while the matrix unit works
+        return product[...]
+
+    product = pl.run_scoped(multiply, plgpu.ACC((TILE_ROWS, len(tokens) * S), jnp.float32))
+    if codes_smem.dtype != jnp.int8:  # some codes are NaN, and 0 * NaN is NaN
+        some_missing = functools.reduce(jnp.logical_or, [written < S for written in tokens])
+        pl.when(some_missing)(lambda: convert(VALUES, values_smem, tokens))
+    plgpu.commit_smem()
+    return [lax.slice(product, (0, j * S), (TILE_ROWS, (j + 1) * S)) for j in range(len(tokens))]
+
+
+def _codes(codes_smem, written):
+    """Codes [S, D] in registers, 0 beyond the first `written`; None: all are."""
+    layout = _ROWS_OF_64 if codes_smem.shape[1] == 64 else _ROWS_OF_128
+    codes = plgpu.load(codes_smem, layout=layout, optimized=False)
+    if codes.dtype != jnp.int8:
+        codes = codes.astype(jnp.float32)  # there is no instruction from 8 bits to bfloat16
+    if written is not None:
+        row = plgpu.broadcasted_iota(jnp.int32, codes.shape, 0, layout=layout)
+        codes = jnp.where(row < written, codes, jnp.zeros_like(codes))
+    return codes

@@ -1,7 +1,8 @@
 """Page update on Hopper GPUs, in place and in one launch: a warpgroup per sequence, KV head and touched page.
 
 Each thread owns channels of the page: it writes the new keys and values there and reduces the page's keys to
-the statistics, without shared memory but for the largest magnitude of a vector that is kept in 8 bits.
+the statistics, without shared memory but for the largest magnitude of a vector that is kept in 8 bits. Keys
+and values in 8 bits are made of those that are written, and statistics of the numbers that keys stand for.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.gpu import check_support, kernel, row_layout
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import operation
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import Pages, QuantizedPages, in_codes, largest_code
 from pallas_kernels.statistics import INT8_MAX, STATISTICS, Statistics, in_units
 
 MAX_TOKENS = 32
@@ -37,7 +38,8 @@ def update_pages(
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
-    check_support(pages.dtype, D, S)
+    eight = isinstance(pages, QuantizedPages)
+    check_support(k.dtype if eight else pages.dtype, D, S)
     if T > MAX_TOKENS:
         raise NotImplementedError(
             f"update_pages: {T} tokens are more than the Mosaic GPU kernel's {MAX_TOKENS}"
@@ -53,9 +55,12 @@ def update_pages(
         start_ref,  # [B]
         write_ref,  # [B, T]
         pages_ref,  # [B, K, P, 2, S, D]
-        statistics_ref=None,  # [B, K, P, Z, D]
-        scales_ref=None,  # [B, K, P, Z], of 8-bit statistics
+        *refs,
     ):
+        refs = iter(refs)
+        page_scales_ref = next(refs) if eight else None  # [B, K, P, 2, S]
+        statistics_ref = next(refs) if parts else None  # [B, K, P, Z, D]
+        scales_ref = next(refs, None)  # [B, K, P, Z], of 8-bit statistics
         b, head, index = (lax.axis_index(axis) for axis in ("sequence", "head", "page"))
         start = start_ref[b]
         written = jnp.int32(0)
@@ -68,20 +73,36 @@ def update_pages(
         def vector(ref, *place):
             return plgpu.load(ref.at[place], layout=layout, optimized=False)
 
+        def kept(token):
+            if not eight:
+                return token, None
+            token = token.astype(jnp.float32)
+            scale = jnp.max(jnp.abs(token)) / largest_code(pages.dtype)
+            return in_codes(token, scale, pages.dtype), scale
+
+        def number(token, scale):
+            return token if scale is None else token.astype(jnp.float32) * scale
+
         @pl.when((written != 0) & (page >= 0) & (first < end))
         def _():
-            old = [vector(pages_ref, b, head, page, KEYS, row) for row in range(S)] if parts else []
+            old = []
+            for row in range(S if parts else 0):
+                key = vector(pages_ref, b, head, page, KEYS, row)
+                old.append((key, page_scales_ref[b, head, page, KEYS, row] if eight else None))
             new = []
             for t in range(T):
                 row = start + t - first
                 here = (row >= 0) & (row < S) & (written >> t & 1 == 1)
                 new.append((row, here, vector(k_ref, b, t, head), vector(v_ref, b, t, head)))
-            for row, here, key, value in new:
+            new = [(row, here, kept(key), kept(value)) for row, here, key, value in new]
+            for row, here, *both in new:
 
                 @pl.when(here)
-                def _(row=row, key=key, value=value):
-                    pages_ref[b, head, page, KEYS, row] = key
-                    pages_ref[b, head, page, VALUES, row] = value
+                def _(row=row, both=both):
+                    for half, (token, scale) in zip((KEYS, VALUES), both, strict=True):
+                        pages_ref[b, head, page, half, row] = token
+                        if eight:
+                            page_scales_ref[b, head, page, half, row] = scale
 
             if not parts:
                 return
@@ -89,8 +110,8 @@ def update_pages(
             for row, key in enumerate(old):
                 age = first + row - start
                 over = (age >= 0) & (age < T) & (written >> jnp.clip(age, 0, T - 1) & 1 == 1)
-                keys.append((key, (first + row < end) & ~over))
-            keys += [(key, here) for _, here, key, _ in new]
+                keys.append((number(*key), (first + row < end) & ~over))
+            keys += [(number(*key), here) for _, here, key, _ in new]
             for z, value in enumerate([part.of_tokens(keys) for part in parts]):
                 if statistic.quantized:
                     scale = jnp.max(jnp.abs(value)) / INT8_MAX
@@ -108,5 +129,7 @@ def update_pages(
     )
     arrays, structure = jax.tree.flatten((pages, statistics))
     state = [jax.new_ref(array) for array in arrays]
-    launch(k.astype(pages.dtype), v.astype(pages.dtype), start, write, *state)
+    if not eight:
+        k, v = k.astype(pages.dtype), v.astype(pages.dtype)
+    launch(k, v, start, write, *state)
     return jax.tree.unflatten(structure, [ref[...] for ref in state])

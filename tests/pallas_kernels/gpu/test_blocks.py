@@ -5,13 +5,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import empty_pages
 from pallas_kernels.attention.gpu import blocks
 from pallas_kernels.gpu import HEAD_DIMS, PAGE_SIZES, TILE_ROWS
 
 
-def choose(dim, page_size, batch=1, num_pages=256, capacity=None, window=4, heads=8, group=4):
+def choose(
+    dim, page_size, batch=1, num_pages=256, capacity=None, window=4, heads=8, group=4, dtype="bfloat16"
+):
     q = jax.ShapeDtypeStruct((batch, window, heads * group, dim), jnp.bfloat16)
-    pages = jax.ShapeDtypeStruct((batch, heads, num_pages, 2, page_size, dim), jnp.bfloat16)
+    pages = jax.eval_shape(lambda: empty_pages((batch, heads, num_pages, 2, page_size, dim), dtype))
     chosen = []
     jax.eval_shape(lambda *args: chosen.append(blocks.choose_blocks(*args, capacity or num_pages)), q, pages)
     return chosen[0]
@@ -32,15 +35,23 @@ def tuned(tmp_path, monkeypatch):
     blocks._entries.cache_clear()
 
 
-@pytest.mark.parametrize(("dim", "page_size"), list(itertools.product(HEAD_DIMS, PAGE_SIZES)))
-def test_the_rule_fits_every_supported_shape(tuned, dim, page_size):
-    for batch, num_pages in itertools.product((1, 3, 40), (2, 3, 5, 64, 2048)):
-        chosen = choose(dim, page_size, batch, num_pages)
-        assert 1 <= chosen.pages <= num_pages
-        assert 2 * chosen.pages * page_size % TILE_ROWS == 0
+@pytest.mark.parametrize(
+    ("dim", "page_size", "dtype"),
+    [
+        *itertools.product(HEAD_DIMS, PAGE_SIZES, ["bfloat16"]),
+        *itertools.product(HEAD_DIMS[:2], PAGE_SIZES, ["int8"]),
+    ],
+)
+def test_the_rule_fits_every_supported_shape(tuned, dim, page_size, dtype):
+    itemsize = jnp.dtype(dtype).itemsize
+    for batch, num_pages in itertools.product((1, 3, 40), (1, 2, 3, 5, 64, 2048)):
+        chosen = choose(dim, page_size, batch, num_pages, dtype=dtype)
+        tokens = chosen.pages * page_size
+        assert 1 <= chosen.pages <= max(num_pages, TILE_ROWS // page_size)
+        assert itemsize * tokens % TILE_ROWS == 0
         assert chosen.stages % chosen.warpgroups == 0
-        stages = chosen.stages * blocks.stage_bytes(chosen.pages, page_size, dim)
-        assert 0 < stages <= blocks.free_bytes(dim)
+        stages = chosen.stages * blocks.stage_bytes(chosen.pages, page_size, dim, itemsize)
+        assert 0 < stages <= blocks.free_bytes(dim, tokens * chosen.warpgroups if itemsize == 1 else 0)
         assert 1 <= chosen.splits <= -(-num_pages // chosen.pages)
 
 

@@ -6,6 +6,7 @@ Needs the packages of cuda-compiler.txt on the path, which `make test` puts ther
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from importlib.util import find_spec
 
@@ -13,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.mosaic.gpu import constraints
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels import empty_pages
 from pallas_kernels.attention.gpu import kernels as attention
 from pallas_kernels.gpu import DTYPES, HEAD_DIMS, PAGE_SIZES
 from pallas_kernels.selection.gpu import kernels as selection
 from pallas_kernels.update.gpu import kernels as update
 from retro_jax import DecodeConfig, decode_step, init_state, models, preset, verified_decode
 from retro_jax.experiments.machine.programs import not_cached
-from tests.pallas_kernels.inputs import shapes_of_statistics
+from tests.pallas_kernels.inputs import dtype_beside, shapes_of_statistics
 from tests.retro_jax.tiny import tiny
 
 pytestmark = [
@@ -55,6 +58,8 @@ def compiled(sharding, tmp_path, monkeypatch):
 
     def compile_for_h100(function, *shapes, donate=()):
         monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+        # The search for layouts would be written there too, which takes longer than all else together.
+        monkeypatch.setattr(constraints.ConstraintSystem, "__str__", lambda _: "")
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         with not_cached():
             executable = jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
@@ -69,6 +74,10 @@ def compiled(sharding, tmp_path, monkeypatch):
 
 def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def shapes_of_pages(*sizes, dtype):
+    return jax.eval_shape(lambda: empty_pages(sizes, jnp.dtype(dtype)))
 
 
 def assert_no_spills(kernels, *names):
@@ -89,18 +98,20 @@ CASES = [
     for dim, page_size, dtype in [
         *((dim, page_size, jnp.bfloat16) for dim, page_size in itertools.product(HEAD_DIMS, PAGE_SIZES)),
         (128, 16, jnp.float16),
+        (128, 16, jnp.int8),
+        (64, 8, jnp.float8_e4m3fn),
     ]
 ]
 
 
 @pytest.mark.parametrize(("dim", "page_size", "window", "group", "dtype"), CASES)
 def test_attention(compiled, dim, page_size, window, group, dtype):
-    assert dtype in DTYPES
     P, N = TOKENS // page_size, K * group
-    pages = shape(B, K, P, 2, page_size, dim, dtype=dtype)
+    pages = shapes_of_pages(B, K, P, 2, page_size, dim, dtype=dtype)
+    assert dtype_beside(dtype) in DTYPES
     executable, kernels = compiled(
         attention.retro_attention,
-        shape(B, window, N, dim, dtype=dtype),
+        shape(B, window, N, dim, dtype=dtype_beside(dtype)),
         pages,
         shape(B, K, P // 8, dtype=jnp.int32),
         shape(B, K, dtype=jnp.int32),
@@ -111,14 +122,21 @@ def test_attention(compiled, dim, page_size, window, group, dtype):
         donate=4,
     )
     assert_no_spills(kernels, "retro_attention", "merge")
-    assert_tma_and_wgmma(kernels["retro_attention"][0])
+    ptx = kernels["retro_attention"][0]
+    assert_tma_and_wgmma(ptx)
+    # Scales, whose 64 bytes of a page of 8 tokens are no tile.
+    assert ("cp.async.bulk.shared::cta.global" in ptx) == (jnp.dtype(dtype).itemsize == 1)
     assert executable.memory_analysis().alias_size_in_bytes == B * K * P * 4  # last_loaded, in place
 
 
-@pytest.mark.parametrize("dim", HEAD_DIMS)
-def test_dense_attention(compiled, dim):
+@pytest.mark.parametrize(
+    ("dim", "page_size", "dtype"),
+    [*((dim, 16, jnp.bfloat16) for dim in HEAD_DIMS), (128, 8, jnp.float8_e4m3fn)],
+)
+def test_dense_attention(compiled, dim, page_size, dtype):
     q, positions = shape(B, 1, 4 * K, dim), shape(B, 1, dtype=jnp.int32)
-    _, kernels = compiled(attention.dense_attention, q, shape(B, K, TOKENS // 16, 2, 16, dim), positions)
+    pages = shapes_of_pages(B, K, TOKENS // page_size, 2, page_size, dim, dtype=dtype)
+    _, kernels = compiled(attention.dense_attention, q, pages, positions)
     assert_no_spills(kernels, "dense_attention", "merge")
     assert_tma_and_wgmma(kernels["dense_attention"][0])
 
@@ -152,11 +170,17 @@ def test_selection(compiled, dim, pages, score, kind, group_reduce, group):
 
 
 @pytest.mark.parametrize(
-    ("dim", "page_size", "tokens", "kind"),
-    [(64, 16, 1, "mean_key_int8"), (128, 32, 4, "mean_key"), (256, 16, 16, "min_max")],
+    ("dim", "page_size", "tokens", "kind", "dtype"),
+    [
+        (64, 16, 1, "mean_key_int8", jnp.bfloat16),
+        (128, 32, 4, "mean_key", jnp.bfloat16),
+        (256, 16, 16, "min_max", jnp.bfloat16),
+        (128, 16, 4, "mean_key_int8", jnp.int8),
+        (256, 8, 3, "min_max", jnp.float8_e4m3fn),
+    ],
 )
-def test_update(compiled, dim, page_size, tokens, kind):
-    pages = shape(B, K, 256, 2, page_size, dim)
+def test_update(compiled, dim, page_size, tokens, kind, dtype):
+    pages = shapes_of_pages(B, K, 256, 2, page_size, dim, dtype=dtype)
     statistics = shapes_of_statistics(kind, (B, K, 256), dim)
     k = v = shape(B, tokens, K, dim)
     write = shape(B, tokens, dtype=jnp.bool_)
@@ -174,7 +198,7 @@ def test_update(compiled, dim, page_size, tokens, kind):
     memory = executable.memory_analysis()
     state = jax.tree.leaves((pages, statistics))
     assert memory.alias_size_in_bytes == sum(array.size * array.dtype.itemsize for array in state)
-    assert memory.temp_size_in_bytes < pages.size // 8
+    assert memory.temp_size_in_bytes < math.prod(pages.shape) // 8
 
 
 def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, monkeypatch):

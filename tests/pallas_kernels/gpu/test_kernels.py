@@ -27,6 +27,8 @@ from tests.pallas_kernels.equality import (
 )
 from tests.pallas_kernels.inputs import (
     PAGES,
+    dtype_beside,
+    pages_as,
     random_cache,
     random_retro_inputs,
     random_statistics,
@@ -36,7 +38,7 @@ from tests.pallas_kernels.inputs import (
 pytestmark = pytest.mark.timeout(180)
 GROUPS = itertools.cycle([(3, 1), (9, 0), (1, 2), (8, 1), (4, 1), (7, 0), (2, 2)])
 """Query heads of a group, and sink pages."""
-SELECTIONS = itertools.cycle([(152, 16, 64), (40, 32, 256), (88, 16, 128), (520, 16, 128), (64, 64, 64)])
+SELECTIONS = itertools.cycle([(152, 8, 64), (40, 32, 256), (88, 16, 128), (520, 16, 128), (64, 64, 64)])
 """Pages, page size and head_dim."""
 KINDS = FUSED["mosaic_gpu"]
 UPDATES = itertools.cycle([(4, 16, 64), (1, 32, 128), (17, 16, 256), (3, 64, 64)])
@@ -86,6 +88,10 @@ def test_the_interpreter_finds_a_planted_race():
         (2, 2, 32, 64, jnp.bfloat16, Blocks(1, 2, 2)),
         (2, 4, 64, 128, jnp.bfloat16, Blocks(1, 2, 2)),
         (2, 1, 16, 256, jnp.bfloat16, Blocks(2, 2, 1, warpgroups=1)),
+        (3, 2, 8, 64, jnp.bfloat16, Blocks(4, 2, 2)),
+        (4, 3, 16, 64, jnp.int8, Blocks(4, 2, 2)),
+        (2, 2, 8, 128, jnp.float8_e4m3fn, Blocks(8, 2, 2)),
+        (1, 4, 32, 64, jnp.float8_e4m3fn, Blocks(2, 2, 1, warpgroups=1)),
     ],
 )
 def test_retro_attention_equals_the_reference(window, group, page_size, dim, dtype, blocks):
@@ -93,7 +99,7 @@ def test_retro_attention_equals_the_reference(window, group, page_size, dim, dty
     lengths = [7 * page_size + 3, page_size, 2]
     inputs = random_retro_inputs(rng, lengths, window, group, page_size, dim=dim)
     q, pages, *rest = map(jnp.asarray, inputs)
-    inputs = q.astype(dtype), pages.astype(dtype), *rest
+    inputs = q.astype(dtype_beside(dtype)), pages_as(pages, dtype), *rest
     o, lse, last_loaded = run(attention.retro_attention, *inputs, blocks=blocks)
     expected = jax.jit(attention_reference.retro_attention)(*inputs)
     assert_close(o, expected[0], 5e-3)
@@ -112,16 +118,41 @@ def test_retro_attention_without_any_page_keeps_the_cached_output():
     assert (o[:, -1] == 0).all()
 
 
-@pytest.mark.parametrize("blocks", [Blocks(4, 2, 2), Blocks(2, 4, 3), Blocks(4, 1, 1, warpgroups=1)])
-def test_dense_attention_equals_the_reference(blocks):
+@pytest.mark.parametrize(
+    ("page_size", "dtype", "blocks"),
+    [
+        (16, jnp.bfloat16, Blocks(4, 2, 2)),
+        (16, jnp.bfloat16, Blocks(2, 4, 3)),
+        (16, jnp.bfloat16, Blocks(4, 1, 1, warpgroups=1)),
+        (8, jnp.bfloat16, Blocks(8, 2, 2)),
+        (8, jnp.int8, Blocks(8, 2, 2)),
+        (16, jnp.float8_e4m3fn, Blocks(4, 2, 2)),
+    ],
+)
+def test_dense_attention_equals_the_reference(page_size, dtype, blocks):
     rng = np.random.default_rng(0)
-    lengths = [PAGES * 16, 101, 1]
-    pages = jnp.asarray(random_cache(rng, lengths, 16, dim=64), jnp.bfloat16)
+    lengths = [PAGES * page_size, 6 * page_size + 5, 1, 0]
+    pages = pages_as(random_cache(rng, lengths, page_size, dim=64), dtype)
     q = jnp.asarray(rng.standard_normal((4, 1, 6, 64)), jnp.bfloat16)
-    pages = jnp.concatenate([pages, jnp.full_like(pages[:1], jnp.nan)])
-    positions = jnp.asarray([*(length - 1 for length in lengths), -1], jnp.int32)[:, None]
+    positions = jnp.asarray(lengths, jnp.int32)[:, None] - 1
     o = run(attention.dense_attention, q, pages, positions, blocks=blocks)
     assert_close(o, jax.jit(attention_reference.dense_attention)(q, pages, positions), 5e-3)
+
+
+@pytest.mark.parametrize(("page_size", "num_pages", "dtype"), [(16, 1, jnp.bfloat16), (8, 3, jnp.int8)])
+def test_a_cache_may_be_smaller_than_a_stage(page_size, num_pages, dtype):
+    rng = np.random.default_rng(0)
+    lengths = [num_pages * page_size - 3, 1]
+    q, pages, *rest = map(
+        jnp.asarray, random_retro_inputs(rng, lengths, 2, 3, page_size, dim=64, num_pages=num_pages)
+    )
+    q, pages = q.astype(jnp.bfloat16), pages_as(pages, dtype)
+    o = run(attention.dense_attention, q, pages, rest[3])
+    assert_close(o, jax.jit(attention_reference.dense_attention)(q, pages, rest[3]), 5e-3)
+    o, lse, _ = run(attention.retro_attention, q, pages, *rest)
+    expected = jax.jit(attention_reference.retro_attention)(q, pages, *rest)
+    assert_close(o, expected[0], 5e-3)
+    assert_close(lse, expected[1], 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -188,15 +219,20 @@ def test_ties_go_to_the_lower_page(parts, kind, group_reduce):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "page_size", "dim", "kind"),
+    ("tokens", "page_size", "dim", "kind", "dtype"),
     [
-        *((*next(UPDATES), kind) for kind in (*KINDS, *KINDS, None)),
+        *((*next(UPDATES), kind, jnp.bfloat16) for kind in (*KINDS, *KINDS, None)),
+        (5, 8, 64, "min_max", jnp.bfloat16),
+        (4, 16, 64, "min_max", jnp.int8),
+        (3, 8, 128, "mean_key_int8", jnp.int8),
+        (9, 8, 64, None, jnp.float8_e4m3fn),
+        (2, 32, 64, "mean_key", jnp.float8_e4m3fn),
     ],
 )
-def test_update_equals_the_reference(tokens, page_size, dim, kind):
+def test_update_equals_the_reference(tokens, page_size, dim, kind, dtype):
     rng = np.random.default_rng(tokens)
     lengths = [5 * page_size + 3, page_size, 2, page_size + 1]
-    inputs = random_update(rng, lengths, tokens, page_size, 2, dim, kind, jnp.bfloat16)
+    inputs = random_update(rng, lengths, tokens, page_size, 2, dim, kind, dtype)
     inputs[5] = inputs[5].at[3].set(False)
     assert_same_update(run(update.update_pages, *inputs), inputs)
 
@@ -215,8 +251,8 @@ def bfloat16(*shape):
         ),
         (
             bfloat16(1, 1, 2, 64),
-            bfloat16(1, 2, 4, 2, 8, 64),
-            r"page_size 8 has no Mosaic GPU kernel \(16, 32, 64\)",
+            bfloat16(1, 2, 16, 2, 4, 64),
+            r"page_size 4 has no Mosaic GPU kernel \(8, 16, 32, 64\)",
         ),
         (bfloat16(1, 9, 16, 64), bfloat16(1, 2, 4, 2, 16, 64), r"9 slots x 8 heads .* more than the 64 rows"),
         (
@@ -225,7 +261,16 @@ def bfloat16(*shape):
             r"dtype float32 has no Mosaic GPU kernel \(bfloat16, float16\)",
         ),
         (jnp.zeros((1, 1, 2, 64)), bfloat16(1, 2, 4, 2, 16, 64), "q is float32 and pages are bfloat16"),
-        (bfloat16(1, 1, 2, 64), bfloat16(1, 2, 1, 2, 16, 64), "a cache of 1 pages of 16 tokens is smaller"),
+        (
+            bfloat16(1, 1, 2, 256),
+            pages_as(np.zeros((1, 1, 4, 2, 16, 256), np.float32), "float8_e4m3fn"),
+            "head_dim 256 over pages in 8 bits does not fit .* takes 64 or 128",
+        ),
+        (
+            jnp.zeros((1, 1, 2, 64), jnp.float16),
+            pages_as(np.zeros((1, 2, 4, 2, 16, 64), np.float32), "int8"),
+            "q is float16; over pages in 8 bits the Mosaic GPU kernel takes bfloat16",
+        ),
     ],
 )
 def test_attention_refuses_what_it_does_not_support(q, pages, message):
