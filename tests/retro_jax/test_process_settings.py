@@ -59,6 +59,23 @@ def test_other_parts_of_a_step_under_all_of_them(config):
     assert tokens == rj.generate(MODEL, [token_ids(1, 20)[0]], config, 6).tokens
 
 
+def test_saved_states_under_all_of_them(tmp_path):
+    state = rj.init_state(MODEL.config, RETRO, 1, 64)
+    rj.save_state(MODEL, state, tmp_path / "usual", RETRO)
+    with contextlib.ExitStack() as settings:
+        for setting in SETTINGS.values():
+            settings.enter_context(setting())
+        rj.save_state(MODEL, state, tmp_path / "other", RETRO)
+        longer = rj.load_state(MODEL, tmp_path / "usual", capacity=128)
+    abouts = [(tmp_path / name / "about" / "about.json").read_text() for name in ("usual", "other")]
+    assert abouts[0] == abouts[1]
+    for array, fresh in zip(
+        jax.tree.leaves(longer), jax.tree.leaves(rj.init_state(MODEL.config, RETRO, 1, 128)), strict=True
+    ):
+        assert array.dtype == fresh.dtype
+        np.testing.assert_array_equal(array, fresh)
+
+
 def pure_functions(ids):
     """What the pure functions give in a trace of the caller's own, from ids of whatever type it has."""
 
