@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -91,15 +91,14 @@ def weights(model: ModelConfig, chip: Chip, devices: int, tokens: int) -> Part:
     return Part("weights", 1, size // devices, 0, seconds, seconds, "memory")
 
 
-def attention(model, chip, page_size, pages, window, items, layers, name) -> Part:
+def attention(model, chip, page_size, pages, window, items, layers, dense) -> Part:
     """Attention to `pages` pages per sequence and KV head; `items` of these on a core."""
-    dense = name != "attention"
     group = model.num_heads // model.num_kv_heads
     schedule = _schedule(chip.name, page_size, model.head_dim, group, window, dense)
     page_bytes = 2 * page_size * model.head_dim * 2
     it = tpu_schedule.predict(chip.name, schedule, pages, page_bytes, items)
     return Part(
-        name,
+        "dense attention" if dense else "attention",
         layers,
         bytes=items * chip.cores * pages * page_bytes,
         bundles=round(it.issue * chip.clock),
@@ -167,10 +166,11 @@ def decode_step(
     update = Part("update", model.num_layers, 0, 0, 0.0, 2 * LATENCY, "latency")  # in, and back
     parts = [weights(model, chip, devices, batch * max(plan.windows)), update]
     if dense:
-        parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, "dense attention"))
+        parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, dense=True))
     for ring, layers in Counter(ring for ring in plan.rings if ring is not None).items():
         held = min(pages, pages_for(ring, config.page_size))
-        parts.append(attention(model, chip, config.page_size, held, 1, items, layers, "window attention"))
+        part = attention(model, chip, config.page_size, held, 1, items, layers, dense=True)
+        parts.append(replace(part, name="window attention"))
     if sparse:
         itemsize = jnp.dtype(model.dtype).itemsize
         loads = budget_pages(config, Budget.of(config, 1), jnp.array([context]), model.head_dim, itemsize)
@@ -179,7 +179,7 @@ def decode_step(
         parts += [
             selection(model, config, chip, context, selected, batch, heads, sparse),
             *(
-                attention(model, chip, config.page_size, selected, window, items, layers, "attention")
+                attention(model, chip, config.page_size, selected, window, items, layers, dense=False)
                 for window, layers in sorted(Counter(windows).items(), reverse=True)
             ),
         ]
