@@ -1,6 +1,8 @@
 """Mixtures of experts: a router chooses a few small MLPs for each token, whose weighted outputs are summed.
 
-Tokens are grouped by expert: an expert that any of them chose is read once for all of them, and no other is.
+An expert that any token of a pass chose is read once for all of them, and no other is. Either one after
+another is applied to its own tokens; or, where a product with chosen matrices is given and tokens are few,
+all of them are to all tokens: how long that takes their reading tells alone.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from retro_jax.models.joined import split_columns, weight
 
 GROUP_ROWS = 128
 """Tokens that an expert is applied to at once, with which its product is bound by arithmetic."""
+FEW_TOKENS = 64
+"""Up to so many, a product of all of them with an expert is bound by reading the expert."""
 
 
 @flax.struct.dataclass
@@ -50,6 +54,8 @@ class Routed:
     sizes: Int[Array, " E"]
 
 
+ChosenProducts = Callable[..., Float[Array, "C T N"]]
+"""As `pallas_kernels.chosen_products`."""
 ApplyExperts = Callable[
     [ExpertParams, Experts, int, Float[Array, "B T M"], Bool[Array, "B T"]],
     tuple[Float[Array, "B T M"], Float[Array, " B"]],
@@ -64,6 +70,7 @@ def apply_experts(
     parts: int,
     h: Float[Array, "B T M"],
     valid: Bool[Array, "B T"],
+    products: ChosenProducts | None = None,
 ) -> tuple[Float[Array, "B T M"], Float[Array, " B"]]:
     """The weighted sum of the outputs of each token's experts.
 
@@ -73,13 +80,17 @@ def apply_experts(
         parts: in which gate and up lie joined.
         h: what goes in, normed.
         valid: tokens that count; the others choose no experts, and get zeros.
+        products: of few tokens with chosen matrices. None: a loop, which waits for its end to be known.
 
     Returns:
         The sums, and how many experts are read, shared equally by the sequences that have valid tokens.
     """
     tokens = h.reshape(-1, h.shape[-1])
     routed = route(params, experts, tokens, valid.ravel())
-    out = _in_groups(params, experts, parts, tokens, routed)
+    if products is None or len(tokens) > FEW_TOKENS:
+        out = _in_turn(params, experts, parts, tokens, routed)
+    else:
+        out = _at_once(params, experts, parts, tokens, routed, products)
     active = jnp.any(valid, axis=1)
     read = jnp.sum(routed.sizes > 0) / jnp.maximum(jnp.sum(active), 1)
     return out.astype(h.dtype).reshape(h.shape), jnp.where(active, read, 0.0)
@@ -109,10 +120,10 @@ def route(params: ExpertParams, experts: Experts, h: Float[Array, "T M"], valid:
     over = chosen if experts.normalized else logits
     shares = jnp.exp(chosen - jax.nn.logsumexp(over, axis=-1, keepdims=True))
     ids = jnp.where(valid[:, None], ids, experts.count)
-    return Routed(ids, shares, jnp.zeros(experts.count, jnp.int32).at[ids].add(1, mode="drop"))
+    return Routed(ids, shares, jnp.sum(ids[..., None] == jnp.arange(experts.count), axis=(0, 1)))
 
 
-def _in_groups(
+def _in_turn(
     params: ExpertParams, experts: Experts, parts: int, h: Float[Array, "T M"], routed: Routed
 ) -> Float[Array, "T M"]:
     """One expert after another, for one block of its tokens after another."""
@@ -132,6 +143,34 @@ def _in_groups(
         return out.at[jnp.where(within < sizes[expert], tokens, len(h))].add(y, mode="drop")
 
     return lax.fori_loop(0, ends[-1], add_block, jnp.zeros(h.shape, jnp.float32))
+
+
+def _at_once(
+    params: ExpertParams,
+    experts: Experts,
+    parts: int,
+    h: Float[Array, "T M"],
+    routed: Routed,
+    products: ChosenProducts,
+) -> Float[Array, "T M"]:
+    """All chosen experts for all tokens, most of which have no share in most of their outputs."""
+    present, number = routed.sizes > 0, jnp.arange(experts.count)
+    count = jnp.sum(present)
+    # By comparisons: a sort or a scatter would take a launch or more of its own.
+    place = jnp.sum(present & (number < number[:, None]), axis=1)
+    slots = jnp.arange(min(experts.count, routed.ids.size))
+    chosen = jnp.sum(jnp.where(present & (place == slots[:, None]), number, 0), axis=1)
+
+    gate_up = products(h[None], params.gate_up, chosen, count, dtype=h.dtype)
+    if params.gate_up_bias is not None:
+        gate_up += params.gate_up_bias[chosen][:, None]
+    out = products(gated(experts, parts, gate_up), params.down, chosen, count, dtype=jnp.float32)
+    if params.down_bias is not None:
+        out += params.down_bias[chosen][:, None].astype(jnp.float32)
+    mine = routed.ids == chosen[:, None, None]  # [C, T, k]
+    shares = jnp.sum(jnp.where(mine, routed.shares, 0.0), axis=2)
+    asked = (slots < count)[:, None] & (shares > 0)  # the others have no meaning
+    return jnp.sum(jnp.where(asked[..., None], shares[..., None] * out, 0.0), axis=0)
 
 
 def _expert(

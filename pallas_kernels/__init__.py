@@ -28,6 +28,7 @@ from pallas_kernels.attention import (
     settle_blocks,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
+from pallas_kernels.experts import chosen_products
 from pallas_kernels.layout import KEYS, VALUES, pages_for
 from pallas_kernels.pages import (
     CODES,
@@ -82,6 +83,7 @@ __all__ = [
     "attend_pages",
     "attention_mass",
     "choose_pages",
+    "chosen_products",
     "chunk_attention",
     "dense_attention",
     "dequantized",

@@ -148,7 +148,7 @@ def dense_layer(
             rules = _rules(model, config, cache)
             cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
     x = transformer.attention_output(layer, model, x, o)
-    x, experts = mlp(layer, model, x, valid)
+    x, experts = mlp(layer, model, x, valid, implementation)
     return x, cache, experts
 
 
@@ -259,7 +259,7 @@ def sparse_layer(
         lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
     )
     x = transformer.attention_output(layer, model, x, attention)
-    x, experts = mlp(layer, model, x, slots.valid)
+    x, experts = mlp(layer, model, x, slots.valid, config.implementation)
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
     return x, cache, selection, attending, seen, experts

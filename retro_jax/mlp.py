@@ -4,6 +4,8 @@ What experts do is not left to XLA to partition among devices: it would sum over
 another. Each device has a part of every expert, and the tokens of its own sequences; one sum is left.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,33 +13,50 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.dispatch import HEADS, SEQUENCES
+from pallas_kernels import chosen_products
+from pallas_kernels.dispatch import HEADS, SEQUENCES, traced_for
 from retro_jax.models import transformer
 from retro_jax.models.config import Experts, ModelConfig
-from retro_jax.models.experts import ExpertParams, apply_experts
+from retro_jax.models.experts import ChosenProducts, ExpertParams, apply_experts
 from retro_jax.models.transformer import LayerParams
 
 
 def mlp(
-    layer: LayerParams, model: ModelConfig, x: Float[Array, "B T M"], valid: Bool[Array, "B T"]
+    layer: LayerParams,
+    model: ModelConfig,
+    x: Float[Array, "B T M"],
+    valid: Bool[Array, "B T"],
+    implementation: str | None,
 ) -> tuple[Float[Array, "B T M"], Float[Array, " B"] | None]:
-    """`transformer.counted_mlp` on the devices of the mesh that is set."""
-    return transformer.counted_mlp(layer, model, x, valid, _on_mesh)
+    """`transformer.counted_mlp` on the devices of the mesh that is set.
+
+    `implementation` is that of products of few tokens with chosen experts on a GPU, which in a loop would
+    wait for the host to learn of its end.
+    """
+    products = None
+    if traced_for().platform == "gpu":
+        products = functools.partial(chosen_products, implementation=implementation)
+    return transformer.counted_mlp(layer, model, x, valid, functools.partial(_on_mesh, products))
 
 
 def _on_mesh(
-    params: ExpertParams, experts: Experts, parts: int, h: Float[Array, "B T M"], valid: Bool[Array, "B T"]
+    products: ChosenProducts | None,
+    params: ExpertParams,
+    experts: Experts,
+    parts: int,
+    h: Float[Array, "B T M"],
+    valid: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T M"], Float[Array, " B"]]:
     mesh = jax.sharding.get_abstract_mesh()
     ours = {SEQUENCES, HEADS} == {*mesh.axis_names} and {*mesh.axis_types} == {AxisType.Auto}
     if mesh.size == 1 or not ours:
-        return apply_experts(params, experts, parts, h, valid)
+        return apply_experts(params, experts, parts, h, valid, products)
 
     def local(params, h, valid):
         if params.down_bias is not None:  # once in the sum over devices
             first = lax.axis_index(HEADS) == 0
             params = params.replace(down_bias=jnp.where(first, params.down_bias, 0))
-        out, read = apply_experts(params, experts, parts // mesh.shape[HEADS], h, valid)
+        out, read = apply_experts(params, experts, parts // mesh.shape[HEADS], h, valid, products)
         return lax.psum(out, HEADS), read
 
     by_sequence = P(SEQUENCES)

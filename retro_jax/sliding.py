@@ -60,7 +60,8 @@ def sliding_layer(
     sizes = {"ring": ring, "implementation": implementation}
     pages = update_ring(cache.pages, k, v, start, write, **sizes)
     o = window_attention(q, pages, positions, layer.sinks, window=kind.window, **sizes)
-    x, experts = mlp(layer, model, transformer.attention_output(layer, model, x, o), valid)
+    x = transformer.attention_output(layer, model, x, o)
+    x, experts = mlp(layer, model, x, valid, implementation)
     return x, cache.replace(pages=pages), experts
 
 
@@ -88,7 +89,8 @@ def sliding_chunk(
     # That was read before the ring is overwritten: else XLA would keep a copy.
     pages, o = lax.optimization_barrier((cache.pages, o))
     pages = update_ring(pages, k, v, start, valid, **sizes)
-    x, _ = mlp(layer, model, transformer.attention_output(layer, model, x, o), valid)
+    x = transformer.attention_output(layer, model, x, o)
+    x, _ = mlp(layer, model, x, valid, implementation)
     return x, cache.replace(pages=pages)
 
 

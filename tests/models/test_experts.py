@@ -23,6 +23,12 @@ KINDS = {
 }
 
 
+def products(x, matrices, ids, count, dtype):
+    """As `pallas_kernels.chosen_products`, NaN behind those that are asked for."""
+    found = jnp.einsum("ctk,ckn->ctn", jnp.broadcast_to(x, (len(ids), *x.shape[1:])), matrices[ids])
+    return jnp.where((jnp.arange(len(ids)) < count)[:, None, None], found, jnp.nan).astype(dtype)
+
+
 def by_definition(weights: dict, experts: Experts, h: np.ndarray) -> np.ndarray:
     """One token's output, each expert by itself."""
     of = {name.removeprefix("layers.0.experts."): np.asarray(array) for name, array in weights.items()}
@@ -51,6 +57,11 @@ def test_outputs_are_those_of_each_expert_by_itself(kind, monkeypatch):
     h = np.random.default_rng(0).standard_normal((2, 7, 8)).astype(np.float32)
     sizes = config.experts, config.parts
     out, read = apply_experts(params.layers[0].experts, *sizes, jnp.asarray(h), jnp.ones((2, 7), bool))
+    at_once, read_at_once = apply_experts(
+        params.layers[0].experts, *sizes, jnp.asarray(h), jnp.ones((2, 7), bool), products
+    )
+    np.testing.assert_allclose(at_once, out, atol=1e-5)
+    np.testing.assert_array_equal(read, read_at_once)
     weights = separate_weights(params, config)
     expected = [by_definition(weights, config.experts, token) for token in h.reshape(14, 8)]
     np.testing.assert_allclose(out.reshape(14, 8), expected, atol=1e-5)
@@ -75,9 +86,10 @@ def test_only_the_experts_of_valid_tokens_are_read():
         gate_up=params.gate_up.at[others].set(np.nan), down=params.down.at[others].set(np.nan)
     )
     h = jnp.asarray(np.where(valid[..., None], h, np.nan))
-    out, _ = apply_experts(poisoned, experts, config.parts, h, inputs[-1])
-    np.testing.assert_array_equal(np.asarray(out)[valid], np.asarray(expected)[valid])
-    assert not np.asarray(out)[~valid].any()
+    for how in (None, products):
+        out, _ = apply_experts(poisoned, experts, config.parts, h, inputs[-1], how)
+        np.testing.assert_allclose(np.asarray(out)[valid], np.asarray(expected)[valid], atol=1e-5)
+        assert not np.asarray(out)[~valid].any()
     # The two sequences with valid tokens share what is read.
     np.testing.assert_array_equal(read, np.array([len(chosen) / 2, 0, len(chosen) / 2], np.float32))
 

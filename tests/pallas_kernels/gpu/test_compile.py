@@ -19,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import empty_pages
 from pallas_kernels.attention.gpu import kernels as attention
+from pallas_kernels.experts.gpu import kernels as experts
 from pallas_kernels.gpu import DTYPES, HEAD_DIMS, PAGE_SIZES
 from pallas_kernels.selection.gpu import kernels as selection
 from pallas_kernels.update.gpu import kernels as update
@@ -102,6 +103,23 @@ CASES = [
         (64, 8, jnp.float8_e4m3fn),
     ]
 ]
+
+
+@pytest.mark.parametrize(
+    ("products", "rows", "depth", "width", "count", "dtype"),
+    [(1, 1, 2048, 1536, 8, jnp.bfloat16), (32, 64, 2880, 2880, 32, jnp.float32)],
+)
+def test_products_with_chosen_matrices(compiled, products, rows, depth, width, count, dtype):
+    """Gate and up of Qwen3-30B-A3B for one token, down of gpt-oss-20b for many."""
+    executable, kernels = compiled(
+        functools.partial(experts.chosen_products, dtype=dtype),
+        shape(products, rows, depth),
+        shape(count, depth, width),
+        shape(count, dtype=jnp.int32),
+        shape(dtype=jnp.int32),
+    )
+    assert_no_spills(kernels, "chosen_products")
+    assert executable.memory_analysis().temp_size_in_bytes < count * depth * width
 
 
 @pytest.mark.parametrize(("dim", "page_size", "window", "group", "dtype"), CASES)

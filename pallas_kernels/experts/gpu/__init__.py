@@ -1,0 +1,1 @@
+"""Products with chosen matrices on Hopper GPUs; knows nothing of TPUs."""
