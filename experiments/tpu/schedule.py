@@ -149,7 +149,16 @@ def measure(bundles: list[Bundle], pages: int) -> Schedule:
 
 
 def compile_attention(
-    chip, page_size, window, context, head_dim=128, kv_heads=8, group=4, pages=None, ahead=None
+    chip,
+    page_size,
+    window,
+    context,
+    head_dim=128,
+    kv_heads=8,
+    group=4,
+    pages=None,
+    ahead=None,
+    cache_dtype="bfloat16",
 ):
     """Retrospective attention of one sequence compiled for a chip, in bfloat16."""
     import jax
@@ -157,6 +166,7 @@ def compile_attention(
 
     from pallas_kernels.attention.tpu.blocks import Blocks
     from pallas_kernels.attention.tpu.kernels import retro_attention
+    from pallas_kernels.pages import empty_pages
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -167,7 +177,7 @@ def compile_attention(
         chip,
         lambda *arguments: retro_attention(*arguments, blocks=blocks),
         shape(1, W, N, D),
-        shape(1, K, P, 2, page_size, D),
+        jax.eval_shape(functools.partial(empty_pages, (1, K, P, 2, page_size, D), cache_dtype)),
         shape(1, K, P // 4, dtype=jnp.int32),
         shape(1, K, dtype=jnp.int32),
         shape(1, K, P, dtype=jnp.int32),
