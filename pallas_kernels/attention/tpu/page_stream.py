@@ -219,9 +219,9 @@ class PageStream:
             if self.dense:
                 horizon.append(pages[0] * self.S - 1 + lane)
             else:
-                pages = [ids[place] for place in pages]
                 page_of, loaded_of = (jnp.zeros(shape, jnp.int32) for _ in range(2))
-                for j, page in enumerate(pages):
+                for j, place in enumerate(pages):
+                    pages[j] = page = ids[place]
                     before = loaded[page]
                     loaded[page] = step
                     page_of = jnp.where(lane >= j * self.S, page, page_of)
