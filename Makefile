@@ -21,7 +21,7 @@ SYSTEM := $(shell uname -sm)
 COMPILERS := $(if $(filter Linux,$(SYSTEM)),$(CUDA_COMPILER)/.ready)
 COMPILERS += $(if $(findstring Linux x86_64,$(SYSTEM)),$(TPU_COMPILER)/.ready)
 
-.PHONY: demo test tpu notebooks lint format clean
+.PHONY: demo test docs tpu notebooks lint format clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -38,9 +38,14 @@ test: export PYTHONDONTWRITEBYTECODE :=
 test: lint $(COMPILERS)
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_COMPILER):$(TPU_COMPILER) $(BIN)/python -m pytest $(FLAGS)
 
+# The documentation as pages in site/; nothing is fetched. A link without a target fails, as in the tests.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
 # On a TPU VM: adds what JAX needs to use its chips.
 tpu: $(READY)
-	"$(UV)" pip install --quiet --python $(BIN)/python --no-deps -r tests/pallas_kernels/tpu-compiler.txt
+	"$(UV)" pip install --python $(BIN)/python --no-deps -r tests/pallas_kernels/tpu-compiler.txt
 
 # Runs the notebooks from their first cell on and keeps what they show; Jupyter stays out of the environment.
 notebooks: export MPLBACKEND := module://matplotlib_inline.backend_inline
@@ -59,12 +64,12 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .uv-bootstrap .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .uv-bootstrap .cache site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(CURDIR)/.cache/%-compiler/.ready: tests/pallas_kernels/%-compiler.txt $(READY)
 	rm -rf $(@D)
-	"$(UV)" pip install --quiet --python $(BIN)/python --no-deps --target $(@D) -r $<
+	"$(UV)" pip install --python $(BIN)/python --no-deps --target $(@D) -r $<
 	@touch $@
 
 $(READY): pyproject.toml uv.lock .python-version $(UV)
@@ -74,4 +79,4 @@ $(READY): pyproject.toml uv.lock .python-version $(UV)
 # From another folder, so that a .python-version that pyenv lacks does not stop `python3`: any version will do.
 $(BOOTSTRAP)/bin/uv:
 	cd / && python3 -m venv "$(CURDIR)/$(BOOTSTRAP)"
-	$(BOOTSTRAP)/bin/python -m pip install --quiet uv
+	$(BOOTSTRAP)/bin/python -m pip install uv

@@ -2,9 +2,9 @@
 
 Some models have channels of keys a hundred times as large as the others, Qwen2.5 for one by its biases: a
 scale for the largest leaves the others a few codes. A channel's size can move from the key to the query,
-since only their product counts; SmoothAttention of QServe (arXiv 2405.04532) moves it by sizes measured on a
-text, this by the weights. Factors are powers of two: but for what is kept in 8 bits, caches and statistics,
-scores and outputs stay what they were to the last bit.
+since only their product counts; SmoothAttention of QServe (arXiv 2405.04532) moves the root of sizes measured
+on a text, this the whole of the largest that the weights let expect. Factors are powers of two: but for what
+is kept in 8 bits, caches and statistics, scores and outputs stay what they were to the last bit.
 """
 
 import functools
@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.joined import join_columns, joined_fields, split_columns
 from retro_jax.models.transformer import LayerParams, Params
+
+DEVIATIONS = 8
+"""How far from its bias a key's channel is expected to come, in standard deviations, on some text."""
 
 
 def balance_keys(params: Params, config: ModelConfig) -> Params:
@@ -40,9 +43,10 @@ def _balanced(layer: LayerParams, config: ModelConfig) -> LayerParams:
     # What a channel's key is of inputs with unit variance, as the norm leaves them.
     inputs = layer.wqkv * layer.attn_norm[:, None]
     squares = jnp.sum(jnp.square(inputs.astype(jnp.float32)), axis=0)
+    largest = DEVIATIONS * jnp.sqrt(squares)
     if layer.bqkv is not None:
-        squares += jnp.square(layer.bqkv.astype(jnp.float32))
-    sizes = jnp.sqrt(split_columns(squares, widths, config.parts)[1])
+        largest += jnp.abs(layer.bqkv.astype(jnp.float32))
+    sizes = split_columns(largest, widths, config.parts)[1]
     factors = _factors(sizes.reshape(config.num_kv_heads, config.head_dim))  # [K, D]
     queries = jnp.repeat(factors, config.num_heads // config.num_kv_heads, axis=0)
     by_column = join_columns(
@@ -53,12 +57,8 @@ def _balanced(layer: LayerParams, config: ModelConfig) -> LayerParams:
 
 
 def _factors(sizes: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Powers of two near the roots of the sizes; the same for both channels that a rotary embedding mixes.
-
-    The root, as in SmoothAttention: whole sizes left a text worse than before, presumably where a key is far
-    from what the weights tell.
-    """
+    """Powers of two near the sizes; the same for both channels that a rotary embedding mixes."""
     pairs = jnp.max(sizes.reshape(*sizes.shape[:-1], 2, -1), axis=-2, keepdims=True)
-    exponents = jnp.round(jnp.log2(jnp.where(pairs > 0, pairs, 1.0)) / 2).astype(jnp.int32)
+    exponents = jnp.round(jnp.log2(jnp.where(pairs > 0, pairs, 1.0))).astype(jnp.int32)
     factors = jnp.ldexp(jnp.ones_like(pairs), exponents)  # exact, as exp2 need not be
     return jnp.broadcast_to(factors, (*sizes.shape[:-1], 2, sizes.shape[-1] // 2)).reshape(sizes.shape)

@@ -1,7 +1,9 @@
 """How tokens lie in pages; the one definition for every backend."""
 
-KEYS, VALUES = 0, 1
-"""Index of keys and of values on the third axis from the end of `pages[..., 2, S, D]`."""
+KEYS = 0
+"""Index of keys on the third axis from the end of `pages[..., 2, S, D]`."""
+VALUES = 1
+"""Index of values there."""
 
 
 def pages_for(tokens: int, page_size: int) -> int:

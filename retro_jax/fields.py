@@ -78,7 +78,7 @@ class DecodeFields:
     revised_layers: float = 1.0
     """Share of the sparse layers, from the lowest on, whose window revises past queries. Those above serve
     the newest query alone and keep what they have written. With 0.5 a window of 4 was worse than Quest
-    nowhere that was measured, unlike with 1.0, the paper's (docs/results/revision)."""
+    nowhere that was measured, unlike with 1.0, the paper's."""
     rectify_every: int | None = None
     """After so many decoded tokens one dense pass over them writes their keys and values anew, as full
     attention would have (ReSA, arXiv 2506.04108). It reads the whole cache. 1: an exact cache behind every

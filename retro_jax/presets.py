@@ -23,9 +23,9 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 - "mean-key": recommended. At no more traffic, one sink page, and pages of 16 tokens that are scored by 8-bit
   mean keys, in shares of attention; what its smaller statistics save is spent on pages. It does not revise
   past queries: whether a window pays depends on the model and on the text, and `method="retro", window=4`
-  adds one. On Hopper GPUs and on TPUs all of it runs through kernels (docs/kernels.md).
+  adds one. On Hopper GPUs and on TPUs all of it runs through kernels.
 
-How accurate each is, on two models and two kinds of text: docs/results.
+How accurate each is, on two models and two kinds of text, is among the results in the documentation.
 """
 
 EARLIER_NAMES: Mapping[str, str] = {"retro": "mean-key"}

@@ -19,6 +19,8 @@ from retro_jax.sizes import MIN_STEPS, batch_rows, program_length
 
 _teacher_force = jax.jit(teacher_force, static_argnames=("model", "config"), donate_argnames="state")
 
+TokenIds = np.ndarray | Sequence[int] | Sequence[np.ndarray] | Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -44,7 +46,7 @@ class Score:
 @under_mesh_of_weights
 def score(
     model: Model,
-    token_ids: np.ndarray | Sequence[np.ndarray],
+    token_ids: TokenIds,
     config: DecodeConfig | Sequence[DecodeConfig],
     prompt_tokens: int | Sequence[int],
     *,
@@ -145,7 +147,7 @@ def score(
 
 
 def _rows(
-    model: Model, token_ids: np.ndarray | Sequence[np.ndarray], prompt_tokens: int | Sequence[int]
+    model: Model, token_ids: TokenIds, prompt_tokens: int | Sequence[int]
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """The texts as rows of checked ids, and the number of prompt tokens of each."""
     if isinstance(token_ids, list) and len({np.shape(row) for row in token_ids}) > 1:

@@ -1,9 +1,11 @@
 """The names that the library takes: a user's own folders stay his."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,20 +49,71 @@ def test_a_project_with_folders_of_the_same_names(folder, path):
     assert run_in(folder, path) == ROOT / "retro_jax" / "__init__.py"
 
 
-def test_a_wheel_takes_two_names(folder, tmp_path):
-    """As the build backend lays it out, without the environment's own copy in view."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """What a wheel holds, as the build backend lays it out."""
     from hatchling.builders.wheel import WheelBuilder
 
-    site = tmp_path / "site"
-    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, str(site)], check=True)
-    assert {p.name for p in site.iterdir() if p.suffix != ".dist-info"} == {"retro_jax", "pallas_kernels"}
-    program = f"sys.path[1:] = [p for p in sys.path[1:] if p != {str(ROOT)!r}] + [{str(site)!r}]"
+    folder = tmp_path_factory.mktemp("wheel")
+    (built,) = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", built, str(folder / "site")], check=True)
+    return folder / "site"
+
+
+def test_a_wheel_takes_two_names(folder, wheel):
+    """Without the environment's own copy in view."""
+    assert {p.name for p in wheel.iterdir() if p.suffix != ".dist-info"} == {"retro_jax", "pallas_kernels"}
+    assert {p.parent.name for p in wheel.glob("*/py.typed")} == {"retro_jax", "pallas_kernels"}
+    program = f"sys.path[1:] = [p for p in sys.path[1:] if p != {str(ROOT)!r}] + [{str(wheel)!r}]"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(path=program)], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == site / "retro_jax" / "__init__.py"
+    assert Path(done.stdout.strip()) == wheel / "retro_jax" / "__init__.py"
+
+
+COMMANDS = """
+import contextlib, io, json, sys
+sys.path[:] = [p for p in sys.path if p != {root!r}] + [{wheel!r}]
+from retro_jax.experiments import cli
+assert cli.__file__.startswith({wheel!r}), cli.__file__
+
+def run(*words):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            cli.main(list(words))
+        except SystemExit as stop:
+            assert not stop.code, (words, stop.code)
+    return printed.getvalue()
+
+helps = []
+for name, entry in cli.COMMANDS.items():
+    below = [[]] if isinstance(entry, cli.Entry) else [[], *([word] for word in entry.entries())]
+    helps += [run(name, *more, "--help") for more in below]
+assert all(helps), helps
+text = "--token-ids ids.npy --max-new-tokens 2 --json".split()
+assert json.loads(run("generate", "random:tiny", "--preset", "mean-key", "--budget-tokens", "64", *text))
+run("run", "smollm2-recall", "--dry-run", "--json")
+limits = "--tokens 40 --prompt-tokens 32 --budgets 32 --windows 1".split()
+run("compare", "random:tiny", "--token-ids", "ids.npy", "--out", "c", *limits)
+print(json.dumps(helps))
+"""
+
+
+def test_commands_work_from_a_wheel_alone(wheel, tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(40)[None])
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS.format(root=str(ROOT), wheel=str(wheel))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    helps = json.loads(done.stdout.splitlines()[-1])
+    assert len(helps) > 20
+    absent = [word for text in helps for word in ("experiments/texts", "docs/", "Makefile") if word in text]
+    assert not absent, "a checkout's files, which a wheel has not"
 
 
 @pytest.mark.parametrize("name", ["models", "experiments"])

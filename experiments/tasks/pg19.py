@@ -23,7 +23,7 @@ class PG19(Task):
     local: ClassVar[bool] = True
 
     data: Path | None = None
-    """A folder of UTF-8 .txt files, or one such file; None: what experiments/texts holds."""
+    """A folder of UTF-8 .txt files, or one such file; None: the novel that comes with this package."""
     prompt_tokens: int = 1024
     """Tokens at the beginning that are read at once with full attention."""
     tokens: int = 4096

@@ -16,6 +16,7 @@ tests hold it to.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -156,14 +157,15 @@ def measure(bundles: list[Bundle], pages: int) -> Schedule:
 
 
 def _scales(bundles: list[Bundle], outer: tuple[int, int], depth: int) -> int:
-    """Bundles of the loops inside `outer` that transpose scales, and that have them copied."""
+    """Bundles of the loop in `outer` that transposes scales, and of the next one, which has others copied."""
     starts = [
         i for i in range(outer[0], outer[1] + 1) if bundles[i].label == "LB" and bundles[i].depth == depth
     ]
     loops = [bundles[first : last + 1] for first, last in (loop_around(bundles, i, depth) for i in starts)]
-    transposing = [len(loop) for loop in loops if any("vxpose" in bundle.text for bundle in loop)]
-    copying = [len(loop) for loop in loops if sum(b.text.count("dma.hbm_to_vmem") for b in loop) == 1]
-    return sum(transposing) + max(copying, default=0) if transposing else 0
+    for transposing, copying in itertools.pairwise(loops):
+        if any("vxpose" in bundle.text for bundle in transposing):
+            return len(transposing) + len(copying)
+    return 0
 
 
 def compile_attention(

@@ -250,8 +250,7 @@ class ThreadBlock:
                 for room, part in zip(rooms, scores, strict=True)
             ]
             before = highest
-            for part in scores:
-                highest = jnp.maximum(highest, part.max(axis=1))
+            highest = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(axis=1))
             shift = per_column(highest * scale, offset.shape)
             weights = [jnp.exp2(part * scale - shift) for part in scores]
             decay = jnp.exp2((before - highest) * scale)
