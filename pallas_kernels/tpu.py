@@ -19,6 +19,8 @@ from pallas_kernels.operation import check_supported
 DTYPES = (jnp.bfloat16, jnp.float32)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
+PAGE_SIZES_IN_8_BITS = (16, 32, 64)
+"""Their scales XLA lays out with pages along the lanes; those of 128 tokens fill the lanes themselves."""
 LANES, SUBLANES = 128, 8
 """Of a vector register: a tile of 32-bit values."""
 _MIB = 1 << 20
@@ -94,14 +96,23 @@ def chip() -> Chip:
     raise NotImplementedError(f"{device.device_kind} has no Mosaic TPU kernel ({', '.join(CHIPS)})")
 
 
-def check_support(dtype: Any, head_dim: int, page_size: int) -> None:
-    """Raises `NotImplementedError` for what no kernel here supports."""
+def check_support(dtype: Any, head_dim: int, page_size: int, *, in_8_bits: bool = False) -> None:
+    """Raises `NotImplementedError` for what no kernel here supports.
+
+    Args:
+      dtype: of pages; beside those in 8 bits, of queries, keys and values.
+      head_dim: D.
+      page_size: S.
+      in_8_bits: whether pages are.
+    """
     check_supported(
         "Mosaic TPU",
         dtype=(dtype, DTYPES),
         head_dim=(head_dim, HEAD_DIMS),
         page_size=(page_size, PAGE_SIZES),
     )
+    if in_8_bits:
+        check_supported("Mosaic TPU", page_size_in_8_bits=(page_size, PAGE_SIZES_IN_8_BITS))
 
 
 def tiled_bytes(shape: Sequence[int], dtype: Any) -> int:

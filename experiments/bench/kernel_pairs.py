@@ -271,7 +271,7 @@ def tables() -> dict[str, list[tuple[dict[str, str], Case]]]:
             CODES,
             (("bounds", "min_max"), ("mean_key", "mean_key"), ("mean_key", "mean_key_int8")),
             (64, 128, 256),
-            (16, 32, 64),
+            (16, 32, 64, 128),
         )
     ]
     sliding = [

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig, preset
@@ -43,6 +44,8 @@ class BenchTpuStatic(Output):
     """Further rows by these, such as "mean-key", at the same page sizes and budget."""
     budget: float = 0.15
     """Share of the context that a step may load per layer and KV head."""
+    cache_dtype: Literal["int8", "float8_e4m3fn"] | None = None
+    """Of keys and values; None: bfloat16, as all else."""
     devices: int = 4
     """Over which KV heads and weights are spread."""
     batch: int = 1
@@ -69,6 +72,7 @@ class BenchTpuStatic(Output):
         values = {
             "model": self.model,
             "budget": self.budget,
+            "cache_dtype": self.cache_dtype,
             "devices": self.devices,
             "batch": self.batch,
             "rows": rows,
@@ -95,7 +99,7 @@ class BenchTpuStatic(Output):
 
     def _configs(self, page_size: int) -> dict[str, DecodeConfig]:
         """What is predicted, by the name of its row."""
-        fields = {"budget": self.budget, "page_size": page_size}
+        fields = {"budget": self.budget, "page_size": page_size, "cache_dtype": self.cache_dtype}
         windows = {
             f"retro w={window}": DecodeConfig("retro", window=window, **fields)
             for window in sorted(set(self.windows) - {1})
@@ -139,6 +143,10 @@ def _binding(row: dict) -> str:
     for part in row["parts"]:
         seconds[part["binds"]] = seconds.get(part["binds"], 0.0) + part["layers"] * part["time"]
     return max(seconds, key=seconds.get)
+
+
+def _cache(values: dict) -> str:
+    return f", keys and values in {values['cache_dtype']}" if values.get("cache_dtype") else ""
 
 
 _COSTS = ("MB", "bundles", "bytes us", "us", "us / bytes us")
@@ -186,7 +194,7 @@ def static_report(values: dict) -> str:
     where = ["chip", "page", "context", "method"]
     parts = [
         f"# Predicted decode steps, {values['model']}",
-        f"bfloat16, budget {values['budget']}, batch {values['batch']}, devices that share "
+        f"bfloat16{_cache(values)}, budget {values['budget']}, batch {values['batch']}, devices that share "
         f"the KV heads: {values['devices']}. Milliseconds a step in all layers, a lower bound from bytes and "
         "compiled schedules: sums over devices, launches, stalls and small operations are not in it.",
         markdown([*where, *names, "step", "bound by"], steps),
@@ -224,7 +232,8 @@ def static_pictures(values: dict) -> dict[str, bytes]:
             panels.append(Bars(names, heights, Scale("ms a step"), title))
     notes = [
         f"n = {counted(len(values['rows']), 'step')}, none measured: lower bounds from bytes and schedules",
-        f"bfloat16, budget {values['budget']}, batch {values['batch']}, devices {values['devices']}",
+        f"bfloat16{_cache(values)}, budget {values['budget']}, batch {values['batch']}, devices "
+        f"{values['devices']}",
         "w: window of RetroAttention",
     ]
     across = min(5, len(chips))

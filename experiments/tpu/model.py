@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pages_for
+from pallas_kernels import CODES, empty_pages, pages_for
 from pallas_kernels.attention.tpu.blocks import LATENCY, choose_blocks
 from pallas_kernels.selection.tpu.kernels import heads_per_step, pages_per_block
 from pallas_kernels.statistics import STATISTICS
@@ -55,19 +55,22 @@ class Part:
 
 
 @functools.cache
-def _schedule(chip: str, page_size: int, head_dim: int, group: int, window: int, dense: bool):
+def _schedule(
+    chip: str, page_size: int, head_dim: int, group: int, window: int, dense: bool, cache_dtype: str
+):
+    sizes = {"head_dim": head_dim, "group": group, "cache_dtype": cache_dtype}
     if not dense:
-        return tpu_schedule.attention(
-            chip, page_size, window, _SCHEDULED_CONTEXT, head_dim=head_dim, group=group
-        )
-    arguments = {"chip": chip, "page_size": page_size, "head_dim": head_dim, "group": group}
+        return tpu_schedule.attention(chip, page_size, window, _SCHEDULED_CONTEXT, **sizes)
+    arguments = {"chip": chip, "page_size": page_size, **sizes}
     bundles = tpu_schedule.dump(f"{__name__}:compile_dense", "dense_attention", **arguments)
     blocks = choose_blocks(CHIPS[chip], page_size, head_dim, 2, _SCHEDULED_CONTEXT // page_size)
     return tpu_schedule.measure(bundles, blocks.pages)
 
 
-def compile_dense(chip: str, page_size: int, head_dim: int, group: int, kv_heads: int = 8) -> None:
-    """Compiles dense attention of one sequence for a chip, in bfloat16."""
+def compile_dense(
+    chip: str, page_size: int, head_dim: int, group: int, cache_dtype: str, kv_heads: int = 8
+) -> None:
+    """Compiles dense attention of one sequence for a chip, in bfloat16 but for the cache's dtype."""
     from pallas_kernels.attention.tpu.kernels import dense_attention
 
     P = _SCHEDULED_CONTEXT // page_size
@@ -75,9 +78,13 @@ def compile_dense(chip: str, page_size: int, head_dim: int, group: int, kv_heads
         chip,
         dense_attention,
         jax.ShapeDtypeStruct((1, 1, kv_heads * group, head_dim), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, kv_heads, P, 2, page_size, head_dim), jnp.bfloat16),
+        jax.eval_shape(lambda: empty_pages((1, kv_heads, P, 2, page_size, head_dim), cache_dtype)),
         jax.ShapeDtypeStruct((1, 1), jnp.int32),
     )
+
+
+def _cache_dtype(config: DecodeConfig) -> str:
+    return config.cache_dtype or "bfloat16"
 
 
 _selection = functools.cache(tpu_selection.selection)
@@ -91,16 +98,18 @@ def weights(model: ModelConfig, chip: Chip, devices: int, tokens: int) -> Part:
     return Part("weights", 1, size // devices, 0, seconds, seconds, "memory")
 
 
-def attention(model, chip, page_size, pages, window, items, layers, dense) -> Part:
+def attention(model, config, chip, context_pages, pages, window, items, layers, dense) -> Part:
     """Attention to `pages` pages per sequence and KV head; `items` of these on a core."""
-    group = model.num_heads // model.num_kv_heads
-    schedule = _schedule(chip.name, page_size, model.head_dim, group, window, dense)
-    page_bytes = 2 * page_size * model.head_dim * 2
-    it = tpu_schedule.predict(chip.name, schedule, pages, page_bytes, items)
+    group, page_size, dtype = model.num_heads // model.num_kv_heads, config.page_size, _cache_dtype(config)
+    schedule = _schedule(chip.name, page_size, model.head_dim, group, window, dense, dtype)
+    page_bytes = 2 * page_size * model.head_dim * jnp.dtype(dtype).itemsize
+    # The kernel brings the scales of the whole context.
+    scales = {"context_pages": context_pages, "scale_bytes": 8 * page_size} if dtype in CODES else {}
+    it = tpu_schedule.predict(chip.name, schedule, pages, page_bytes, items, **scales)
     return Part(
         "dense attention" if dense else "attention",
         layers,
-        bytes=items * chip.cores * pages * page_bytes,
+        bytes=round(chip.cores * it.memory * chip.bandwidth),
         bundles=round(it.issue * chip.clock),
         memory=it.memory,
         time=it.time,
@@ -137,14 +146,14 @@ def selection(model, config, chip, context, selected, batch, heads, layers) -> P
 def decode_step(
     model: ModelConfig, config: DecodeConfig, chip: Chip, context: int, devices: int, batch: int
 ) -> list[Part]:
-    """The parts of a decode step that reads a context of so many tokens, in bfloat16.
+    """The parts of a decode step that reads a context of so many tokens, in bfloat16 but for its cache.
 
     Layers with a sliding window are taken to read all of their ring by the kernel of dense attention, which
     serves those with one query.
 
     Args:
       model: sizes.
-      config: method, window, budget and page size.
+      config: method, window, budget, page size and dtype of the cache.
       chip: of the devices.
       context: tokens in the cache; a multiple of the page size.
       devices: over which KV heads are spread.
@@ -166,10 +175,10 @@ def decode_step(
     update = Part("update", model.num_layers, 0, 0, 0.0, 2 * LATENCY, "latency")  # in, and back
     parts = [weights(model, chip, devices, batch * max(plan.windows)), update]
     if dense:
-        parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, dense=True))
+        parts.append(attention(model, config, chip, pages, pages, 1, items, dense, dense=True))
     for ring, layers in Counter(ring for ring in plan.rings if ring is not None).items():
         held = min(pages, pages_for(ring, config.page_size))
-        part = attention(model, chip, config.page_size, held, 1, items, layers, dense=True)
+        part = attention(model, config, chip, held, held, 1, items, layers, dense=True)
         parts.append(replace(part, name="window attention"))
     if sparse:
         itemsize = jnp.dtype(model.dtype).itemsize
@@ -179,7 +188,7 @@ def decode_step(
         parts += [
             selection(model, config, chip, context, selected, batch, heads, sparse),
             *(
-                attention(model, chip, config.page_size, selected, window, items, layers, dense=False)
+                attention(model, config, chip, pages, selected, window, items, layers, dense=False)
                 for window, layers in sorted(Counter(windows).items(), reverse=True)
             ),
         ]

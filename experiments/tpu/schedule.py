@@ -7,7 +7,8 @@ waited for.
 Method: the compiler runs in a process of its own and dumps its last schedule, where each bundle shows its
 loop depth. The loop over blocks is the deepest one with matrix products. Its bundles count but for those
 behind a forward branch, up to where it lands: what is there happens about once an item, not once a block.
-The loop around it is counted alike, and what blocks do once an item is added.
+The loop around it is counted alike, and what blocks do once an item is added. Of pages in 8 bits, two more
+loops turn for each 128 pages of the context: one has their scales copied, and one transposes them.
 
 `python -m retro_jax.experiments.tpu.schedule` prints the table for the attention kernel, `... costs` what
 tests hold it to.
@@ -15,6 +16,7 @@ tests hold it to.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -24,10 +26,12 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from pallas_kernels.tpu import CHIPS, PAGE_SIZES
+from pallas_kernels.tpu import CHIPS, LANES, PAGE_SIZES, PAGE_SIZES_IN_8_BITS
 from retro_jax.experiments.tpu import compiler as tpu_compiler
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*(LB|PF|[A-Z]{2})?\s*:\s*(>*)\s*\{(.*)")
+SCALED_TOGETHER = LANES
+"""Pages whose scales are copied, and transposed, together."""
 _DELAY = 4
 """Bundles after a branch that are issued whether it is taken or not."""
 
@@ -56,12 +60,14 @@ class Schedule:
       item: bundles for each item beside its blocks.
       pages: pages of a block.
       spills: registers of the block's loop that are written to memory.
+      scales: bundles for each `SCALED_TOGETHER` pages of the context, whose scales come; 0 if none do.
     """
 
     block: int
     item: int
     pages: int
     spills: int
+    scales: int = 0
 
     @property
     def page(self) -> float:
@@ -145,18 +151,42 @@ def measure(bundles: list[Bundle], pages: int) -> Schedule:
     outer = loop_around(bundles, loop[0] - 1, depth - 1)
     item = [i for i in range(outer[0], outer[1] + 1) if bundles[i].depth == depth - 1 and i not in seldom]
     spills = sum(bool(re.search(r"st \[[^]]*_spill", bundles[i].text)) for i in often)
-    return Schedule(len(often), len(item) + len(block) - len(often), pages, spills)
+    return Schedule(
+        len(often), len(item) + len(block) - len(often), pages, spills, _scales(bundles, outer, depth)
+    )
+
+
+def _scales(bundles: list[Bundle], outer: tuple[int, int], depth: int) -> int:
+    """Bundles of the loop in `outer` that transposes scales, and of the next one, which has others copied."""
+    starts = [
+        i for i in range(outer[0], outer[1] + 1) if bundles[i].label == "LB" and bundles[i].depth == depth
+    ]
+    loops = [bundles[first : last + 1] for first, last in (loop_around(bundles, i, depth) for i in starts)]
+    for transposing, copying in itertools.pairwise(loops):
+        if any("vxpose" in bundle.text for bundle in transposing):
+            return len(transposing) + len(copying)
+    return 0
 
 
 def compile_attention(
-    chip, page_size, window, context, head_dim=128, kv_heads=8, group=4, pages=None, ahead=None
+    chip,
+    page_size,
+    window,
+    context,
+    head_dim=128,
+    kv_heads=8,
+    group=4,
+    pages=None,
+    ahead=None,
+    cache_dtype="bfloat16",
 ):
-    """Retrospective attention of one sequence compiled for a chip, in bfloat16."""
+    """Retrospective attention of one sequence compiled for a chip, in bfloat16 but for the cache's dtype."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.attention.tpu.blocks import Blocks
     from pallas_kernels.attention.tpu.kernels import retro_attention
+    from pallas_kernels.pages import empty_pages
 
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -167,7 +197,7 @@ def compile_attention(
         chip,
         lambda *arguments: retro_attention(*arguments, blocks=blocks),
         shape(1, W, N, D),
-        shape(1, K, P, 2, page_size, D),
+        jax.eval_shape(functools.partial(empty_pages, (1, K, P, 2, page_size, D), cache_dtype)),
         shape(1, K, P // 4, dtype=jnp.int32),
         shape(1, K, dtype=jnp.int32),
         shape(1, K, P, dtype=jnp.int32),
@@ -204,13 +234,33 @@ class Prediction:
         return max(self.issue, self.memory) + self.start
 
 
-def predict(chip: str, schedule: Schedule, pages: int, page_bytes: int, items: int) -> Prediction:
-    """The time of attention to `pages` pages of each of `items` items on one core of a chip."""
+def predict(
+    chip: str,
+    schedule: Schedule,
+    pages: int,
+    page_bytes: int,
+    items: int,
+    *,
+    context_pages: int = 0,
+    scale_bytes: int = 0,
+) -> Prediction:
+    """The time of attention to pages of each of some items on one core of a chip.
+
+    Args:
+      chip: name in `CHIPS`.
+      schedule: of the kernel.
+      pages: that are loaded.
+      page_bytes: of keys and values of a page, or of their codes.
+      items: sequences and KV heads.
+      context_pages: whose scales come, of pages in 8 bits.
+      scale_bytes: of the scales of a page.
+    """
     from pallas_kernels.attention.tpu.blocks import LATENCY
 
-    blocks = -(-pages // schedule.pages)
-    issue = items * (blocks * schedule.block + schedule.item) / CHIPS[chip].clock
-    return Prediction(issue, items * pages * page_bytes / CHIPS[chip].bandwidth, LATENCY)
+    blocks, chunks = -(-pages // schedule.pages), -(-context_pages // SCALED_TOGETHER)
+    issue = items * (blocks * schedule.block + schedule.item + chunks * schedule.scales) / CHIPS[chip].clock
+    read = items * (pages * page_bytes + chunks * SCALED_TOGETHER * scale_bytes)
+    return Prediction(issue, read / CHIPS[chip].bandwidth, LATENCY)
 
 
 def costs(chip: str) -> dict:
@@ -231,6 +281,19 @@ def costs(chip: str) -> dict:
     }
 
 
+def costs_in_8_bits(chip: str) -> dict:
+    """The bundles of attention over int8 pages of twice a chip's own size, or of 64 tokens."""
+    page_size = min(2 * CHIPS[chip].page_size, max(PAGE_SIZES_IN_8_BITS))
+    schedule = attention(chip, page_size, 4, cache_dtype="int8")
+    return {
+        "page_size": page_size,
+        "bundles_per_page": schedule.page,
+        "bundles_per_item": schedule.item,
+        "bundles_per_128_pages_of_context": schedule.scales,
+        "spills": schedule.spills,
+    }
+
+
 def main() -> None:
     """Prints the table, or compiles what the parent process asks for."""
     if len(sys.argv) == 3:
@@ -240,7 +303,10 @@ def main() -> None:
         return
     if sys.argv[1:] == ["costs"]:
         tpu_compiler.without_a_tpu()
-        print(json.dumps({chip: costs(chip) for chip in CHIPS}, indent=2))
+        found = {"bfloat16": costs, "int8": costs_in_8_bits}
+        print(
+            json.dumps({dtype: {chip: of(chip) for chip in CHIPS} for dtype, of in found.items()}, indent=2)
+        )
         return
     print("| chip | page | window | bundles a page | a block | an item | spills | HBM delivers a page in |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

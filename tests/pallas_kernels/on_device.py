@@ -185,12 +185,16 @@ def configurations():
         yield Dense(dim, page_size, *next(rows), next(dtypes))
         yield Select(dim, page_size, *next(scores), next(rows)[1], next(pages), next(dtypes))
         yield Update(dim, page_size, next(counts), next(kinds), next(dtypes))
-    if KERNELS != "mosaic_gpu":
-        return
-    for dim, page_size, codes in itertools.product((64, 128), SUPPORTED.PAGE_SIZES, CODES):
+    if KERNELS == "mosaic_gpu":
+        of_codes = (64, 128), SUPPORTED.PAGE_SIZES
+    else:
+        of_codes = SUPPORTED.HEAD_DIMS, SUPPORTED.PAGE_SIZES_IN_8_BITS
+    for dim, page_size, codes in itertools.product(*of_codes, CODES):
         yield Attention(dim, page_size, *next(rows), codes)
         yield Dense(dim, page_size, *next(rows), codes)
         yield Update(dim, page_size, next(counts), next(kinds), codes)
+    if KERNELS != "mosaic_gpu":
+        return
     for dim, group, reduce in zip(SUPPORTED.HEAD_DIMS, (9, 16, 12), ("mean", "mass", "max"), strict=True):
         yield Select(dim, 16, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
 

@@ -46,21 +46,25 @@ def test_it_runs_through_the_kernels_and_copies_no_cache(chip, devices):
     assert (sums > 0) == (devices > 1)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_nothing_but_kernels_touches_the_pages_of_the_recommended_preset(chip):
-    """Nor their statistics: each is an argument of kernels, and else passed on as it lies.
+@pytest.mark.parametrize(("chip", "cache_dtype"), [*((chip, None) for chip in CHIPS), ("v5e", "int8")])
+def test_nothing_but_kernels_touches_the_pages_of_the_recommended_preset(chip, cache_dtype):
+    """Nor their statistics and scales: each is an argument of kernels, and else passed on as it lies.
 
     Or read ahead, to memory of the chip itself, `S(1)` or `S(3)`, from where a kernel takes it.
     """
-    config = preset("mean-key", dense_layers=1)
+    config = preset("mean-key", dense_layers=1, cache_dtype=cache_dtype)
     program = compile_step(chip, 1, NARROW, config, capacity=65536).as_text()
     calls = re.findall(r'custom_call_target="tpu_custom_call".*op_name="\S*?(\w+)/pallas_call', program)
     assert {name: calls.count(name) for name in calls} == KERNELS
 
     layer = jax.eval_shape(lambda: init_state(NARROW, config, 1, 65536)).layers[-1]
     B, K, P, Z, D = layer.statistics.values.shape
+    S = config.page_size
+    pages = f"{'s8' if cache_dtype else 'bf16'}[{B},{K},{P},2,{S},{D}]"
+    scales = (f"f32[{B},{K},{P},2,{S}]", f"f32[{B},{K},2,{S},{P}]") if cache_dtype else ()
     for sizes in (  # scales have pages along the lanes in memory
-        f"bf16[{','.join(map(str, layer.pages.shape))}]",
+        pages,
+        *scales,
         f"s8[{B},{K},{P},{Z},{D}]",
         f"s8[{B},{K},{P},{D}]",
         f"f32[{B},{K},{P},{Z}]",

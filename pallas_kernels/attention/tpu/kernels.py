@@ -4,6 +4,9 @@ A grid step is one sequence and KV head, an item; `page_stream.py` brings its pa
 of use, and begins with those of the next item before this one ends. The window's slots and the heads of a
 group are the rows of one matrix product, so that a page is loaded once for all of them. On chips whose two
 TensorCores are one device, each takes half of the items.
+
+Pages in 8 bits come by the same copies, of half the bytes. Codes are converted to the queries' dtype, which
+holds each of theirs; scores are multiplied by the scales of keys, and weights by those of values, in float32.
 """
 
 import functools
@@ -19,9 +22,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.reference import fold_rows, merge_sinks, unfold_rows
 from pallas_kernels.attention.tpu.blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
 from pallas_kernels.attention.tpu.page_stream import PageStream
+from pallas_kernels.attention.tpu.scales import by_lanes, scale_bytes
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import before_launch, operation
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import Pages, QuantizedPages
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip
 
 MAX_ROWS = 128
@@ -73,8 +77,10 @@ def dense_attention(
 
 def check(q: Array, pages: Pages) -> None:
     """Raises `NotImplementedError` for what the kernels do not support."""
-    check_support(pages.dtype, pages.shape[-1], pages.shape[-2])
-    if q.dtype != pages.dtype:
+    scaled = isinstance(pages, QuantizedPages)
+    S, D = pages.shape[-2:]
+    check_support(q.dtype if scaled else pages.dtype, D, S, in_8_bits=scaled)
+    if not scaled and q.dtype != pages.dtype:
         raise NotImplementedError(
             f"attention: q is {q.dtype} and pages are {pages.dtype}; the Mosaic TPU kernel takes one dtype"
         )
@@ -116,7 +122,10 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
     rows = -(-W * N // K // SUBLANES) * SUBLANES
     blocks = blocks or choose_blocks(target, S, D, pages.dtype.itemsize, capacity)
     name = "dense_attention" if selection is None else "retro_attention"
+    scaled = isinstance(pages, QuantizedPages)
     vmem = vmem_bytes(blocks, S, D, pages.dtype.itemsize, rows, cached is not None)
+    if scaled:
+        vmem += scale_bytes(P, S)
     smem = smem_bytes(blocks, B, W, K, P, None if selection is None else capacity)
     check_memory(name, target, vmem=vmem, smem=smem)
     before_launch()
@@ -137,7 +146,8 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
         older = jnp.pad(cached[0], ((0, 0), (0, 1), (0, 0), (0, 0)))
         operands += [_rows(older, K, rows), _rows(lse, K, rows)]
         specs += [row_spec(D), row_spec(1)]
-    operands, specs = [*operands, pages], [*specs, any_spec]
+    kept = [pages.codes, by_lanes(pages.scales, whole=interpret is not None)] if scaled else [pages]
+    operands, specs = [*operands, *kept], [*specs, *[any_spec] * len(kept)]
     out_shapes = [
         jax.ShapeDtypeStruct((B, K, rows, D), jnp.float32),
         jax.ShapeDtypeStruct((B, K, rows, 1), jnp.float32),
@@ -154,7 +164,12 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
     read = min(capacity, P) * B * K
     results = pl.pallas_call(
         functools.partial(
-            _attend_to_item, cached=cached is not None, dense=selection is None, blocks=blocks, group=N // K
+            _attend_to_item,
+            cached=cached is not None,
+            scaled=scaled,
+            dense=selection is None,
+            blocks=blocks,
+            group=N // K,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -173,7 +188,7 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
         cost_estimate=pl.CostEstimate(
             flops=4 * read * S * D * rows,
             transcendentals=read * S * rows,
-            bytes_accessed=read * 2 * S * D * pages.dtype.itemsize,
+            bytes_accessed=read * 2 * S * D * pages.dtype.itemsize + (B * K * P * 2 * S * 4 if scaled else 0),
         ),
         interpret=interpret if interpret is not None else False,
         name=name,
@@ -182,7 +197,7 @@ def _attend(q, pages, positions, selection, cached, blocks, interpret):
     return o, lse[..., 0], results[2] if selection is not None else None
 
 
-def _attend_to_item(*refs, cached, dense, blocks, group):
+def _attend_to_item(*refs, cached, scaled, dense, blocks, group):
     """The kernel's body: all pages of one item, merged with the cached output."""
     # Scalars: positions[B, W] and counts[B, K].
     positions, *refs = refs
@@ -190,14 +205,16 @@ def _attend_to_item(*refs, cached, dense, blocks, group):
     # Of this item: q[1, 1, rows, D], and its cached output and log-sum-exp[1, 1, rows, 1].
     q_ref, *refs = refs
     cached_o, cached_lse, *refs = refs if cached else (None, None, *refs)
-    # In HBM: pages[B, K, P, 2, S, D], page_ids[B, K, C] and last_loaded[B, K, P], as it comes.
+    # In HBM: pages[B, K, P, 2, S, D], of those in 8 bits scales[B, K, 2, S, P], page_ids[B, K, C] and
+    # last_loaded[B, K, P], as it comes.
     pages, *refs = refs
+    scales, *refs = refs if scaled else (None, *refs)
     page_ids, _, *refs = (None, None, *refs) if dense else refs
     # Outputs, shaped as the inputs: this item's, and in HBM last_loaded as it goes. Then scratch.
     o_ref, lse_ref, *refs = refs
     last_loaded, *scratch = (None, *refs) if dense else refs
     selection = None if dense else (page_ids, counts, last_loaded)
-    stream = PageStream(pages, positions, selection, scratch, blocks)
+    stream = PageStream(pages, scales, positions, selection, scratch, blocks)
 
     rows, D = q_ref.shape[2:]
     limit = _positions_of_rows(positions, stream.item.b, rows, group)
@@ -211,21 +228,25 @@ def _attend_to_item(*refs, cached, dense, blocks, group):
         block = stream.next_block(index)
         scores = lax.dot_general(
             q,
-            block[:, KEYS].reshape(-1, D),
+            stream.numbers(block, KEYS, q.dtype),
             (((1,), (1,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
         # Between keys and values: the compiler moves no load of a block past a copy to another one.
         stream.issue_ahead(index)
-        horizon = stream.horizon(index)
+        horizon, key_scales, value_scales = stream.along_tokens(index)
+        if scaled:
+            scores *= key_scales
         tiles = scores.reshape(rows // SUBLANES, SUBLANES, -1)
         scores = jnp.where(horizon < limit, tiles, -jnp.inf).reshape(scores.shape)
         before, highest = highest, jnp.maximum(highest, scores.max(axis=1, keepdims=True))
         weights = jnp.exp2((scores - highest) * scale)
         decay = jnp.exp2((before - highest) * scale)
         norm = norm * decay + weights.sum(axis=1, keepdims=True)
-        v = block[:, VALUES].reshape(-1, D)
+        if scaled:
+            weights *= value_scales
+        v = stream.numbers(block, VALUES, q.dtype)
         weighted = lax.dot_general(
             weights.astype(v.dtype),
             v,

@@ -14,7 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu.blocks import ROWS, Blocks, row_sizes
+from pallas_kernels.attention.tpu.scales import Scales
 from pallas_kernels.layout import VALUES
+from pallas_kernels.pages import QuantizedPages
 from pallas_kernels.tpu import LANES, SUBLANES
 
 
@@ -28,6 +30,7 @@ class PageStream:
 
     Args:
       pages: in HBM, [B, K, P, 2, S, D].
+      scales: in HBM, of pages in 8 bits (`Scales`), else None.
       positions: in SMEM, [B, W].
       selection: page_ids[B, K, C] in HBM, counts[B, K] in SMEM and last_loaded[B, K, P] in HBM, which is
         updated; or None for all pages up to the newest position.
@@ -35,9 +38,13 @@ class PageStream:
       blocks: how the work is cut.
     """
 
-    def __init__(self, pages, positions, selection, scratch, blocks: Blocks):
+    def __init__(self, pages, scales, positions, selection, scratch, blocks: Blocks):
         self.pages, self.positions, self.blocks = pages, positions, blocks
-        self.dense = selection is None
+        self.dense, self.scales = selection is None, None
+        self.may_be_nan = jnp.issubdtype(pages.dtype, jnp.floating)  # what nobody wrote
+        if scales is not None:
+            self.scales = Scales(scales, scratch[-3:])
+            scratch = scratch[:-3]
         self.buffer, self.arrived, self.next_slot, *scratch = scratch
         if not self.dense:
             self.page_ids, self.counts, self.last_loaded = selection
@@ -60,8 +67,9 @@ class PageStream:
             pltpu.SemaphoreType.DMA((slots,)),
             pltpu.SMEM((1,), jnp.int32),
         ]
+        scales = Scales.scratch(P, S) if isinstance(pages, QuantizedPages) else []
         if selection is None:
-            return common
+            return common + scales
         groups = blocks.pages // group_of(blocks)
         return [
             *common,
@@ -69,6 +77,7 @@ class PageStream:
             *(pltpu.SMEM((ROWS * size,), jnp.int32) for size in row_sizes(blocks, selection[0].shape[-1], P)),
             pltpu.SemaphoreType.DMA((ROWS, 2)),
             pltpu.SemaphoreType.DMA((ROWS,)),
+            *scales,
         ]
 
     def begin(self):
@@ -77,6 +86,8 @@ class PageStream:
         @pl.when(self.step == 0)
         def _():
             self.next_slot[0] = 0
+            if self.scales is not None:
+                self.scales.start(self.item)
             self._start_rows(self.item)
             self._wait_for_rows(self.item)
 
@@ -84,7 +95,7 @@ class PageStream:
             def _(slot):
                 # What a block lacks at the end of an item has weight 0, and 0 * NaN is NaN: let it be finite.
                 partial = self._pages_of(self.item, slot) < self.blocks.pages
-                pl.when(partial)(lambda: self._clear_slot(slot))
+                pl.when(partial & self.may_be_nan)(lambda: self._clear_slot(slot))
                 issued = (slot < self.blocks.ahead) & (slot < self.item.blocks)
                 pl.when(issued)(lambda: self._issue(self.item, slot, slot))
 
@@ -102,16 +113,27 @@ class PageStream:
             def _(index):
                 self._issue(self.next, index, self._slot(self.count + index))
 
+        if self.scales is not None:
+            self.scales.wait(self.item)
+            self.scales.transpose(self.item)
+            pl.when(self.next.exists)(lambda: self.scales.start(self.next))
         return self.count
 
     def next_block(self, index):
         """Waits for a block of the item: a Ref[pages, 2, S, D]."""
         slot = self._slot(index)
         self._wait(index, slot)
-        self._clear_unwritten(index, slot)
+        if self.may_be_nan:
+            self._clear_unwritten(index, slot)
         wanted = index + self.blocks.ahead == self.count
         pl.when(self.next.exists & wanted)(lambda: self._wait_for_rows(self.next))
         return self.buffer.at[slot]
+
+    def numbers(self, block, which, dtype):
+        """Keys or values [tokens, D] of a block that `next_block` returned; of 8 bits codes in `dtype`."""
+        if self.scales is None:
+            return block[:, which].reshape(-1, block.shape[-1])
+        return block[:, which].astype(jnp.float32).reshape(-1, block.shape[-1]).astype(dtype)
 
     def issue_ahead(self, index):
         """Issues the block that takes the place of the predecessor of block `index`."""
@@ -174,34 +196,42 @@ class PageStream:
                 furthest.append(jnp.uint32(0))  # unsigned, the maximum is one instruction
             furthest[-1] = jnp.maximum(furthest[-1], page.astype(jnp.uint32))
             pl.when(page < self.P)(pltpu.make_async_copy(source.at[page], target.at[j], arrived).start)
+        if not self.may_be_nan:
+            return
         for group, page in enumerate([*furthest, functools.reduce(jnp.maximum, furthest)]):
             self.furthest[slot * (len(furthest) + 1) + group] = page.astype(jnp.int32)
 
-    def horizon(self, index):
-        """Of each token of a block, the position beyond which a slot sees it, in all sublanes.
+    def along_tokens(self, index):
+        """What is to be known of each token of a block, along the lanes. Records the load of the pages.
 
-        That is, after its page was last loaded, and not before the token. Records the load of the pages.
+        Returns:
+          The position beyond which a slot sees it, in all sublanes: after its page was last loaded, and not
+          before the token. And the scales of keys and of values, each [1, tokens]; None of pages without.
         """
-        if self.dense:
-            tokens = self.blocks.pages * self.S
-            return index * tokens - 1 + lax.broadcasted_iota(jnp.int32, (SUBLANES, tokens), 1)
-        ids, loaded = self._ids(self.item), self._loaded(self.item)
+        together = max(LANES // self.S, 1)  # pages whose tokens fill the lanes
+        ids, loaded = (None, None) if self.dense else (self._ids(self.item), self._loaded(self.item))
         step = self.positions[self.item.b, self.positions.shape[1] - 1]  # of the newest slot
         shape = SUBLANES, LANES
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-        together = max(LANES // self.S, 1)  # pages whose tokens fill the lanes
-        horizon = []
+        horizon, scales = [], []
         for first in range(0, self.blocks.pages, together):
-            page_of, loaded_of = (jnp.zeros(shape, jnp.int32) for _ in range(2))
-            for j in range(first, first + together):
-                page = ids[index * self.blocks.pages + j]
-                before = loaded[page]
-                loaded[page] = step
-                page_of = jnp.where(lane >= (j - first) * self.S, page, page_of)
-                loaded_of = jnp.where(lane >= (j - first) * self.S, before, loaded_of)
-            before_token = page_of * self.S + lane % self.S - 1
-            horizon.append(jnp.maximum(before_token, loaded_of))
-        return jnp.concatenate(horizon, axis=1)
+            pages = [index * self.blocks.pages + j for j in range(first, first + together)]
+            if self.dense:
+                horizon.append(pages[0] * self.S - 1 + lane)
+            else:
+                page_of, loaded_of = (jnp.zeros(shape, jnp.int32) for _ in range(2))
+                for j, place in enumerate(pages):
+                    pages[j] = page = ids[place]
+                    before = loaded[page]
+                    loaded[page] = step
+                    page_of = jnp.where(lane >= j * self.S, page, page_of)
+                    loaded_of = jnp.where(lane >= j * self.S, before, loaded_of)
+                before_token = page_of * self.S + lane % self.S - 1
+                horizon.append(jnp.maximum(before_token, loaded_of))
+            if self.scales is not None:
+                scales.append(self.scales.of(self.item, pages))
+        joined = [jnp.concatenate(parts, axis=1) for parts in (horizon, *zip(*scales, strict=True))]
+        return joined if scales else (*joined, None, None)
 
     def _clear_unwritten(self, index, slot):
         """Zeroes values beyond the newest position, which may be NaN: 0 * NaN is NaN."""

@@ -6,7 +6,8 @@ since at a few tokens it is latency that counts.
 A copy cannot begin or end within the rows or lanes that lie together in memory. Two vectors of a page are a
 piece of their own. Of statistics with one vector, and of the scales of 8-bit ones, neighbours come along
 and go back as they came: 8 pages of vectors (a quarter of a tile (32, 128) in 8 bits), and 128 of scales,
-which lie along the lanes. The last piece may end beyond the last page, where memory has whole tiles too.
+which lie along the lanes. So do those of pages in 8 bits, one for each token. The last piece may end beyond
+the last page, where memory has whole tiles too.
 """
 
 import functools
@@ -21,12 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS, VALUES
 from pallas_kernels.operation import before_launch, check_supported, operation
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import Pages, QuantizedPages, in_codes, largest_code
 from pallas_kernels.statistics import INT8_MAX, STATISTICS, PageStatistic, Statistics, in_units
 from pallas_kernels.tpu import LANES, SUBLANES, check_memory, check_support, chip, tiled_bytes
 
 _ROWS = 16
-"""Rows of a page that are changed together: those of a register in bfloat16."""
+"""Rows of a page that are changed together: those of a register in bfloat16; in 8 bits twice as many are."""
 
 
 @operation
@@ -43,15 +44,19 @@ def update_pages(
     """See `pallas_kernels.update.api.update_pages`."""
     B, T, K, D = k.shape
     P, _, S = pages.shape[2:5]
-    check_support(pages.dtype, D, S)
+    scaled = isinstance(pages, QuantizedPages)
+    check_support(k.dtype if scaled else pages.dtype, D, S, in_8_bits=scaled)
     if statistics is not None and statistics.scales is not None:
         check_supported("Mosaic TPU", vectors_in_8_bits=(statistics.values.shape[3], (1,)))
     statistic = None if statistics is None else STATISTICS[statistics.kind]
-    kept, pieces = _kept(statistics)
+    kept, pieces = _kept(pages, statistics)
     touched = (T + S - 2) // S + 1
     target = chip()
-    lanes = max(D, LANES) * pages.dtype.itemsize
-    page_bytes, token_bytes = 2 * K * S * lanes, 4 * T * _padded(K, _ROWS) * lanes
+    if not scaled:
+        k, v = k.astype(pages.dtype), v.astype(pages.dtype)
+    lanes = max(D, LANES)
+    page_bytes = 2 * K * S * lanes * pages.dtype.itemsize
+    token_bytes = 4 * T * _padded(K, _ROWS) * lanes * k.dtype.itemsize
     fresh = [piece.buffer(array.shape, touched) for piece, array in zip(pieces, kept, strict=True)]
     kept_bytes = sum(tiled_bytes(shape, array.dtype) for shape, array in zip(fresh, kept, strict=True))
     sequence_bytes = touched * page_bytes + kept_bytes + token_bytes
@@ -72,11 +77,11 @@ def update_pages(
     ]
     if interpret:  # its memory has no tiles
         kept = [piece.whole(array) for piece, array in zip(pieces, kept, strict=True)]
-    state = [pages, *kept]
+    state = [pages.codes if scaled else pages, *kept]
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     tokens = pl.BlockSpec((together, T, K, D), lambda step, *_: (step, 0, 0, 0))
     launch = pl.pallas_call(
-        functools.partial(_body, together=together, pieces=pieces, statistic=statistic),
+        functools.partial(_body, together=together, pieces=pieces, scaled=scaled, statistic=statistic),
         name="update_pages",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -103,21 +108,25 @@ def update_pages(
         ),
         interpret=interpret,
     )
-    k, v = k.astype(pages.dtype), v.astype(pages.dtype)
-    pages, *kept = launch(spans, positions, k, v, *state)
-    if statistics is None:
-        return pages, None
+    codes, *kept = launch(spans, positions, k, v, *state)
     if interpret:
         kept = [
             lax.slice_in_dim(array, 0, P, axis=piece.axis) for array, piece in zip(kept, pieces, strict=True)
         ]
+    if scaled:
+        scales, *kept = kept
+        pages = QuantizedPages(codes, jnp.moveaxis(scales, -1, 2))
+    else:
+        pages = codes
+    if statistics is None:
+        return pages, None
     values, *scales = kept
     scales = jnp.swapaxes(*scales, 2, 3) if scales else None
     return pages, statistics.replace(values=values.reshape(statistics.values.shape), scales=scales)
 
 
 class _Piece(NamedTuple):
-    """What is copied at once of an array of statistics: some pages of all KV heads.
+    """What is copied at once of an array of statistics, or of scales: some pages of all KV heads.
 
     Attributes:
       axis: of the array, its pages.
@@ -147,17 +156,23 @@ class _Piece(NamedTuple):
         return jnp.pad(array, [(0, pad if axis == self.axis else 0) for axis in range(array.ndim)])
 
 
-def _kept(statistics: Statistics | None) -> tuple[list[Array], list[_Piece]]:
-    """The arrays of statistics in the order of axes in which XLA has them in memory, and their pieces.
+def _kept(pages: Pages, statistics: Statistics | None) -> tuple[list[Array], list[_Piece]]:
+    """Arrays beside the pages in the order of axes in which XLA has them in memory, and their pieces.
 
-    Of one vector per page, pages are the rows; scales [B, K, 1, P] have them along the lanes.
+    Scales of pages in 8 bits [B, K, 2, S, P] have pages along the lanes, and so do those of statistics
+    [B, K, 1, P]. Of one vector per page, pages are the rows.
     """
+    kept, pieces = [], []
+    if isinstance(pages, QuantizedPages):
+        scales = jnp.moveaxis(pages.scales, 2, -1)
+        kept, pieces = [scales], [_Piece(4, min(LANES, scales.shape[-1]))]
     if statistics is None:
-        return [], []
+        return kept, pieces
     B, K, P, Z, D = statistics.values.shape
     if Z == 2:
-        return [statistics.values], [_Piece(2, 0)]
-    kept, pieces = [statistics.values.reshape(B, K, P, D)], [_Piece(2, min(SUBLANES, P))]
+        return [*kept, statistics.values], [*pieces, _Piece(2, 0)]
+    kept.append(statistics.values.reshape(B, K, P, D))
+    pieces.append(_Piece(2, min(SUBLANES, P)))
     if statistics.scales is not None:
         kept.append(jnp.swapaxes(statistics.scales, 2, 3))
         pieces.append(_Piece(3, min(LANES, P)))
@@ -183,6 +198,7 @@ def _body(
     *refs,
     together: int,
     pieces: list[_Piece],
+    scaled: bool,
     statistic: PageStatistic | None,
 ):
     """The kernel's body; pages and statistics come in and go out under two names of one array."""
@@ -225,25 +241,50 @@ def _body(
 
         for_sequences(copy_sequence)
 
+    def written(entries):
+        """Keys or values [K, D] as they are written, in a type that `where` has, and their scales [K, 1]."""
+        entries = entries.astype(jnp.float32)
+        if not scaled:
+            return entries, None
+        scales = jnp.max(jnp.abs(entries), axis=1, keepdims=True) / largest_code(pages_ref.dtype)
+        return in_codes(entries, scales, pages_ref.dtype).astype(jnp.float32), scales
+
+    def column(page, shape):
+        """Where the scales of a page are in a piece."""
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return lane == lax.rem(page, jnp.int32(pieces[0].pages))
+
+    def scales_of(index, page, head, which):
+        """A Ref[S, lanes] of the piece that has the scales of a page."""
+        pages = jnp.int32(pieces[0].pages)
+        number = lax.div(page, pages) - lax.div(spans_ref[0, sequence(index)], pages)
+        return fresh_refs[0].at[index, number, head, which]
+
     def write_tokens(index):
         first = spans_ref[0, sequence(index)]
-        row = lax.broadcasted_iota(jnp.int32, (_ROWS, k_ref.shape[-1]), 0)
+        at_once = min(page_size, 2 * _ROWS) if scaled else _ROWS
+        row = lax.broadcasted_iota(jnp.int32, (at_once, k_ref.shape[-1]), 0)
 
         def write(t, _):
             position = positions_ref[sequence(index), t]
 
             @pl.when(position >= 0)
             def _():
-                slot = lax.div(position, jnp.int32(page_size)) - first
+                page = lax.div(position, jnp.int32(page_size))
                 offset = lax.rem(position, jnp.int32(page_size))
-                start = pl.multiple_of(lax.div(offset, jnp.int32(_ROWS)) * _ROWS, _ROWS)
-                here = row == offset - start
+                start = pl.multiple_of(lax.div(offset, jnp.int32(at_once)) * at_once, at_once)
+                rows, here = pl.ds(start, at_once), row == offset - start
                 for which, entries_ref in ((KEYS, k_ref), (VALUES, v_ref)):
-                    entries = entries_ref[index, t].astype(jnp.float32)
+                    entries, scales = written(entries_ref[index, t])
                     for head in range(heads):
-                        place = buffer_ref.at[index, slot, head, which, pl.ds(start, _ROWS)]
+                        place = buffer_ref.at[index, page - first, head, which, rows]
                         values = jnp.where(here, entries[head : head + 1], place[...].astype(jnp.float32))
                         place[...] = values.astype(place.dtype)
+                        if scaled:
+                            place = scales_of(index, page, head, which).at[rows]
+                            token = lax.broadcasted_iota(jnp.int32, place.shape, 0) == offset - start
+                            own = token & column(page, place.shape)
+                            place[...] = jnp.where(own, scales[head : head + 1], place[...])
 
         lax.fori_loop(0, k_ref.shape[1], write, None)
 
@@ -253,6 +294,7 @@ def _body(
 
         def store(which, page, head, fresh):
             """Puts what is new of a page in its place, and leaves the others of the piece as they are."""
+            which += scaled
             axis, pages = pieces[which]
             number = lax.div(page, jnp.int32(pages or 1)) - lax.div(first, jnp.int32(pages or 1))
             place = fresh_refs[which].at[index, number, head]
@@ -267,6 +309,10 @@ def _body(
             valid = row + page * page_size < end
             for head in range(heads):
                 keys = buffer_ref[index, slot, head, KEYS].astype(jnp.float32)
+                if scaled:
+                    scales = scales_of(index, page, head, KEYS)[...]
+                    own = jnp.where(column(page, scales.shape), scales, 0.0)
+                    keys *= jnp.sum(own, axis=1, keepdims=True)
                 fresh = jnp.concatenate([part.of_page(keys, valid) for part in statistic.parts])
                 if statistic.quantized:
                     scale = jnp.max(jnp.abs(fresh), axis=1, keepdims=True) / INT8_MAX

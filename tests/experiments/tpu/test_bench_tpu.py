@@ -27,7 +27,9 @@ def scheduled(monkeypatch):
     """Schedules of a fast kernel for a window of 1 and a slow one beyond."""
     monkeypatch.setattr(tpu_compiler, "installed", lambda: True)
     monkeypatch.setattr(
-        tpu_model, "_schedule", lambda chip, size, dim, group, window, dense: FAST if window == 1 else SLOW
+        tpu_model,
+        "_schedule",
+        lambda chip, size, dim, group, window, dense, cache_dtype: FAST if window == 1 else SLOW,
     )
     monkeypatch.setattr(tpu_model, "_selection", lambda chip, **_: SELECTION)
 
@@ -73,6 +75,17 @@ def test_sparse_attention_reads_its_budget_and_statistics(scheduled):
     assert slow.bytes == parts["attention"].bytes
     assert slow.binds == "issue"
     assert slow.bundles == 8 * (pages // 32 * SLOW.block + SLOW.item)
+
+
+def test_of_8_bits_the_codes_that_are_loaded_and_all_scales_are_read(scheduled, monkeypatch):
+    config = DecodeConfig("quest", page_size=32, budget=0.125, cache_dtype="int8")
+    pages = 32768 // 8 // 32
+    part = parts_of(config)["attention"]
+    assert part.bytes == 8 * (pages * 2 * 32 * 128 + 1024 * 2 * 32 * 4)
+    assert parts_of(DecodeConfig("full", cache_dtype="int8"))["dense attention"].bytes == 8 * 32768 * 2 * 132
+    scaled = dataclasses.replace(FAST, scales=7)
+    monkeypatch.setattr(tpu_model, "_schedule", lambda *_: scaled)
+    assert parts_of(config)["attention"].bundles == part.bundles + 8 * (1024 // 128) * 7
 
 
 def test_a_preset_selects_by_its_own_statistics(scheduled, monkeypatch):

@@ -1,5 +1,6 @@
 """Counting of bundles, and what the attention kernel costs on each chip at the page size that suits it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -42,6 +43,28 @@ def test_bundles_of_a_block_and_of_an_item():
     assert measure(parse(SCHEDULE), pages=4) == Schedule(block=9, item=8, pages=4, spills=1)
 
 
+def test_loops_over_scales_are_counted_apart():
+    """One transposes those that came, the next one has others copied; before, those of the first item came."""
+    text = ["> {}", ">> { dma.hbm_to_vmem }", ">> {}", ">> {}", ">> {}", ">> { vxpose }", ">> {}", ">> {}"]
+    text += [">> { dma.hbm_to_vmem }", ">> {}", ">> { vmatmul }", "> {}"]
+    labels = ["LB", "LB", "  ", "  ", "  ", "LB", "  ", "  ", "LB", "  ", "LB", "  "]
+    lines = [f"0x{i:x} {label}: {rest}" for i, (label, rest) in enumerate(zip(labels, text, strict=True))]
+    bundles = parse("\n".join(lines))
+    assert measure(bundles, pages=4) == Schedule(block=1, item=2, pages=4, spills=0, scales=3 + 2)
+    assert (
+        measure([dataclasses.replace(b, text=b.text.replace("vxpose", "")) for b in bundles], 4).scales == 0
+    )
+
+
+def test_scales_of_the_whole_context_are_issued_and_read():
+    schedule = Schedule(block=100, item=50, pages=4, spills=0, scales=30)
+    sizes = {"pages": 9, "page_bytes": 8, "items": 2}
+    without = predict("v5e", schedule, **sizes)
+    scaled = predict("v5e", schedule, **sizes, context_pages=130, scale_bytes=5)
+    assert scaled.issue == pytest.approx(without.issue + 2 * 2 * 30 / 1.5e9)
+    assert scaled.memory == pytest.approx(without.memory + 2 * 2 * 128 * 5 / 819e9)
+
+
 def test_the_longer_of_issuing_and_reading_binds():
     schedule = Schedule(block=100, item=50, pages=4, spills=0)
     few = predict("v5e", schedule, pages=9, page_bytes=8, items=2)
@@ -73,7 +96,16 @@ def test_attention_is_bound_by_memory(chip, page_size):
 def test_costs_are_those_that_were_committed(chip):
     """A change that moves them writes them anew: python -m retro_jax.experiments.tpu.schedule costs."""
     committed = json.loads(Path(__file__).with_name("tpu_costs.json").read_text())
-    assert tpu_schedule.costs(chip) == committed[chip]
+    assert tpu_schedule.costs(chip) == committed["bfloat16"][chip]
+
+
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="needs the package of tpu-compiler.txt: make test")
+@pytest.mark.timeout(240)
+def test_costs_of_pages_in_8_bits_are_those_that_were_committed():
+    """Of one chip, whose compiler is the others' too: the rest are committed with them."""
+    committed = json.loads(Path(__file__).with_name("tpu_costs.json").read_text())
+    assert committed["int8"].keys() == CHIPS.keys()
+    assert tpu_schedule.costs_in_8_bits("v6e") == committed["int8"]["v6e"]
 
 
 def test_a_compiler_that_fails_is_reported():

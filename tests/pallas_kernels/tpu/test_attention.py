@@ -13,9 +13,10 @@ from pallas_kernels.attention import reference
 from pallas_kernels.attention.tpu import kernels as attention
 from pallas_kernels.attention.tpu.blocks import Blocks
 from pallas_kernels.attention.tpu.page_stream import PageStream
+from pallas_kernels.attention.tpu.scales import Scales
 from pallas_kernels.tpu import CHIPS
 from tests.pallas_kernels.equality import assert_close
-from tests.pallas_kernels.inputs import PAGES, random_cache, random_retro_inputs
+from tests.pallas_kernels.inputs import PAGES, dtype_beside, pages_as, random_cache, random_retro_inputs
 
 pytestmark = pytest.mark.timeout(120)
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -31,7 +32,7 @@ def run(function, *args, interpret=INTERPRET, **kwargs):
 
 
 def inputs_of(lengths, window, group, page_size, dim, dtype, heads=2):
-    """Random arguments of `retro_attention`; pages that are not selected hold NaN."""
+    """Random arguments of `retro_attention`; pages that are not selected hold NaN, or their scales do."""
     rng = np.random.default_rng(window)
     q, pages, page_ids, counts, *rest = random_retro_inputs(
         rng, lengths, window, group, page_size, heads=heads, dim=dim
@@ -41,7 +42,8 @@ def inputs_of(lengths, window, group, page_size, dim, dtype, heads=2):
     for b, head, c in np.argwhere(place):
         selected[b, head, page_ids[b, head, c]] = True
     pages[~selected] = np.nan
-    return jnp.asarray(q, dtype), jnp.asarray(pages, dtype), *map(jnp.asarray, (page_ids, counts, *rest))
+    q = jnp.asarray(q, dtype_beside(dtype))
+    return q, pages_as(pages, dtype), *map(jnp.asarray, (page_ids, counts, *rest))
 
 
 def assert_equals_the_reference(inputs, result):
@@ -61,6 +63,8 @@ def assert_equals_the_reference(inputs, result):
         (3, 2, 32, 64, jnp.bfloat16, Blocks(4, 3)),
         (2, 8, 64, 256, jnp.float32, Blocks(2, 1)),
         (2, 1, 128, 128, jnp.bfloat16, Blocks(1, 2)),
+        (2, 3, 16, 64, jnp.int8, Blocks(8, 2)),
+        (2, 2, 32, 128, jnp.float8_e4m3fn, Blocks(4, 1)),
     ],
 )
 def test_retro_attention_equals_the_reference(window, group, page_size, dim, dtype, blocks):
@@ -105,25 +109,44 @@ def test_retro_attention_without_any_page_keeps_the_cached_output():
 
 @pytest.mark.parametrize(
     ("tokens", "dtype", "blocks"),
-    [(1, jnp.bfloat16, Blocks(8, 1)), (3, jnp.float32, Blocks(8, 2)), (1, jnp.float32, None)],
+    [
+        (1, jnp.bfloat16, Blocks(8, 1)),
+        (3, jnp.float32, Blocks(8, 2)),
+        (1, jnp.float32, None),
+    ],
 )
 def test_dense_attention_equals_the_reference(tokens, dtype, blocks):
     rng = np.random.default_rng(0)
     lengths = [PAGES * 16, 101, 3]
-    pages = jnp.asarray(random_cache(rng, lengths, 16, dim=64), dtype)
-    pages = jnp.concatenate([pages, jnp.full_like(pages[:1], jnp.nan)])
-    q = jnp.asarray(rng.standard_normal((4, tokens, 6, 64)), dtype)
+    pages = pages_as(random_cache(rng, [*lengths, 0], 16, dim=64), dtype)
+    q = jnp.asarray(rng.standard_normal((4, tokens, 6, 64)), dtype_beside(dtype))
     positions = np.asarray([*lengths, 0])[:, None] - tokens + np.arange(tokens)
     positions = jnp.asarray(np.where(np.arange(4)[:, None] < 3, positions, -1), jnp.int32)
     o, races = run(attention.dense_attention, q, pages, positions, blocks=blocks)
     assert not races
     expected = jax.jit(reference.dense_attention)(q, pages, positions)
-    assert_close(o, expected, TOLERANCE[dtype])
+    assert_close(o, expected, TOLERANCE[q.dtype.type])
 
 
-def test_the_interpreter_finds_a_read_before_its_copy_arrived(monkeypatch):
-    monkeypatch.setattr(PageStream, "_wait", lambda self, index, slot: None)
-    inputs = inputs_of([99], 2, 2, 16, 64, jnp.float32)
+def test_8_bits_beside_queries_in_float32_lose_nothing_more():
+    """Their scales lie in two registers, the second one of which is not whole."""
+    rng = np.random.default_rng(0)
+    pages = pages_as(random_cache(rng, [128 * 64 + 3, 0], 64, heads=1, dim=64, num_pages=129), "int8")
+    q = jnp.asarray(rng.standard_normal((2, 1, 2, 64)), jnp.float32)
+    positions = jnp.asarray([[128 * 64 + 2], [-1]])
+    o, races = run(attention.dense_attention, q, pages, positions, blocks=Blocks(16, 1))
+    assert not races
+    assert_close(o, jax.jit(reference.dense_attention)(q, pages, positions), TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "dtype"),
+    [(PageStream, "_wait", jnp.float32), (Scales, "wait", jnp.int8)],
+    ids=["pages", "scales"],
+)
+def test_the_interpreter_finds_a_read_before_its_copy_arrived(monkeypatch, of, name, dtype):
+    monkeypatch.setattr(of, name, lambda *_: None)
+    inputs = inputs_of([99], 2, 2, 16, 64, dtype)
     eager = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="eager")
     _, races = run(attention.retro_attention, *inputs, interpret=eager, blocks=Blocks(8, 1))
     assert races
@@ -156,6 +179,16 @@ def bfloat16(*shape):
             bfloat16(1, 33, 8, 64),
             bfloat16(1, 2, 4, 2, 16, 64),
             r"33 slots x 4 heads .* more than the 128 rows",
+        ),
+        (
+            bfloat16(1, 1, 2, 64),
+            pages_as(np.zeros((1, 2, 4, 2, 128, 64), np.float32), "int8"),
+            r"page_size_in_8_bits 128 has no Mosaic TPU kernel \(16, 32, 64\)",
+        ),
+        (
+            jnp.zeros((1, 1, 2, 64), jnp.float16),
+            pages_as(np.zeros((1, 2, 4, 2, 16, 64), np.float32), "int8"),
+            r"dtype float16 has no Mosaic TPU kernel \(bfloat16, float32\)",
         ),
     ],
 )

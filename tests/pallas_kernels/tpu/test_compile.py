@@ -2,16 +2,20 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import empty_pages
 from pallas_kernels.attention.tpu import kernels as attention
 from pallas_kernels.attention.tpu.blocks import Blocks
 from pallas_kernels.tpu import CHIPS, HEAD_DIMS, PAGE_SIZES
+from pallas_kernels.update.tpu import kernels as update
 from retro_jax.experiments.tpu import compiler as tpu_compiler
 from retro_jax.experiments.tpu.compiler import compile_for
+from tests.pallas_kernels.inputs import dtype_beside, shapes_of_statistics
 
 pytestmark = [
     pytest.mark.skipif(
@@ -26,12 +30,16 @@ def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+def shapes_of_pages(*sizes, dtype):
+    return jax.eval_shape(lambda: empty_pages(sizes, jnp.dtype(dtype)))
+
+
 def retro_shapes(window, group, dim, page_size, dtype=jnp.bfloat16, B=B, K=K, tokens=TOKENS, places=None):
     """Shapes of the arguments of `retro_attention`."""
     P, N = tokens // page_size, K * group
     return (
-        shape(B, window, N, dim, dtype=dtype),
-        shape(B, K, P, 2, page_size, dim, dtype=dtype),
+        shape(B, window, N, dim, dtype=dtype_beside(dtype)),
+        shapes_of_pages(B, K, P, 2, page_size, dim, dtype=dtype),
         shape(B, K, places or P // 8, dtype=jnp.int32),
         shape(B, K, dtype=jnp.int32),
         shape(B, K, P, dtype=jnp.int32),
@@ -49,6 +57,10 @@ SHAPES = [
         for dtype, dim, page_size in itertools.product((jnp.bfloat16, jnp.float32), HEAD_DIMS, PAGE_SIZES)
     ),
     *((chip, 128, 32, 4, 4, jnp.bfloat16) for chip in CHIPS),
+    ("v4", 128, 32, 4, 4, jnp.int8),
+    ("v5p", 256, 32, 1, 8, jnp.float8_e4m3fn),
+    ("v6e", 128, 64, 8, 4, jnp.int8),
+    ("tpu7x", 128, 64, 4, 4, jnp.float8_e4m3fn),
 ]
 
 
@@ -68,14 +80,38 @@ def test_retro_attention(chip, dim, page_size, window, group, dtype):
     assert cost["flops"] >= 2 * read / jnp.dtype(dtype).itemsize * window * group
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 128), (8, 64)])
-def test_dense_attention(chip, tokens, dim):
-    pages = shape(B, K, TOKENS // 16, 2, 16, dim)
+@pytest.mark.parametrize(
+    ("chip", "tokens", "dim", "dtype"),
+    [
+        *((chip, *sizes, jnp.bfloat16) for sizes in ((1, 128), (8, 64)) for chip in CHIPS),
+        ("v5e", 1, 128, jnp.int8),
+    ],
+)
+def test_dense_attention(chip, tokens, dim, dtype):
+    pages = shapes_of_pages(B, K, TOKENS // 16, 2, 16, dim, dtype=dtype)
     q, positions = shape(B, tokens, 4 * K, dim), shape(B, tokens, dtype=jnp.int32)
     executable = compile_for(chip, attention.dense_attention, q, pages, positions, row_major=dim == 64)
     assert "tpu_custom_call" in executable.as_text()
-    assert executable.memory_analysis().temp_size_in_bytes < pages.size // 8
+    assert executable.memory_analysis().temp_size_in_bytes < math.prod(pages.shape) // 8
+
+
+@pytest.mark.parametrize(
+    ("chip", "dim", "page_size", "kind", "dtype"),
+    [("v4", 256, 16, "min_max", jnp.float8_e4m3fn), ("v6e", 128, 64, "mean_key_int8", jnp.int8)],
+)
+def test_update_of_pages_in_8_bits(chip, dim, page_size, kind, dtype):
+    """In place, and nothing is copied: their scales and those of statistics lie as the kernel takes them."""
+    P = TOKENS // page_size
+    state = (
+        shapes_of_pages(B, K, P, 2, page_size, dim, dtype=dtype),
+        shapes_of_statistics(kind, (B, K, P), dim),
+    )
+    k = v = shape(B, 4, K, dim)
+    places = shape(B, dtype=jnp.int32), shape(B, 4, dtype=jnp.bool_)
+    memory = compile_for(chip, update.update_pages, *state, k, v, *places, donate=(0, 1)).memory_analysis()
+    size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < 1 << 16
 
 
 @pytest.mark.parametrize("chip", CHIPS)

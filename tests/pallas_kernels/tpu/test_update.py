@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import STATISTICS
+from pallas_kernels import STATISTICS, empty_pages
 from pallas_kernels.update.tpu import kernels as mosaic_tpu
 from tests.pallas_kernels.equality import FUSED, assert_same_update
-from tests.pallas_kernels.inputs import random_update, shapes_of_statistics
+from tests.pallas_kernels.inputs import dtype_beside, random_update, shapes_of_statistics
 from tests.pallas_kernels.tpu.interpreter import INTERPRET, races_found, run
 
 pytestmark = pytest.mark.timeout(120)
@@ -36,7 +36,11 @@ def assert_updates_as_the_reference_does(inputs, **options):
 
 @pytest.mark.parametrize(
     ("kind", "tokens", "page_size", "dim", "heads", "dtype"),
-    [(kind, *next(SIZES)) for kind in (*KINDS, KINDS[0], None, *KINDS)],
+    [
+        *((kind, *next(SIZES)) for kind in (*KINDS, KINDS[0], None, *KINDS)),
+        ("min_max", 4, 64, 64, 1, jnp.int8),
+        ("mean_key", 5, 16, 128, 2, jnp.float8_e4m3fn),
+    ],
 )
 def test_update_equals_the_reference(kind, tokens, page_size, dim, heads, dtype):
     """Lengths across pages, shorter than the update, at the capacity, beyond; a sequence without a token."""
@@ -57,15 +61,15 @@ def test_update_equals_the_reference(kind, tokens, page_size, dim, heads, dtype)
 
 
 @pytest.mark.parametrize(
-    ("kind", "pages", "lengths"),
+    ("kind", "pages", "lengths", "dtype"),
     [
-        ("mean_key_int8", 136, [128 * 16 + 3, 136 * 16, 5]),  # scales of two pieces, the last one cut short
-        ("mean_key_int8", 5, [5 * 16, 33]),
-        ("mean_key", 20, [17 * 16 + 1, 20 * 16]),
+        ("mean_key_int8", 136, [128 * 16 + 3, 5], jnp.int8),  # scales of two pieces, the last one cut short
+        ("mean_key_int8", 5, [5 * 16, 33], jnp.bfloat16),
+        ("mean_key", 20, [17 * 16 + 1, 20 * 16], jnp.bfloat16),
     ],
 )
-def test_pages_that_are_no_whole_pieces(kind, pages, lengths):
-    inputs = random_update(np.random.default_rng(pages), lengths, 8, 16, 2, 64, kind, jnp.bfloat16, pages)
+def test_pages_that_are_no_whole_pieces(kind, pages, lengths, dtype):
+    inputs = random_update(np.random.default_rng(pages), lengths, 8, 16, 2, 64, kind, dtype, pages)
     assert_updates_as_the_reference_does(inputs)
 
 
@@ -122,11 +126,12 @@ def test_update_refuses_what_it_does_not_support(monkeypatch):
     assert not two.fused_by("mosaic_tpu") and two.fused_by("mosaic_gpu")
 
     def update(tokens=1, pages=16, heads=1, page_size=16, dim=64, kind="min_max", dtype="bfloat16"):
+        beside = dtype_beside(dtype)
         return jax.eval_shape(
             mosaic_tpu.update_pages,
-            jax.ShapeDtypeStruct((1, heads, pages, 2, page_size, dim), dtype),
-            shapes_of_statistics(kind, (1, heads, pages), dim, dtype),
-            *[jax.ShapeDtypeStruct((1, tokens, heads, dim), dtype)] * 2,
+            jax.eval_shape(lambda: empty_pages((1, heads, pages, 2, page_size, dim), jnp.dtype(dtype))),
+            shapes_of_statistics(kind, (1, heads, pages), dim, beside),
+            *[jax.ShapeDtypeStruct((1, tokens, heads, dim), beside)] * 2,
             jax.ShapeDtypeStruct((1,), jnp.int32),
             jax.ShapeDtypeStruct((1, tokens), jnp.bool_),
         )
@@ -134,6 +139,7 @@ def test_update_refuses_what_it_does_not_support(monkeypatch):
     for message, arguments in [
         ("dtype float16 has no Mosaic TPU kernel", {"dtype": jnp.float16}),
         ("head_dim 96 has no Mosaic TPU kernel", {"dim": 96}),
+        ("page_size_in_8_bits 128 has no Mosaic TPU kernel", {"dtype": jnp.int8, "page_size": 128}),
         (r"vectors_in_8_bits 2 has no Mosaic TPU kernel \(1\)", {"kind": "two_int8"}),
         (
             r"needs \d+ bytes of VMEM, and a v5e has \d+",
