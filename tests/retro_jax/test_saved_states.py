@@ -155,7 +155,7 @@ def test_names_and_kernels_may_be_others(written):
     [
         ("config", {"method": "mine"}, "not possible here: method 'mine' is unknown"),
         ("config", {"later": 1}, "not possible here: DecodeConfig has no later, which another version"),
-        ("model", {"experts": 8}, "not possible here: ModelConfig has no experts"),
+        ("model", {"adapters": 8}, "not possible here: ModelConfig has no adapters"),
     ],
 )
 def test_what_another_version_wrote(written, tmp_path, name, values, message):
