@@ -155,7 +155,7 @@ def test_names_and_kernels_may_be_others(written):
     [
         ("config", {"method": "mine"}, "not possible here: method 'mine' is unknown"),
         ("config", {"later": 1}, "not possible here: DecodeConfig has no later, which another version"),
-        ("model", {"adapters": 8}, "not possible here: ModelConfig has no adapters"),
+        ("model", {"heads_x": 8}, "not possible here: ModelConfig has no heads_x"),
     ],
 )
 def test_what_another_version_wrote(written, tmp_path, name, values, message):

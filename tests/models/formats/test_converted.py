@@ -112,7 +112,10 @@ def test_its_sizes_are_known_before_it_is_read(tiny):
     ("values", "message"),
     [
         ({"parts": 4}, "has matrices joined in 4 parts, this version of retro-jax joins them in 2; convert"),
-        ({"config": {"adapters": 8}}, "does not describe a model .ModelConfig has no adapters, which another"),
+        (
+            {"config": {"adapters": 8}},
+            "does not describe a model .ModelConfig has no adapters, which another",
+        ),
         ({"config": {"name": "x"}}, "does not describe a model .*missing"),
         ({"tokenizer": {}}, "is none of retro-jax's folders, or a part of one: it has no tokenizer/token"),
     ],
