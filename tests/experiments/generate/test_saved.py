@@ -1,9 +1,14 @@
 """States that `generate` keeps and goes on from."""
 
-import numpy as np
+import json
+import shutil
+
 import pytest
 
+import retro_jax
 from retro_jax import DecodeConfig, init_state, load_model, save_state
+from retro_jax.experiments.generate.command import Generate
+from retro_jax.experiments.generate.saved import made_with
 
 CONFIG = ("--budget-tokens", 32, "--page-size", 8, "--window", 3)
 DRAWN = (*CONFIG, "--temperature", 0.9, "--seed", 5)
@@ -12,7 +17,7 @@ WHOLE = ("texts", "tokens", "finished", "config", "sampling")
 
 @pytest.fixture(scope="module")
 def text(tiny_folder):
-    return ("generate", tiny_folder, "--prompt", "Once upon a time there was a house by the sea, and in it")
+    return ("generate", tiny_folder, "--prompt", "the house")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +42,17 @@ def test_the_output_is_that_of_one_longer_run(text, saved, command, json_command
     status, out, err = command(*arguments)
     assert (status, out) == (0, whole["texts"][0] + "\n")
     assert err.startswith("[9 tokens in")
-    later = json_command("generate", tiny_folder, "--state", tmp_path / "later", "--max-new-tokens", 300)
-    assert later["tokens"][0][:25] == whole["tokens"][0]  # in a longer cache
-    assert len(later["tokens"][0]) == 325 or later["finished"] == [True]
+    assert made_with(tmp_path / "later") == made_with(saved)
+
+
+def test_the_cache_grows_where_it_must(saved, failure, tiny_folder, monkeypatch):
+    def load_state(*_, capacity):
+        raise ValueError(f"capacity {capacity}")
+
+    monkeypatch.setattr(retro_jax, "load_state", load_state)
+    for tokens, capacity in ((9, 256), (300, 512)):
+        asked = ("generate", tiny_folder, "--state", saved, "--max-new-tokens", tokens)
+        assert f"capacity {capacity}" in failure(*asked)
 
 
 def test_a_prompt_is_the_next_turn(text, saved, json_command, tiny_folder):
@@ -75,20 +88,19 @@ def test_places(text, saved, failure, tiny_folder, tmp_path):
     assert "there is no folder" in failure("generate", tiny_folder, "--state", tmp_path / "none")
     assert "it has no about/about.json" in failure("generate", tiny_folder, "--state", tiny_folder)
     assert "holds a state, not a model" in failure("generate", saved, "--prompt", "a")
-    assert "weights of 'tiny', not those" not in failure("generate", "random:tiny", "--state", saved)
-    config = DecodeConfig("quest")
-    model = load_model("random:tiny")
+    config, model = DecodeConfig("quest"), load_model(str(tiny_folder))
     save_state(model, init_state(model.config, config, 1, 64), tmp_path / "loop", config)
     assert "holds the state of a loop of one's own" in failure(
-        "generate", "random:tiny", "--state", tmp_path / "loop"
+        "generate", tiny_folder, "--state", tmp_path / "loop"
     )
 
 
-def test_verified_text_goes_on_verified(tiny_folder, json_command, tmp_path):
-    np.save(tmp_path / "ids.npy", np.arange(60) % 40 + 10)
-    arguments = ("generate", tiny_folder, "--token-ids", tmp_path / "ids.npy")
-    drafts = ("--method", "quest", "--budget-tokens", 32, "--page-size", 8, "--verify", 2)
-    whole = json_command(*arguments, *drafts, "--max-new-tokens", 12)
-    json_command(*arguments, *drafts, "--max-new-tokens", 6, "--save-state", tmp_path / "state")
-    again = json_command("generate", tiny_folder, "--state", tmp_path / "state", "--max-new-tokens", 6)
-    assert again["tokens"] == whole["tokens"] and again["verify"] == 2 and "checks" in again["metrics"]
+def test_all_that_it_was_made_with_is_the_default(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "verified")
+    file = folder / "about" / "about.json"
+    about = json.loads(file.read_text())
+    about["generation"]["verify"] = 3
+    file.write_text(json.dumps(about))
+    flags = Generate.defaults(["model", "--state", str(folder)])
+    assert (flags.verify, flags.dtype, flags.preset) == (3, "bfloat16", None)
+    assert (flags.config.window, flags.config.budget_tokens, flags.sampling.seed) == (3, 32, 5)

@@ -16,6 +16,7 @@ from retro_jax.models.config_json import from_json, to_json
 from tests.models import golden
 
 SOURCES = ("llama3.1-sharded", "gguf-qwen2.gguf", "qwen2.5-yarn")
+QWEN3 = str(golden.FOLDER / "qwen3")
 MESSAGES = [{"role": "user", "content": "Grüße, 12 Äpfel"}]
 
 
@@ -29,7 +30,7 @@ def converted(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    model = models.load_model("random:tiny")
+    model = models.load_model(QWEN3)
     folder = tmp_path_factory.mktemp("converted") / "tiny"
     models.save_model(model, str(folder))
     return model, folder
@@ -86,7 +87,7 @@ def test_weights_that_lie_on_a_mesh_are_written_as_they_are(tiny, tmp_path):
 
 def test_other_sources_are_placed_too(tiny):
     model, _ = tiny
-    sharded = models.load_model("random:tiny", shardings=rj.params_on(rj.make_mesh(1, 2)))
+    sharded = models.load_model(QWEN3, shardings=rj.params_on(rj.make_mesh(1, 2)))
     assert len(sharded.params.embed.sharding.device_set) == 2
     assert_same_weights(sharded.params, model.params)
 
