@@ -37,7 +37,8 @@ class DecodeFields:
     exact cache and verified text are those of this cache. Float8 is the less exact of the two, and on a CPU
     XLA copies a layer of it in each step. None: in the model's dtype."""
     dense_layers: int = 2
-    """First layers that always use full attention."""
+    """First layers that always attend to all pages, of those with full attention. Layers with a sliding
+    window do not count: they always attend to all of it."""
     sink_pages: int = 1
     """Pages at the beginning of the sequence that are always loaded, within the budget. Neither the paper
     nor Quest forces any (0)."""

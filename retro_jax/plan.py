@@ -35,6 +35,11 @@ class LayerPlan:
     rings: tuple[int | None, ...]
 
     @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that load selected pages only."""
+        return tuple(itertools.compress(itertools.count(), self.sparse))
+
+    @property
     def num_sparse(self) -> int:
         """Layers that load selected pages only."""
         return sum(self.sparse)

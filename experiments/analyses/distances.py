@@ -4,6 +4,7 @@ A text is decoded beside full attention's own pass over it. What the cache holds
 2, ... steps after the token was decoded: with a window of w it changes w-1 times, and stays as it is then.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def _compare(
 @partial(jax.jit, static_argnames=("model", "config", "ages"), donate_argnames=("state", "past"))
 def _steps(params, model, config, ages, full, state, past, tokens, active):
     """Decodes tokens[T, B]; the state, the older slots' first queries by layer, and what `_compare` gives."""
-    dense = layer_plan(model, config).first_sparse
+    sparse = layer_plan(model, config).sparse
 
     def step(carry, inputs):
         state, past = carry
@@ -118,7 +119,9 @@ def _steps(params, model, config, ages, full, state, past, tokens, active):
         )
         by_layer = [
             _compare(layer.pages, *of_layer, positions, slots)
-            for layer, *of_layer in zip(state.layers[dense:], windows, first, full, strict=True)
+            for layer, *of_layer in zip(
+                itertools.compress(state.layers, sparse), windows, first, full, strict=True
+            )
         ]
         return (state, tuple(q[:, 1:] for q in first)), jax.tree.map(lambda *x: jnp.stack(x), *by_layer)
 
@@ -134,21 +137,21 @@ def _by_token(values: Float[np.ndarray, "steps L B ages"], ages: Sequence[int], 
 
 
 @under_mesh_of_weights
-def full_attentions(model: Model, texts: Texts, dense: int) -> tuple[FullAttention, ...]:
-    """Returns full attention's keys, values and outputs [B, T, heads, D] of every layer past the dense ones.
+def full_attentions(model: Model, texts: Texts, sparse_layers: Sequence[int]) -> tuple[FullAttention, ...]:
+    """Returns full attention's keys, values and outputs [B, T, heads, D] of the sparse layers.
 
     Texts are passed one by one, so that memory grows with the square of the tokens of one.
 
     Raises:
-      ValueError: every layer is dense.
+      ValueError: there are none.
     """
-    if dense == model.config.num_layers:
-        raise ValueError(f"all {dense} layers are dense; lower --dense-layers")
+    if not sparse_layers:
+        raise ValueError(f"all {model.config.num_layers} layers are dense; lower --dense-layers")
     ids = check_token_ids(model.config, texts.ids, "token_ids")
     found = [full_attention(model.params, model.config, row[None]) for row in ids]
     return tuple(
         jax.tree.map(lambda *rows, layer=layer: jnp.concatenate([row[layer] for row in rows]), *found)
-        for layer in range(dense, model.config.num_layers)
+        for layer in sparse_layers
     )
 
 
@@ -300,10 +303,11 @@ class DistancesCommand(DistancesFlags):
         }
         folder = DistancesFolder(self.out, identity)
         missing = {name: config for name, config in cases.items() if not folder.has(name)}
-        dense = min(self.config.dense_layers, model.config.num_layers)
+        # Those of every case: they differ in what they revise only.
+        sparse_layers = layer_plan(model.config, next(iter(cases.values()))).sparse_layers
         if missing:
             _check_reference(model.config, texts)
-            full = full_attentions(model, texts, dense)
+            full = full_attentions(model, texts, sparse_layers)
         for number, (name, config) in enumerate(missing.items(), 1):
             start = time.perf_counter()
             with Progress(f"{number}/{len(missing)} {name}: ") as progress:
@@ -311,7 +315,7 @@ class DistancesCommand(DistancesFlags):
             folder.save(name, config, found, time.perf_counter() - start)
             release()  # the next case's programs are other ones
         finished = folder.cases()
-        values = summary(folder.identity, finished, dense)
+        values = summary(folder.identity, finished, sparse_layers)
         report = distances_report(values)
         write_results(folder.path, values, report, distances_pictures(values))
         self.show(values, f"{report}\nTable, JSON, picture and block means: {folder.path}")

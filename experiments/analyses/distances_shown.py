@@ -37,18 +37,18 @@ class Finished(Protocol):
     base: tuple
 
 
-def summary(identity: Mapping, cases: Sequence[Finished], first_layer: int) -> dict:
+def summary(identity: Mapping, cases: Sequence[Finished], sparse_layers: Sequence[int]) -> dict:
     """Returns means with standard errors as JSON values.
 
     Args:
       identity: what the cases share.
       cases: in the order in which they are shown.
-      first_layer: the number of the first layer that is not dense.
+      sparse_layers: their numbers.
     """
     without = {case.base: case for case in cases if case.config.slots == 1}
     return {
         **identity,
-        "first_layer": first_layer,
+        "sparse_layers": list(sparse_layers),
         "cases": {
             case.name: {
                 "config": asdict(case.config),
@@ -134,13 +134,9 @@ def distances_report(values: dict) -> str:
             markdown(["mean of layers", *(f"age {age}" for age in ages)], rows),
         ]
     for name, words in QUANTITIES.items():
-        layers = range(len(next(iter(cases.values()))[name][-1]["layers"]))
         rows = [
-            [
-                str(values["first_layer"] + layer),
-                *(_cell(case[name][-1]["layers"][layer]) for case in cases.values()),
-            ]
-            for layer in layers
+            [str(layer), *(_cell(case[name][-1]["layers"][place]) for case in cases.values())]
+            for place, layer in enumerate(values["sparse_layers"])
         ]
         parts += [f"## {words.capitalize()} at the highest age, by layer", markdown(["layer", *cases], rows)]
     return "\n\n".join(parts) + "\n"
@@ -160,13 +156,13 @@ def distances_pictures(values: dict) -> dict[str, bytes]:
     Returns:
       PNG files by name.
     """
-    styles, first = looks(values["cases"]), values["first_layer"]
+    styles, layers = looks(values["cases"]), values["sparse_layers"]
 
     def lines(name: str, by_layer: bool) -> Iterable[Line]:
         for title, case in values["cases"].items():
             points = case[name][-1]["layers"] if by_layer else case[name]
             # A logarithmic axis has no age 0.
-            x = [point["age"] + 1 if "age" in point else first + place for place, point in enumerate(points)]
+            x = layers if by_layer else [point["age"] + 1 for point in points]
             mean, error = (np.array([point[part] for point in points], float) for part in ("mean", "error"))
             yield Line(title, styles[title], x, mean, mean - error, mean + error)
 

@@ -120,7 +120,7 @@ def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, pr
     ids = check_token_ids(model.config, texts.ids, "token_ids")
     state = new_state(model.config, config, batch, tokens)
     state, _ = run_prefill(model, config, state, list(ids[:, : texts.prompt_tokens]), progress)
-    none = (distances, plan.num_sparse, *state.layers[-1].pages.shape[:3])
+    none = (distances, plan.num_sparse, *state.layers[plan.first_sparse].pages.shape[:3])
     past = Ranked(jnp.zeros(none, bool), jnp.zeros(none, bool))
     found = []
     for step, column in enumerate(ids[:, texts.prompt_tokens :].T, 1):
@@ -133,7 +133,7 @@ def measure(model: Model, texts: Texts, config: DecodeConfig, distances: int, pr
     return Shares(loaded, then)
 
 
-def summary(shares: Shares, first_layer: int) -> dict:
+def summary(shares: Shares, sparse_layers: Sequence[int]) -> dict:
     """Returns means with standard errors as JSON values: over all sparse layers, and of each."""
 
     def at(values: Float[np.ndarray, "L B T"]) -> dict:
@@ -145,10 +145,11 @@ def summary(shares: Shares, first_layer: int) -> dict:
             for distance in range(1, len(shares.loaded) + 1)
         ]
 
-    layers = range(shares.loaded.shape[1])
     return {
         "mean": by_distance(slice(None)),
-        "layers": {str(first_layer + layer): by_distance(slice(layer, layer + 1)) for layer in layers},
+        "layers": {
+            str(layer): by_distance(slice(place, place + 1)) for place, layer in enumerate(sparse_layers)
+        },
     }
 
 
@@ -259,7 +260,7 @@ class Overlap(OverlapFlags):
             "tokens": texts.ids.shape[1],
             "prompt_tokens": self.prompt_tokens,
             "config": asdict(config),
-            **summary(shares, layer_plan(model.config, config).first_sparse),
+            **summary(shares, layer_plan(model.config, config).sparse_layers),
             "provenance": provenance(),
         }
         report = overlap_report(values)

@@ -33,12 +33,15 @@ from pallas_kernels import (
     select_pages,
     settle_blocks,
     update_pages,
+    update_ring,
+    window_attention,
 )
 from pallas_kernels.operation import Accepted, only_asked
 from retro_jax import DecodeConfig, init_state
 from retro_jax.budget import most_pages
 from retro_jax.experiments.io.tables import markdown
-from retro_jax.models import ModelConfig
+from retro_jax.models import LayerKind, ModelConfig
+from retro_jax.plan import layer_plan
 from retro_jax.selectors import SELECTORS
 
 CHIPS: Mapping[str, AbstractDevice] = {
@@ -65,6 +68,8 @@ class Case:
       dtype: of the model and its cache.
       pages: of the cache.
       batch: sequences.
+      window: of a third layer, which has a sliding window; None: there is none.
+      sinks: whether the layers have sinks.
     """
 
     config: DecodeConfig
@@ -73,14 +78,18 @@ class Case:
     dtype: str = "bfloat16"
     pages: int = PAGES
     batch: int = 1
+    window: int | None = None
+    sinks: bool = False
 
     @property
     def model(self) -> ModelConfig:
         """Of two KV heads, with a dense and a sparse layer."""
+        windows = (None, None) if self.window is None else (None, None, self.window)
         return ModelConfig(
             name="pairs",
             vocab_size=64,
-            num_layers=2,
+            num_layers=len(windows),
+            layer_kinds=tuple(LayerKind(window=window, sinks=self.sinks) for window in windows),
             num_heads=2 * self.group,
             num_kv_heads=2,
             head_dim=self.head_dim,
@@ -108,7 +117,7 @@ def operations(case: Case, kernels: str) -> tuple[tuple[str, Call], ...]:
 
 def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
     config, model = case.config, case.model
-    dense, sparse = jax.eval_shape(
+    dense, sparse, *sliding = jax.eval_shape(
         functools.partial(init_state, model, config, case.batch, case.capacity)
     ).layers
     B, W, N, D = case.batch, config.slots, model.num_heads, model.head_dim
@@ -131,7 +140,14 @@ def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
             yield "update", _call(refresh_statistics, kept, layer.pages, *write)
 
     yield from update(dense, 1)
-    yield "dense attention", _call(dense_attention, shape(B, 1, N, D), dense.pages, integers(B, 1))
+    sinks = (shape(N),) if case.sinks else ()
+    yield "dense attention", _call(dense_attention, shape(B, 1, N, D), dense.pages, integers(B, 1), *sinks)
+    for layer in sliding:
+        ring = layer_plan(model, config).rings[2]
+        written = shape(B, W, K, D), shape(B, W, K, D), integers(B), shape(B, W, dtype=bool)
+        yield "update", _call(update_ring, layer.pages, *written, ring=ring)
+        arrays = shape(B, W, N, D), layer.pages, integers(B, W), *sinks
+        yield "window attention", _call(window_attention, *arrays, window=case.window, ring=ring)
     yield from update(sparse, W)
     places = {"page_size": config.page_size, "capacity": capacity, "sink_pages": config.sink_pages}
     if config.score in SCORES:
@@ -258,12 +274,26 @@ def tables() -> dict[str, list[tuple[dict[str, str], Case]]]:
             (16, 32, 64),
         )
     ]
+    sliding = [
+        (
+            {"sliding window": str(tokens), "window": str(w), "rectify_every": str(every), "sinks": sinks},
+            Case(
+                dataclasses.replace(config, window=w, rectify_every=every),
+                window=tokens,
+                sinks=sinks == "yes",
+            ),
+        )
+        for tokens, w, every, sinks in itertools.product(
+            (100, 128, 1024, 4096), (1, 2, 4), (None, 8), ("no", "yes")
+        )
+    ]
     return {
         "Scores, statistics, reductions, residuals and page sizes": selections,
         "Windows and groups of query heads": windows,
         "Dtypes and head_dim": heads,
         "Pages of the cache and sequences": caches,
         "Keys and values in 8 bits": eight_bits,
+        "Layers with a sliding window, and with sinks": sliding,
     }
 
 

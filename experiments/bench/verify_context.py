@@ -18,6 +18,7 @@ from retro_jax import DecodeConfig, DecodeState, Model, init_state
 from retro_jax.budget import Budget
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.generate import run_prefill
+from retro_jax.plan import layer_plan
 from retro_jax.state import LayerState
 
 
@@ -86,7 +87,17 @@ class Context:
         return state.replace(budget=Budget.of(config, len(self.tokens)), layers=self._layers(layers))
 
     def begin_full(self, config: DecodeConfig) -> DecodeState:
-        """The state of full attention behind the same tokens; `end` takes its pages back."""
+        """The state of full attention behind the same tokens; `end` takes its pages back.
+
+        Raises:
+          ValueError: it would keep other tokens of a sliding window.
+        """
+        rings = layer_plan(self._model.config, config).rings
+        if rings != layer_plan(self._model.config, self.config).rings:
+            raise ValueError(
+                f"{self._model.config.name} has sliding windows, of which {self.config.slots} queries a step "
+                "keep more tokens than full attention does; use a window of 1"
+            )
         batch, capacity = len(self.tokens), self._capacity
         shapes = jax.eval_shape(partial(init_state, self._model.config, config, batch, capacity))
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.replace(layers=()))

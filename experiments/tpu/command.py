@@ -1,5 +1,6 @@
 """`retro-jax bench tpu-static`: decode steps on TPUs, predicted on a machine without one."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from retro_jax.experiments.tpu.model import decode_step
 from retro_jax.models.names import nearest
 from retro_jax.models.presets import SIZES
 
-PARTS = ("weights", "dense attention", "selection", "attention", "update")
+PARTS = ("weights", "dense attention", "window attention", "selection", "attention", "update")
 
 
 @dataclass(kw_only=True)
@@ -121,9 +122,15 @@ def _of(row: dict, name: str) -> dict | None:
     return next((part for part in row["parts"] if part["name"] == name), None)
 
 
-def _milliseconds(row: dict, name: str) -> str:
-    part = _of(row, name)
-    return "" if part is None else rounded(1e3 * part["layers"] * part["time"])
+def _parts(rows: Sequence[dict]) -> list[str]:
+    """The names of the parts that any of the steps has."""
+    found = {part["name"] for row in rows for part in row["parts"]}
+    return [name for name in PARTS if name in found]
+
+
+def _milliseconds(row: dict, name: str) -> float:
+    """Of all layers, whose windows may be of several sizes; 0 where there are none."""
+    return sum(1e3 * part["layers"] * part["time"] for part in row["parts"] if part["name"] == name)
 
 
 def _binding(row: dict) -> str:
@@ -154,12 +161,12 @@ def static_report(values: dict) -> str:
       values: as in results.json.
     """
     steps, kernels, selections = [], [], []
-    quest = {}
+    quest, names = {}, _parts(values["rows"])
     for row in values["rows"]:
         place = row["chip"], row["page_size"], row["context"]
         if row["method"] == "quest":
             quest[place] = row
-        times = [_milliseconds(row, name) for name in PARTS]
+        times = [rounded(_milliseconds(row, name)) if _of(row, name) else "" for name in names]
         steps.append([*map(str, place), row["method"], *times, rounded(1e3 * row["seconds"]), _binding(row)])
         part = _of(row, "selection")
         if part is not None:
@@ -182,7 +189,7 @@ def static_report(values: dict) -> str:
         f"bfloat16, budget {values['budget']}, batch {values['batch']}, devices that share "
         f"the KV heads: {values['devices']}. Milliseconds a step in all layers, a lower bound from bytes and "
         "compiled schedules: sums over devices, launches, stalls and small operations are not in it.",
-        markdown([*where, *PARTS, "step", "bound by"], steps),
+        markdown([*where, *names, "step", "bound by"], steps),
         "Attention of one sparse layer on one device: what it reads (MB), bundles that a TensorCore "
         "issues, the time of its bytes at the bandwidth of HBM, and the predicted time with the latency "
         "of the first copy (microseconds).",
@@ -206,18 +213,13 @@ def static_pictures(values: dict) -> dict[str, bytes]:
       PNG files by name.
     """
     chips = list(dict.fromkeys((row["chip"], row["page_size"]) for row in values["rows"]))
-    panels = []
+    panels, parts = [], _parts(values["rows"])
     for context in dict.fromkeys(row["context"] for row in values["rows"]):
         for chip, page_size in chips:
             place = chip, page_size, context
             rows = [row for row in values["rows"] if (row["chip"], row["page_size"], row["context"]) == place]
             names = [row["method"].removeprefix("retro ") for row in rows]
-            heights = {
-                name: [
-                    1e3 * part["layers"] * part["time"] if (part := _of(row, name)) else 0.0 for row in rows
-                ]
-                for name in PARTS
-            }
+            heights = {name: [_milliseconds(row, name) for row in rows] for name in parts}
             title = f"{chip}, pages of {page_size}, {context / 1024:g}k tokens"
             panels.append(Bars(names, heights, Scale("ms a step"), title))
     notes = [

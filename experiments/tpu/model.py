@@ -9,11 +9,12 @@ import functools
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import pages_for
 from pallas_kernels.attention.tpu.blocks import LATENCY, choose_blocks
 from pallas_kernels.selection.tpu.kernels import heads_per_step, pages_per_block
 from pallas_kernels.statistics import STATISTICS
@@ -35,7 +36,7 @@ class Part:
     """One part of a decode step, in one layer or, for the weights, in all.
 
     Attributes:
-      name: "weights", "dense attention", "selection", "attention" or "update".
+      name: "weights", "dense attention", "window attention", "selection", "attention" or "update".
       layers: how many layers have it.
       bytes: that one device reads in each.
       bundles: that one of its TensorCores issues in each; 0 where that is not counted.
@@ -138,6 +139,9 @@ def decode_step(
 ) -> list[Part]:
     """The parts of a decode step that reads a context of so many tokens, in bfloat16.
 
+    Layers with a sliding window are taken to read all of their ring by the kernel of dense attention, which
+    serves those with one query.
+
     Args:
       model: sizes.
       config: method, window, budget and page size.
@@ -163,6 +167,10 @@ def decode_step(
     parts = [weights(model, chip, devices, batch * max(plan.windows)), update]
     if dense:
         parts.append(attention(model, chip, config.page_size, pages, 1, items, dense, dense=True))
+    for ring, layers in Counter(ring for ring in plan.rings if ring is not None).items():
+        held = min(pages, pages_for(ring, config.page_size))
+        part = attention(model, chip, config.page_size, held, 1, items, layers, dense=True)
+        parts.append(replace(part, name="window attention"))
     if sparse:
         itemsize = jnp.dtype(model.dtype).itemsize
         loads = budget_pages(config, Budget.of(config, 1), jnp.array([context]), model.head_dim, itemsize)

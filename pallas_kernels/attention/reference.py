@@ -163,6 +163,7 @@ def attend_blocks(
     pages: Pages,
     last: Int[Array, ""] | int,
     visible: Callable[[Array, Callable[[Array], Array]], Array],
+    block: int | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     """Attention over pages up to the one of the token at `last`, block by block, and its log-sum-exp.
 
@@ -172,10 +173,11 @@ def attend_blocks(
       last: number of a token, in the order of the pages.
       visible: (numbers of a block's tokens, what takes the part of an array[B, K, P] that is of the block's
         pages) -> which of them each query sees, [B, #K, T, tokens].
+      block: pages of a block; None: as many as stay in a core's cache.
     """
     B, T, N, _ = q.shape
     K, P, _, S, D = pages.shape[1:]
-    block = min(max(_BLOCK_TOKENS // S, 1), P)
+    block = min(max(_BLOCK_TOKENS // S, 1), P) if block is None else block
     rows = fold_rows(q, K)
 
     def add_block(index, carry):

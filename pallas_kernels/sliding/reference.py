@@ -25,7 +25,9 @@ def window_attention(
     ring: int,
 ) -> Float[Array, "B W N D"]:
     """See `pallas_kernels.sliding.api.window_attention`."""
-    o, lse = _attend_ring(q, pages, positions, jnp.max(positions, axis=1), window, ring)
+    # At once: the scores of a few queries are small, and a loop would be launched turn by turn.
+    block = pages.shape[2]
+    o, lse = _attend_ring(q, pages, positions, jnp.max(positions, axis=1), window, ring, block)
     return merge_sinks(o, lse, sinks)
 
 
@@ -59,6 +61,7 @@ def _attend_ring(
     newest: Int[Array, " B"],
     window: int,
     ring: int,
+    block: int | None = None,
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T N"]]:
     """Attention over what a ring holds up to position `newest` (-1: nothing), and its log-sum-exp."""
     newest, query = newest[:, None], positions[:, :, None]
@@ -69,4 +72,4 @@ def _attend_ring(
         return mask[:, None]
 
     places = pages.shape[2] * pages.shape[4]
-    return attend_blocks(q, pages, places - 1, visible)
+    return attend_blocks(q, pages, places - 1, visible, block)

@@ -296,7 +296,7 @@ def test_distances(drawn, windows, layers, error):
         return {"config": config} | {name: points(ages[name], 1 / window) for name in QUANTITIES}
 
     values = {"model": PATH, "dtype": "float32", "texts": ["a"] * 9, "tokens": 300, "prompt_tokens": 32}
-    values |= {"ages": [0, 1, 64], "first_layer": 2}
+    values |= {"ages": [0, 1, 64], "sparse_layers": [*range(2, 2 + layers)]}
     cases = {f"mean-key-w{window}-s1-b256": case(window) for window in windows}
     assert list(distances_pictures(values | {"cases": cases})) == ["distances.png"]
     assert len(drawn[0].axes) == 2 * len(QUANTITIES)

@@ -19,7 +19,7 @@ def measure(method, budget_tokens=24, **fields):
     config = rj.DecodeConfig(
         method, budget_tokens=budget_tokens, page_size=4, dense_layers=DENSE, sink_pages=1, **fields
     )
-    full = distances.full_attentions(model, texts, DENSE)
+    full = distances.full_attentions(model, texts, range(DENSE, model.config.num_layers))
     return distances.measure(model, texts, config, full, AGES, lambda *_: None)
 
 

@@ -1,5 +1,6 @@
 """Predicted decode steps: what they are made of, from given schedules; and a real schedule of selection."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from retro_jax.experiments.tpu import model as tpu_model
 from retro_jax.experiments.tpu import selection as tpu_selection
 from retro_jax.experiments.tpu.schedule import Schedule, parse
 from retro_jax.experiments.tpu.selection import SelectionSchedule, measure
+from retro_jax.models import LayerKind
 from retro_jax.models.presets import SIZES
 
 MODEL = SIZES["llama3.1-8b"]
@@ -43,6 +45,21 @@ def test_full_attention_reads_weights_and_the_whole_cache(scheduled):
     parameters = 8_030_261_248 - 128256 * 4096  # without the embedding
     assert parts["weights"].bytes == pytest.approx(2 * parameters, rel=1e-6)
     assert parts["weights"].time == pytest.approx(2 * parameters / 819e9, rel=1e-6)
+
+
+def test_windows_are_read_whole_and_no_more(scheduled):
+    kinds = (LayerKind(window=1024), LayerKind(), LayerKind(), LayerKind(window=1024))
+    model = dataclasses.replace(
+        MODEL, num_layers=4, rope_theta=10_000.0, rope_scaling=None, layer_kinds=kinds
+    )
+    config = DecodeConfig("retro", window=4, page_size=32, dense_layers=1)
+    parts = tpu_model.decode_step(model, config, CHIPS["v5e"], 32768, 1, 1)
+    windows = [part for part in parts if part.name == "window attention"]
+    page = 32 * 2 * 8 * 128 * 2
+    assert [(part.layers, part.bytes) for part in windows] == [(1, 32 * page), (1, 33 * page)]
+    assert {part.name: part.layers for part in parts}["dense attention"] == 1
+    short = tpu_model.decode_step(model, config, CHIPS["v5e"], 64, 1, 1)
+    assert {part.bytes for part in short if part.name == "window attention"} == {2 * page}
 
 
 def test_sparse_attention_reads_its_budget_and_statistics(scheduled):
