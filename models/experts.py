@@ -154,23 +154,25 @@ def _at_once(
     products: ChosenProducts,
 ) -> Float[Array, "T M"]:
     """All chosen experts for all tokens, most of which have no share in most of their outputs."""
-    present, number = routed.sizes > 0, jnp.arange(experts.count)
-    count = jnp.sum(present)
-    # By comparisons: a sort or a scatter would take a launch or more of its own.
-    place = jnp.sum(present & (number < number[:, None]), axis=1)
-    slots = jnp.arange(min(experts.count, routed.ids.size))
-    chosen = jnp.sum(jnp.where(present & (place == slots[:, None]), number, 0), axis=1)
+    # By comparisons, and with gaps: a sort or a compaction would take launches of its own.
+    chosen, number = routed.ids.ravel(), jnp.arange(routed.ids.size)
+    if experts.count < routed.ids.size:
+        chosen = jnp.where(routed.sizes > 0, jnp.arange(experts.count), -1)
+    else:
+        again = jnp.any((chosen == chosen[:, None]) & (number < number[:, None]), axis=1)
+        chosen = jnp.where(again | (chosen == experts.count), -1, chosen)
 
-    gate_up = products(h[None], params.gate_up, chosen, count, dtype=h.dtype)
+    tokens = len(h)
+    h = jnp.pad(h, ((0, -tokens % 8), (0, 0)))  # once, and not for each product
+    gate_up = products(h[None], params.gate_up, chosen, dtype=h.dtype)
     if params.gate_up_bias is not None:
         gate_up += params.gate_up_bias[chosen][:, None]
-    out = products(gated(experts, parts, gate_up), params.down, chosen, count, dtype=jnp.float32)
+    out = products(gated(experts, parts, gate_up), params.down, chosen, dtype=jnp.float32)[:, :tokens]
     if params.down_bias is not None:
         out += params.down_bias[chosen][:, None].astype(jnp.float32)
     mine = routed.ids == chosen[:, None, None]  # [C, T, k]
-    shares = jnp.sum(jnp.where(mine, routed.shares, 0.0), axis=2)
-    asked = (slots < count)[:, None] & (shares > 0)  # the others have no meaning
-    return jnp.sum(jnp.where(asked[..., None], shares[..., None] * out, 0.0), axis=0)
+    shares = jnp.sum(jnp.where(mine, routed.shares, 0.0), axis=2)[..., None]
+    return jnp.sum(jnp.where(shares > 0, shares * out, 0.0), axis=0)  # the others have no meaning
 
 
 def _expert(

@@ -14,12 +14,11 @@ def chosen_products(
     x: Float[Array, "X T K"],
     matrices: Float[Array, "E K N"],
     ids: Int[Array, " C"],
-    count: Int[Array, ""],
     *,
     dtype: Any,
     implementation: str | None = None,
 ) -> Float[Array, "C T N"]:
-    """Products of few rows with each of some matrices: x[c] @ matrices[ids[c]], for c below `count`.
+    """Products of few rows with each of some matrices: x[c] @ matrices[ids[c]].
 
     A kernel reads only the matrices that are asked for, and each once. Several devices need each to have its
     own part of everything: call it within `shard_map`.
@@ -27,8 +26,7 @@ def chosen_products(
     Args:
       x: rows, the same for all matrices where X is 1, or else C times T of them.
       matrices: E of them.
-      ids: the matrix of each product.
-      count: products that are asked for; what lies behind them has no meaning.
+      ids: the matrix of each product; -1 for one that is not asked for, whose result has no meaning.
       dtype: of the result; sums are float32.
       implementation: see `pallas_kernels.dispatch`.
 
@@ -43,10 +41,9 @@ def chosen_products(
         "chosen_products",
         implementation,
         {"xla": reference.chosen_products, "mosaic_gpu": mosaic_gpu.chosen_products},
-        ((P(), P(), P(), P()), P()),
+        ((P(), P(), P()), P()),
         x,
         matrices,
         ids,
-        count,
         dtype=dtype,
     )

@@ -10,7 +10,6 @@ def chosen_products(
     x: Float[Array, "X T K"],
     matrices: Float[Array, "E K N"],
     ids: Int[Array, " C"],
-    count: Int[Array, ""],
     *,
     dtype: Any,
 ) -> Float[Array, "C T N"]:

@@ -23,10 +23,10 @@ KINDS = {
 }
 
 
-def products(x, matrices, ids, count, dtype):
-    """As `pallas_kernels.chosen_products`, NaN behind those that are asked for."""
+def products(x, matrices, ids, dtype):
+    """As `pallas_kernels.chosen_products`, NaN where none is asked for."""
     found = jnp.einsum("ctk,ckn->ctn", jnp.broadcast_to(x, (len(ids), *x.shape[1:])), matrices[ids])
-    return jnp.where((jnp.arange(len(ids)) < count)[:, None, None], found, jnp.nan).astype(dtype)
+    return jnp.where((ids >= 0)[:, None, None], found, jnp.nan).astype(dtype)
 
 
 def by_definition(weights: dict, experts: Experts, h: np.ndarray) -> np.ndarray:

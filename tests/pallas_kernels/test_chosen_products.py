@@ -16,19 +16,19 @@ def inputs(products: int, rows: int, depth: int, width: int, dtype):
     x = jnp.asarray(rng.standard_normal((products, rows, depth)), dtype)
     matrices = np.full((5, depth, width), np.nan, np.float32)
     matrices[[4, 1]] = rng.standard_normal((2, depth, width)) * depth**-0.5
-    return x, jnp.asarray(matrices, dtype), jnp.array([4, 1, 3]), jnp.array(2)
+    return x, jnp.asarray(matrices, dtype), jnp.array([4, -1, 1])
 
 
-def expected(x, matrices, ids, count):
+def expected(x, matrices, ids):
     rows = np.broadcast_to(np.asarray(x, np.float32), (3, *x.shape[1:]))
-    return [rows[c] @ np.asarray(matrices[ids[c]], np.float32) for c in range(int(count))]
+    return [rows[c] @ np.asarray(matrices[ids[c]], np.float32) for c in (0, 2)]
 
 
 @pytest.mark.parametrize("products", [1, 3])
 def test_products_are_those_of_each_matrix(products):
     arguments = inputs(products, 2, 8, 6, jnp.float32)
     y = chosen_products(*arguments, dtype=jnp.float32)
-    np.testing.assert_allclose(y[:2], expected(*arguments), atol=1e-5)
+    np.testing.assert_allclose(y[::2], expected(*arguments), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_kernel_equals_the_definition(products, rows, depth, width, dtype):
     arguments = inputs(products, rows, depth, width, dtype)
     y = run(kernels.chosen_products, *arguments, dtype=jnp.float32)
     assert y.shape == (3, rows, width)
-    np.testing.assert_allclose(y[:2], expected(*arguments), atol=1e-4)
+    np.testing.assert_allclose(y[::2], expected(*arguments), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ def chosen_products(
     x: Float[Array, "X T K"],
     matrices: Float[Array, "E K N"],
     ids: Int[Array, " C"],
-    count: Int[Array, ""],
     *,
     dtype: Any,
     interpret: Any = None,
@@ -51,20 +50,18 @@ def chosen_products(
     steps, shared = depth // DEPTH, x.shape[0] == 1
     stages = min(STAGES, steps + 1)  # one of them is free while another is in use
 
-    def body(ids_ref, count_ref, x_ref, matrices_ref, out_ref, x_smem, matrix_smem, out_smem, loaded):
+    def body(ids_ref, x_ref, matrices_ref, out_ref, x_smem, matrix_smem, out_smem, loaded):
         product, part = lax.axis_index("product"), lax.axis_index("part")
-        own = pl.ds(part * columns, columns)
+        chosen, own = ids_ref[product], pl.ds(part * columns, columns)
 
-        @pl.when(product < count_ref[0])
+        @pl.when(chosen >= 0)
         def _():
-            expert = ids_ref[product]
-
             def load(step):
                 place, at = lax.rem(step, stages), pl.ds(step * DEPTH, DEPTH)
                 ready = loaded.at[place]
                 source = x_ref.at[0 if shared else product, :, at]
                 plgpu.copy_gmem_to_smem(source, x_smem.at[place], ready)
-                plgpu.copy_gmem_to_smem(matrices_ref.at[expert, at, own], matrix_smem.at[place], ready)
+                plgpu.copy_gmem_to_smem(matrices_ref.at[chosen, at, own], matrix_smem.at[place], ready)
 
             for step in range(stages - 1):
                 load(jnp.int32(step))
@@ -105,5 +102,5 @@ def chosen_products(
         interpret=interpret,
     )
     padded = jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0)))
-    (out,) = launch(ids.astype(jnp.int32), count.reshape(1).astype(jnp.int32), padded, matrices)
+    (out,) = launch(ids.astype(jnp.int32), padded, matrices)
     return out.swapaxes(1, 2)[:, : x.shape[1]]

@@ -116,7 +116,6 @@ def test_products_with_chosen_matrices(compiled, products, rows, depth, width, c
         shape(products, rows, depth),
         shape(count, depth, width),
         shape(count, dtype=jnp.int32),
-        shape(dtype=jnp.int32),
     )
     assert_no_spills(kernels, "chosen_products")
     assert executable.memory_analysis().temp_size_in_bytes < count * depth * width
