@@ -2,8 +2,8 @@
 
 What may change here: how a model is described, computed layer by layer, and read from files, with its
 tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours. Its rooms, each of
-which imports those before it only: `config` (sizes, layer kinds), `rope`, `joined`, `transformer`,
-`balance`, `families`, `formats`, `presets` and `load`.
+which imports those before it only: `config` (sizes, layer kinds), `rope`, `joined`, `learned_score`,
+`transformer`, `balance`, `families`, `formats`, `presets` and `load`.
 
 Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """
@@ -13,6 +13,7 @@ if __name__ != "retro_jax.models":
 
 from retro_jax.models.balance import balance_keys
 from retro_jax.models.config import LayerKind, ModelConfig, Rope, RopeScaling
+from retro_jax.models.learned_score import LearnedScore
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ from retro_jax.models.transformer import (
 __all__ = [
     "LayerKind",
     "LayerParams",
+    "LearnedScore",
     "Model",
     "ModelConfig",
     "Params",

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.joined import join_columns, joined_fields, split_columns
+from retro_jax.models.learned_score import LearnedScore
 from retro_jax.models.rope import apply_rope
 
 
@@ -32,7 +33,8 @@ def weight(divided: int | None = None, **options: Any) -> Any:
 class LayerParams:
     """Weights of one layer; biases and q/k norms are None where the family has none.
 
-    Query, key and value lie in one matrix, gate and up in another: see `joined`.
+    Query, key and value lie in one matrix, gate and up in another: see `joined`. A learned page score is no
+    checkpoint's, but is put there by `retro_jax.load_score`.
     """
 
     attn_norm: Float[Array, " M"] = weight()
@@ -44,6 +46,7 @@ class LayerParams:
     bqkv: Float[Array, " QKV"] | None = weight(divided=0, default=None)
     q_norm: Float[Array, " D"] | None = weight(default=None)
     k_norm: Float[Array, " D"] | None = weight(default=None)
+    page_score: LearnedScore | None = None
 
 
 @flax.struct.dataclass

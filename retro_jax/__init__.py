@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from retro_jax.requests import Reply, Request
     from retro_jax.sampling import Sampling
     from retro_jax.score import Score, score
+    from retro_jax.score_files import load_score
     from retro_jax.sharding import make_mesh, shard_params, shard_state
     from retro_jax.state import DecodeState, init_state
     from retro_jax.step import decode_step
@@ -63,6 +64,7 @@ __all__ = [
     "generate_many",
     "init_state",
     "load_model",
+    "load_score",
     "make_mesh",
     "prefill",
     "preset",
@@ -92,6 +94,7 @@ _NAMES = {
     "retro_jax.requests": ("Reply", "Request"),
     "retro_jax.sampling": ("Sampling",),
     "retro_jax.score": ("Score", "score"),
+    "retro_jax.score_files": ("load_score",),
     "retro_jax.sharding": ("make_mesh", "shard_params", "shard_state"),
     "retro_jax.state": ("DecodeState", "init_state"),
     "retro_jax.step": ("decode_step",),
