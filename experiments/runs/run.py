@@ -12,7 +12,7 @@ import jax
 
 from retro_jax import Model, load_model, make_mesh, shard_params
 from retro_jax.experiments.io.folders import digest
-from retro_jax.experiments.io.models import known_model
+from retro_jax.experiments.io.models import known_model, with_score
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
@@ -170,4 +170,5 @@ def _load(config: RunConfig) -> Model:
         model = load_model(config.model, dtype=config.dtype, revision=config.revision, progress=progress)
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
+    model = with_score(model, config.learned)
     return model if mesh.empty else replace(model, params=shard_params(model.params, model.config, mesh))
