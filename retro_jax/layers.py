@@ -262,7 +262,9 @@ def _written(
         implementation=implementation,
     )
     if score:
-        statistics = refresh_summaries(score, kind, cache.statistics, pages, start, write)
+        statistics = refresh_summaries(
+            score, kind, cache.statistics, pages, start, write, implementation=implementation
+        )
     return cache.replace(pages=pages, statistics=statistics)
 
 

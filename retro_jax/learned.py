@@ -116,14 +116,17 @@ def refresh_summaries(
     pages: Pages,
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
+    *,
+    implementation: str | None,
 ) -> Statistics:
     """The summaries of every page that a write touched; see `refresh_statistics`."""
 
     def summarize(keys, valid, numbers):
         return page_summaries(score, kind, keys, valid, numbers)[..., None, :]
 
-    # Through XLA on every device: no kernel has been written for the map.
-    return refresh_statistics(statistics, pages, start, write, summarize=summarize, implementation="xla")
+    return refresh_statistics(
+        statistics, pages, start, write, summarize=summarize, implementation=implementation
+    )
 
 
 def _rotated(

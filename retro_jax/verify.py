@@ -335,10 +335,11 @@ def _keep_in_layer(
 ) -> LayerState:
     """The statistics and the block values of the tokens that are kept, from their pages."""
     if cache.statistics is not None:
-        refresh = functools.partial(refresh_statistics, implementation="xla")  # of a few pages
+        refresh = refresh_statistics
         if config.score == LEARNED:
             refresh = functools.partial(refresh_summaries, score, kind)
-        statistics = refresh(cache.statistics, cache.pages, start, jnp.arange(rows) < counts[:, None])
+        kept = jnp.arange(rows) < counts[:, None]  # in a few pages: through XLA
+        statistics = refresh(cache.statistics, cache.pages, start, kept, implementation="xla")
         cache = cache.replace(statistics=statistics)
     if cache.block_values is not None:
         tokens = rows + config.residual_pages * config.page_size

@@ -149,18 +149,16 @@ class Study(Output):
         sources = {kind: _texts(path) for kind, path in kinds.items()}  # told before the first model is read
         learned = self._learned()
         found = []
-        common = configs
-        for (name, model_name), folder in zip(
-            names.items(), self.learned or [None] * len(names), strict=True
-        ):
-            configs = [*common, *learned.get(folder, [])]
+        common, scores = configs, self.learned or [None] * len(names)
+        for (name, model_name), score in zip(names.items(), scores, strict=True):
+            configs = [*common, *learned.get(score, [])]
             for kind, texts in sources.items():
                 source = TextCommand(
                     model=model_name,
                     dtype=self.dtype,
                     tokens=self.tokens,
                     prompt_tokens=self.prompt_tokens,
-                    learned=folder,
+                    learned=score,
                     **texts,
                 )
                 copies = len(set(self.budgets)) if self.budgets_together else 1
