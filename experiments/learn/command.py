@@ -53,7 +53,7 @@ class Learn(Command):
         from retro_jax.experiments.io.progress import Progress
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.experiments.io.text import check_sources, digest
-        from retro_jax.experiments.learn.training import Plan, begin, checkpoints, restore, train
+        from retro_jax.experiments.learn.training import Plan, checkpoints, restore, train
         from retro_jax.score_files import ABOUT, model_identity
 
         class TrainingFolder(ResultFolder):
@@ -91,12 +91,11 @@ class Learn(Command):
         start = time.perf_counter()
         with checkpoints(self.out / CHECKPOINTS) as manager, Progress() as show:
             trained = (manager.latest_step() or 0) < self.steps
-            train(model, plan, chunks, held_out, manager, show, self._tell)
+            last = train(model, plan, chunks, held_out, manager, show, self._tell)
             best = manager.best_step()
             if trained or not (self.out / ABOUT).exists():
-                like = begin(model, plan, chunks[plan.chunk(0, len(chunks))])
-                measured = dict(manager.metrics(best))
-                self._write(model, identity, restore(manager, best, like).scores, best, measured, len(chunks))
+                measured, scores = dict(manager.metrics(best)), restore(manager, best, last).scores
+                self._write(model, identity, scores, best, measured, len(chunks))
         about = read_json(self.out / ABOUT)
         about |= {"seconds": time.perf_counter() - start, "provenance": provenance()}
         self.show(about | {"folder": str(self.out)}, self._text(about))

@@ -1,6 +1,7 @@
 """The loop that trains a learned score: chunks in a fixed order, checkpoints, and what is measured aside."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,27 +116,20 @@ def train_step(
         loss, gradient = loss_and_gradient(training.scores[index], model.config.layers[index], q, k, at)
         losses.append(loss)
         gradients.append(gradient)
-    return _update(plan, training, tuple(gradients)), jnp.mean(jnp.stack(losses))
+    return _update(plan)(training, tuple(gradients)), jnp.mean(jnp.stack(losses))
 
 
-def _update(plan: Plan, training: Training, gradients: tuple[LearnedScore, ...]) -> Training:
-    return _compiled_update(plan)(training, gradients)
+@functools.cache
+def _update(plan: Plan) -> Callable[[Training, tuple[LearnedScore, ...]], Training]:
+    """The optimizer's step, compiled once."""
+    optimizer = plan.optimizer()
 
+    @jax.jit
+    def update(training, gradients):
+        changes, moments = optimizer.update(gradients, training.moments, training.scores)
+        return Training(optax.apply_updates(training.scores, changes), moments)
 
-def _compiled_update(plan: Plan) -> Callable[[Training, tuple[LearnedScore, ...]], Training]:
-    if plan not in _UPDATES:
-        optimizer = plan.optimizer()
-
-        @jax.jit
-        def update(training, gradients):
-            changes, moments = optimizer.update(gradients, training.moments, training.scores)
-            return Training(optax.apply_updates(training.scores, changes), moments)
-
-        _UPDATES[plan] = update
-    return _UPDATES[plan]
-
-
-_UPDATES: dict[Plan, Callable] = {}
+    return update
 
 
 def held_out_recalls(
@@ -222,8 +216,8 @@ def train(
     manager: ocp.CheckpointManager,
     progress: Callable[[str, int, int], None],
     told: Callable[[dict], None],
-) -> None:
-    """Trains from the last checkpoint on, or from the beginning, to the last step.
+) -> Training:
+    """Trains from the last checkpoint on, or from the beginning; returns what the last step left.
 
     What a step computes depends on its number and on the step before only, so that a run that was stopped,
     wherever, comes to the same scores as one that was not.
@@ -262,3 +256,4 @@ def train(
         measured = held_out_recalls(model, plan, training.scores, held_out)
         save(manager, done, training, measured)
         told({"step": done, "divergence": loss, **measured})
+    return training
