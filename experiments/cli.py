@@ -154,6 +154,10 @@ COMMANDS: Mapping[str, Entry | Group] = {
         "Measure how far keys, values and outputs are from full attention's, with a window and without.",
         "retro_jax.experiments.analyses.command:DistancesFlags",
     ),
+    "learn": Entry(
+        "retro_jax.experiments.learn.command:Learn",
+        "Train a score of pages on a model's own attention.",
+    ),
     "bench": Group("Measure speed: of decoding a model, or of its kernels.", _benchmarks),
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(

@@ -3,7 +3,7 @@
 What may change here: how a model is described, computed layer by layer, and read from files, with its
 tokenizer. How it decodes is `retro_jax`'s matter; this package imports nothing of ours. Its rooms, each of
 which imports those before it only: `config` (sizes, layer kinds), `config_json`, `fingerprint`, `rope`,
-`joined`, `transformer`, `balance`, `families`, `formats`, `presets` and `load`.
+`joined`, `learned_score`, `transformer`, `balance`, `families`, `formats`, `presets` and `load`.
 
 Its folder stands beside `retro_jax`, and its name within: `models` is a name that users' projects have.
 """
@@ -14,6 +14,7 @@ if __name__ != "retro_jax.models":
 from retro_jax.models.balance import balance_keys
 from retro_jax.models.config import Experts, LayerKind, ModelConfig, Rope, RopeScaling
 from retro_jax.models.formats.converted import save_model
+from retro_jax.models.learned_score import LearnedScore
 from retro_jax.models.load import load_model
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ __all__ = [
     "Experts",
     "LayerKind",
     "LayerParams",
+    "LearnedScore",
     "Model",
     "ModelConfig",
     "Params",

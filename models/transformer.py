@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from retro_jax.models.config import Experts, LayerKind, ModelConfig
 from retro_jax.models.experts import ApplyExperts, ExpertParams, apply_experts
 from retro_jax.models.joined import join_columns, joined_fields, split_columns, weight
+from retro_jax.models.learned_score import LearnedScore
 from retro_jax.models.rope import apply_rope
 
 
@@ -28,7 +29,8 @@ class LayerParams:
     """Weights of one layer; biases, norms and sinks are None where the layer has none.
 
     Query, key and value lie in one matrix, gate and up in another: see `joined`. The latter and `w_down` are
-    None in a layer with `experts`. The norms of queries and keys are over one head, or over all of them.
+    None in a layer with `experts`. The norms of queries and keys are over one head, or over all of them. A
+    learned page score is no checkpoint's, but is put there by `retro_jax.load_score`.
     """
 
     attn_norm: Float[Array, " M"] | None = weight()
@@ -45,6 +47,7 @@ class LayerParams:
     attn_post_norm: Float[Array, " M"] | None = weight(default=None)
     mlp_post_norm: Float[Array, " M"] | None = weight(default=None)
     experts: ExpertParams | None = None
+    page_score: LearnedScore | None = None
 
 
 @flax.struct.dataclass

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from retro_jax.sampling import Sampling
     from retro_jax.saved_states import load_state, save_state
     from retro_jax.score import Score, score
+    from retro_jax.score_files import load_score
     from retro_jax.sharding import make_mesh, params_on, shard_params, shard_state
     from retro_jax.state import DecodeState, init_state
     from retro_jax.step import decode_step
@@ -64,6 +65,7 @@ __all__ = [
     "generate_many",
     "init_state",
     "load_model",
+    "load_score",
     "load_state",
     "make_mesh",
     "params_on",
@@ -98,6 +100,7 @@ _NAMES = {
     "retro_jax.sampling": ("Sampling",),
     "retro_jax.saved_states": ("load_state", "save_state"),
     "retro_jax.score": ("Score", "score"),
+    "retro_jax.score_files": ("load_score",),
     "retro_jax.sharding": ("make_mesh", "params_on", "shard_params", "shard_state"),
     "retro_jax.state": ("DecodeState", "init_state"),
     "retro_jax.step": ("decode_step",),

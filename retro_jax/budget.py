@@ -19,6 +19,7 @@ from pallas_kernels.dispatch import SEQUENCES
 from retro_jax.cache import spread
 from retro_jax.config import DecodeConfig
 from retro_jax.rules import Rules
+from retro_jax.selectors import LEARNED
 
 QUEST_PAGE, QUEST_VECTORS = 16, 2
 """Quest's page size, and the vectors that it reads of every page to score it."""
@@ -120,12 +121,18 @@ def cached_vector(config: DecodeConfig, head_dim: int, itemsize: int) -> float:
     return vector_bytes(head_dim, config.cache_dtype) / (head_dim * itemsize)
 
 
+def statistics_width(config: DecodeConfig, head_dim: int) -> int:
+    """Channels of each vector of the page statistics that the configuration keeps."""
+    return config.score_channels if config.score == LEARNED else head_dim
+
+
 def vectors_per_page(config: DecodeConfig, head_dim: int, itemsize: int) -> float:
     """Vectors that a step reads of every page, loaded or not, to score and to estimate it."""
     vectors = config.scored_vectors * cached_vector(config, head_dim, itemsize)
     if config.kept_statistics:
         kind = STATISTICS[config.kept_statistics]
-        vectors += kind.vectors * kind.vector_bytes(head_dim, itemsize) / (head_dim * itemsize)
+        width = statistics_width(config, head_dim)
+        vectors += kind.vectors * kind.vector_bytes(width, itemsize) / (head_dim * itemsize)
     return vectors + (1 / config.residual_pages if config.residual_pages else 0.0)
 
 

@@ -12,7 +12,7 @@ from retro_jax.fields import DecodeFields
 from retro_jax.methods import METHODS, Eviction, Method
 from retro_jax.models.names import nearest
 from retro_jax.presets import preset_fields
-from retro_jax.selectors import SELECTORS
+from retro_jax.selectors import LEARNED, SELECTORS
 
 MEAN_KEYS = SCORES["mean_key"].statistics
 """Statistics that a residual can estimate pages by."""
@@ -70,6 +70,10 @@ class DecodeConfig(DecodeFields):
         _check_known("group_reduce", self.group_reduce, GROUP_REDUCE)
         _check_known("cache_dtype", self.cache_dtype, CODES, optional=True)
         _check_known("implementation", self.implementation, IMPLEMENTATIONS, optional=True)
+        if self.score_channels < 2 or self.score_channels % 2:
+            raise ValueError(
+                f"score_channels {self.score_channels} is not possible; use an even number, 2 or more"
+            )
         readable = SELECTORS[self.score].statistics
         if readable and self.statistics not in (None, *readable):
             raise ValueError(
@@ -116,7 +120,7 @@ class DecodeConfig(DecodeFields):
             raise ValueError(
                 f"{name} was asked for with evict {self.evict!r}, whose pages are gone for good; use only one"
             )
-        if self.kept_statistics not in MEAN_KEYS:
+        if self.kept_statistics not in MEAN_KEYS or self.score == LEARNED:
             raise ValueError(
                 f"{name} estimates pages by their mean keys, score {self.score!r} keeps "
                 f"{self.kept_statistics!r} statistics; use score 'mean_key'"

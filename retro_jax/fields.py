@@ -55,7 +55,10 @@ class DecodeFields:
     first of these that the score can read, "mean_key" for a residual."""
     score: str = "bounds"
     """How "quest" and "retro" score a page: "bounds" (needs "min_max" statistics) or "mean_key" (needs
-    mean keys); for analysis, "oracle" (its exact attention, which reads every key) or "random"."""
+    mean keys), or "learned" (by a score that `retro-jax learn` has trained for the model); for analysis,
+    "oracle" (its exact attention, which reads every key) or "random"."""
+    score_channels: int = 32
+    """Numbers that the score "learned" keeps of each page, in 8 bits; as many as it was trained with."""
     residual_pages: int = 0
     """Pages that are not loaded are estimated, each by its mean key and the mean value of a block of so many
     pages (needs mean keys). 0: they do not count."""

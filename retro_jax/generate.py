@@ -40,7 +40,7 @@ _verified_decode = jax.jit(
     static_argnames=("model", "config", "rounds", "k", "sampling"),
     donate_argnames="state",
 )
-_keep = jax.jit(keep, static_argnames=("config", "rows"), donate_argnames="state")
+_keep = jax.jit(keep, static_argnames=("model", "config", "rows"), donate_argnames="state")
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def generate(
         if verify is None or not stop:
             output.append(tokens, good)
         else:
-            state, pending = _append_until_stop(output, config, state, pending, tokens, good)
+            state, pending = _append_until_stop(model, output, config, state, pending, tokens, good)
         if not finite.all():
             sequence = int(np.argwhere(~finite)[0][0])
             raise NonFiniteLogits(
@@ -247,6 +247,7 @@ def _note(
 
 
 def _append_until_stop(
+    model: Model,
     output: Texts,
     config: DecodeConfig,
     state: DecodeState,
@@ -269,7 +270,8 @@ def _append_until_stop(
         return state, pending
     rows = state.length.shape[0]
     start = state.length - _padded(counts + over, rows)
-    state = _keep(config, state, start, _padded(counts, rows), tokens.shape[1])
+    kept = _padded(counts, rows)
+    state = _keep(model.params, model.config, config, state, start, kept, tokens.shape[1])
     last = np.take_along_axis(tokens, np.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
     return state, np.where(over > 0, last, pending)
 

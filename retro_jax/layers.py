@@ -28,6 +28,7 @@ from pallas_kernels import (
 from retro_jax.budget import budget_pages, rules_of
 from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
+from retro_jax.learned import learned_queries, learned_score, refresh_summaries
 from retro_jax.mlp import mlp
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
@@ -123,16 +124,8 @@ def dense_layer(
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
-    pages, statistics = update_pages(
-        cache.pages,
-        cache.statistics,
-        k,
-        v,
-        start,
-        valid,
-        implementation=implementation,
-    )
-    cache = cache.replace(pages=pages, statistics=statistics)
+    cache = _written(layer, model, kind, config, cache, k, v, start, valid, implementation)
+    pages = cache.pages
     if cache.block_values is not None:
         # Also of the tokens that were in the window before these, which empty it.
         unsettled = config.slots - 1
@@ -197,22 +190,16 @@ def sparse_layer(
     q, k, v = transformer.qkv(layer, model, kind, x, positions)
 
     # Overwrite the stale keys and values of past queries; append the newest.
-    pages, statistics = update_pages(
-        cache.pages,
-        cache.statistics,
-        k,
-        v,
-        slots.start,
-        write,
-        implementation=config.implementation,
-    )
+    cache = _written(layer, model, kind, config, cache, k, v, slots.start, write, config.implementation)
     if below is not None:
         # What to read is known before: XLA would write on the way, and keep a copy of the pages for it.
-        pages = lax.optimization_barrier(pages)
-    cache = cache.replace(pages=pages, statistics=statistics)
+        cache = cache.replace(pages=lax.optimization_barrier(cache.pages))
+    pages = cache.pages
 
     # Select pages for the newest query; one load of them serves the window.
-    query = Query(q[:, -1], positions[:, -1], slots.budgets, index, layer.sinks)
+    newest, score = q[:, -1], learned_score(layer, config)
+    scored = newest if score is None else learned_queries(score, model, kind, newest, positions[:, -1])
+    query = Query(newest, positions[:, -1], slots.budgets, index, scored, layer.sinks)
     selection, kept = choose(config, _rules(model, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
     attending, last_loaded = None, cache.last_loaded
@@ -240,7 +227,7 @@ def sparse_layer(
         cache = settle(config, cache, slots.settled - size, slots.settled, size)
         estimates = attend_estimates(
             q,
-            statistics,
+            cache.statistics,
             cache.block_values,
             last_loaded,
             positions,
@@ -263,6 +250,36 @@ def sparse_layer(
     cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
     return x, cache, selection, attending, seen, experts
+
+
+def _written(
+    layer: LayerParams,
+    model: ModelConfig,
+    kind: LayerKind,
+    config: DecodeConfig,
+    cache: LayerState,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    implementation: str | None,
+) -> LayerState:
+    """The layer's state with keys and values written, and its page statistics, which follow."""
+    score = None if cache.statistics is None else learned_score(layer, config)
+    pages, statistics = update_pages(
+        cache.pages,
+        None if score else cache.statistics,
+        k,
+        v,
+        start,
+        write,
+        implementation=implementation,
+    )
+    if score:
+        statistics = refresh_summaries(
+            score, model, kind, cache.statistics, pages, start, write, implementation=implementation
+        )
+    return cache.replace(pages=pages, statistics=statistics)
 
 
 def _rules(model: ModelConfig, config: DecodeConfig, cache: LayerState) -> Rules:

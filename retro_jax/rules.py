@@ -14,6 +14,7 @@ class Query:
 
     Attributes:
       q: of every head, rotary embedding applied.
+      scored: what page statistics are scored by: q, or its learned map to d channels.
       positions: its position, -1 in a sequence that is not active.
       budgets: pages that it may load; 0 in a sequence that is not active.
       layer: which layer of the model it is.
@@ -24,6 +25,7 @@ class Query:
     positions: Int[Array, " B"]
     budgets: Int[Array, " B"]
     layer: Int[Array, ""] | int
+    scored: Float[Array, "B N _"]
     sinks: Float[Array, " N"] | None = None
 
 

@@ -1,11 +1,12 @@
 """What pages can be selected by: the names of `DecodeConfig.score`.
 
-Scores of page statistics are `pallas_kernels`', with kernels. The others are for analysis, in plain `jnp`:
-how good a selection could be ("oracle"), and what selecting at all is worth ("random").
+Scores of page statistics are `pallas_kernels`', with kernels; the learned one runs as one of them. The others
+are for analysis, in plain `jnp`: how good a selection could be ("oracle"), and what selecting at all is worth
+("random").
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import SCORES, attention_mass, page_scores
 from retro_jax.cache import LayerState
 from retro_jax.rules import Query, Rules
+
+LEARNED = "learned"
+"""The score whose maps of queries and keys are weights of the model's layers (`retro_jax.learned`)."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Selector:
       scores: (rules, layer state, newest query, pages that may be chosen[B, K, P]) -> scores[B, K, P]; those
         of other pages do not matter.
       vectors: page size -> vectors of head_dim that it reads of each page beside its statistics.
+      by: the name in `pallas_kernels.SCORES` whose kernels compute it; None: none do.
       shares: whether with `group_reduce="mass"` its scores are shares of attention, by which `budget_top_p`
         counts; those of all pages that may be chosen then sum to 1.
     """
@@ -32,13 +37,14 @@ class Selector:
     statistics: tuple[str, ...]
     scores: Callable[[Rules, LayerState, Query, Bool[Array, "B K P"]], Float[Array, "B K P"]]
     vectors: Callable[[int], int]
+    by: str | None = None
     shares: bool = True
 
 
 def _by_statistics(score: str) -> Selector:
     def scores(rules, layer, query, allowed):
         return page_scores(
-            query.q,
+            query.scored,
             layer.statistics,
             query.positions,
             page_size=rules.page_size,
@@ -47,7 +53,7 @@ def _by_statistics(score: str) -> Selector:
             implementation=rules.implementation,
         )
 
-    return Selector(SCORES[score].statistics, scores, lambda page_size: 0)
+    return Selector(SCORES[score].statistics, scores, lambda page_size: 0, by=score)
 
 
 def _oracle(rules, layer, query, allowed):
@@ -76,7 +82,7 @@ def _random(rules, layer, query, allowed):
     return jnp.vectorize(number)(query.positions[:, None, None], jnp.arange(K)[:, None], jnp.arange(P))
 
 
-_OF_KEYS = {
+_OTHERS = {
     "oracle": Selector(statistics=(), scores=_oracle, vectors=lambda page_size: page_size),
     "random": Selector(statistics=(), scores=_random, vectors=lambda page_size: 0, shares=False),
 }
@@ -86,13 +92,15 @@ class _Selectors(Mapping):
     """Those of page statistics, registered ones included, and the others."""
 
     def __getitem__(self, score):
-        return _OF_KEYS[score] if score in _OF_KEYS else _by_statistics(score)
+        if score == LEARNED:  # summaries are mean keys with other numbers
+            return replace(_by_statistics("mean_key"), statistics=("mean_key_int8",))
+        return _OTHERS[score] if score in _OTHERS else _by_statistics(score)
 
     def __iter__(self):
-        return iter((*SCORES, *_OF_KEYS))
+        return iter((*SCORES, LEARNED, *_OTHERS))
 
     def __len__(self):
-        return len(SCORES) + len(_OF_KEYS)
+        return len(SCORES) + 1 + len(_OTHERS)
 
 
 SELECTORS: Mapping[str, Selector] = _Selectors()

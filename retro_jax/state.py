@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import STATISTICS, QuantizedPages, empty_pages
 from pallas_kernels.dispatch import SEQUENCES
 from pallas_kernels.settings import under_fixed_settings
-from retro_jax.budget import Budget, rules_of
+from retro_jax.budget import Budget, rules_of, statistics_width
 from retro_jax.cache import LayerState, OutputCache, Stale, StepMetrics, spread
 from retro_jax.config import DecodeConfig
 from retro_jax.models.config import ModelConfig
@@ -91,7 +91,8 @@ def init_state(model: ModelConfig, config: DecodeConfig, batch: int, capacity: i
             return LayerState(pages)
         statistics = block_values = None
         if config.kept_statistics and anchor:
-            statistics = STATISTICS[config.kept_statistics].zeros((B, K, P), D, model.dtype)
+            width = statistics_width(config, D)
+            statistics = STATISTICS[config.kept_statistics].zeros((B, K, P), width, model.dtype)
         if config.residual_pages:
             block_values = jnp.zeros((B, K, -(-P // config.residual_pages), D), model.dtype)
         return LayerState(

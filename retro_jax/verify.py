@@ -31,11 +31,13 @@ from retro_jax.dense import dense_hidden
 from retro_jax.drafts import Acceptance, RoundMetrics, weight_bytes
 from retro_jax.inputs import check_bools, check_counts, check_ints, check_keys
 from retro_jax.layers import settle
-from retro_jax.models import transformer
-from retro_jax.models.config import ModelConfig
+from retro_jax.learned import refresh_summaries
+from retro_jax.models import LearnedScore, transformer
+from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import Params
 from retro_jax.plan import layer_plan
 from retro_jax.sampling import Sampling, sample, sequence_keys
+from retro_jax.selectors import LEARNED
 from retro_jax.sliding import read_rings, restore_rings
 from retro_jax.state import DecodeState
 from retro_jax.step import decode_step, full_cache_bytes
@@ -215,7 +217,7 @@ def verified_step(
     )
     start = state.length
     layers = restore_rings(model, config, layers, overwritten, start, ~emitted)
-    state = keep(config, state.replace(layers=layers), start, kept, k + 1)
+    state = keep(params, model, config, state.replace(layers=layers), start, kept, k + 1)
     metrics = RoundMetrics(
         drafted=drafted,
         accepted=accepted,
@@ -306,7 +308,13 @@ def verified_decode(
 
 @under_fixed_settings
 def keep(
-    config: DecodeConfig, state: DecodeState, start: Int[Array, " B"], counts: Int[Array, " B"], rows: int
+    params: Params,
+    model: ModelConfig,
+    config: DecodeConfig,
+    state: DecodeState,
+    start: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    rows: int,
 ) -> DecodeState:
     """The state of an exact cache with `counts` tokens from position `start` on, and none behind them.
 
@@ -314,31 +322,42 @@ def keep(
     length, which becomes `start`.
 
     Args:
+      params: weights.
+      model: the model's configuration; static.
       config: how to decode; static.
       state: whose pages hold at least these tokens.
       start: tokens whose statistics are up to date.
       counts: 0..rows.
       rows: static.
     """
-    layers = (_keep_in_layer(config, cache, start, counts, rows) for cache in state.layers)
+    stack = zip(params.layers, model.layers, state.layers, strict=True)
+    layers = (
+        _keep_in_layer(layer.page_score, model, kind, config, cache, start, counts, rows)
+        for layer, kind, cache in stack
+    )
     return state.replace(
         length=start + counts, decoded=jnp.where(counts > 0, 0, state.decoded), layers=tuple(layers)
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows"))
+@functools.partial(jax.jit, static_argnames=("model", "kind", "config", "rows"))
 def _keep_in_layer(
-    config: DecodeConfig, cache: LayerState, start: Int[Array, " B"], counts: Int[Array, " B"], rows: int
+    score: LearnedScore | None,
+    model: ModelConfig,
+    kind: LayerKind,
+    config: DecodeConfig,
+    cache: LayerState,
+    start: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    rows: int,
 ) -> LayerState:
     """The statistics and the block values of the tokens that are kept, from their pages."""
     if cache.statistics is not None:
-        statistics = refresh_statistics(
-            cache.statistics,
-            cache.pages,
-            start,
-            jnp.arange(rows) < counts[:, None],
-            implementation="xla",  # of the few pages that hold these tokens
-        )
+        refresh = refresh_statistics
+        if config.score == LEARNED:
+            refresh = functools.partial(refresh_summaries, score, model, kind)
+        kept = jnp.arange(rows) < counts[:, None]  # in a few pages: through XLA
+        statistics = refresh(cache.statistics, cache.pages, start, kept, implementation="xla")
         cache = cache.replace(statistics=statistics)
     if cache.block_values is not None:
         tokens = rows + config.residual_pages * config.page_size

@@ -22,7 +22,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels import (
     CODES,
     GROUP_REDUCE,
-    SCORES,
     STATISTICS,
     attend_estimates,
     choose_pages,
@@ -38,11 +37,11 @@ from pallas_kernels import (
 )
 from pallas_kernels.operation import Accepted, only_asked
 from retro_jax import DecodeConfig, init_state
-from retro_jax.budget import most_pages
+from retro_jax.budget import most_pages, statistics_width
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.models import LayerKind, ModelConfig
 from retro_jax.plan import layer_plan
-from retro_jax.selectors import SELECTORS
+from retro_jax.selectors import LEARNED, SELECTORS
 
 CHIPS: Mapping[str, AbstractDevice] = {
     "H100, H200": AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"),
@@ -134,10 +133,12 @@ def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
         """Statistics that kernels do not compute while they write are an operation of their own."""
         write, kept = (integers(B), shape(B, tokens, dtype=bool)), layer.statistics
         k = v = shape(B, tokens, K, D)
-        fused = kept is not None and STATISTICS[kept.kind].fused_by(kernels)
+        learned = config.score == LEARNED
+        fused = kept is not None and not learned and STATISTICS[kept.kind].fused_by(kernels)
         yield "update", _call(update_pages, layer.pages, kept if fused else None, k, v, *write)
         if kept is not None and not fused:
-            yield "update", _call(refresh_statistics, kept, layer.pages, *write)
+            name = "summaries" if learned else "update"
+            yield name, _call(refresh_statistics, kept, layer.pages, *write)
 
     yield from update(dense, 1)
     sinks = (shape(N),) if case.sinks else ()
@@ -150,9 +151,10 @@ def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
         yield "window attention", _call(window_attention, *arrays, window=case.window, ring=ring)
     yield from update(sparse, W)
     places = {"page_size": config.page_size, "capacity": capacity, "sink_pages": config.sink_pages}
-    if config.score in SCORES:
-        query = shape(B, N, D), sparse.statistics, integers(B), integers(B)
-        by = {"score": config.score, "group_reduce": config.group_reduce}
+    if score := SELECTORS[config.score].by:
+        width = statistics_width(config, D)
+        query = shape(B, N, width), sparse.statistics, integers(B), integers(B)
+        by = {"score": score, "group_reduce": config.group_reduce}
         yield "selection", _call(select_pages, *query, **by, **places)
     else:
         scores = shape(B, K, P, dtype=jnp.float32)
@@ -219,6 +221,8 @@ def scored_by() -> Iterator[dict[str, Any]]:
     ]
     for (score, kind), reduce, residual in itertools.product(kinds, GROUP_REDUCE, (0, 8)):
         fields = {"score": score, "statistics": kind, "group_reduce": reduce, "residual_pages": residual}
+        if score == LEARNED:
+            fields["score_channels"] = 64  # fewer have no kernel of selection
         try:
             config = DecodeConfig(**fields)
         except ValueError:

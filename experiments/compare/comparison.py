@@ -15,6 +15,7 @@ from retro_jax.experiments.io.estimates import Estimate, estimate, position_bins
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.text import Texts, digest
 from retro_jax.experiments.machine.programs import release
+from retro_jax.score_files import score_digest
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Row:
 
 def identity(model_name: str, model: Model, texts: Texts, common: DecodeConfig) -> dict:
     """Returns what all runs of one comparison share, as JSON values."""
+    learned = score_digest(model.params)
     return {
         "model": model_name,
         "dtype": model.config.dtype,
@@ -49,6 +51,7 @@ def identity(model_name: str, model: Model, texts: Texts, common: DecodeConfig) 
         "prompt_tokens": texts.prompt_tokens,
         "token_ids": digest(texts.ids),
         "config": {key: value for key, value in asdict(common).items() if key not in VARIED},
+        **({} if learned is None else {"learned": learned}),
     }
 
 

@@ -98,6 +98,8 @@ class Command(Output):
     own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    learned: Path | None = None
+    """Folder that `retro-jax learn` has written for this model; what --score learned selects pages by."""
 
     def load(
         self, configs: "Sequence[DecodeConfig]", batch: int, capacity: int, *, together: bool = False
@@ -115,11 +117,12 @@ class Command(Output):
             where its name or its config.json tells its size.
         """
         from retro_jax import load_model
-        from retro_jax.experiments.io.models import known_model
+        from retro_jax.experiments.io.models import check_learned, known_model, with_score
         from retro_jax.experiments.machine.compile_cache import keep_programs
         from retro_jax.experiments.machine.devices import local_devices
         from retro_jax.experiments.machine.memory import check_memory
 
+        check_learned(self.learned, configs)
         local_devices()
         if known := known_model(self.model, self.dtype):
             check_memory(known, configs, batch, capacity, together=together)
@@ -128,7 +131,7 @@ class Command(Output):
         keep_programs()
         if not known:
             check_memory(model.config, configs, batch, capacity, loaded=True, together=together)
-        return model
+        return with_score(model, self.learned)
 
 
 @dataclass(kw_only=True)

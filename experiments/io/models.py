@@ -1,7 +1,10 @@
-"""What can be told of a model by its name, before it is fetched or read."""
+"""What can be told of a model before it is fetched or read, and its learned score."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from retro_jax.experiments.io.files import read_json
 from retro_jax.models.config import ModelConfig
@@ -10,6 +13,11 @@ from retro_jax.models.formats.converted import converted_config
 from retro_jax.models.formats.huggingface import config_from_json
 from retro_jax.models.load import local_path
 from retro_jax.models.presets import SIZES
+from retro_jax.score_files import load_score, read_about
+from retro_jax.selectors import LEARNED
+
+if TYPE_CHECKING:
+    from retro_jax import DecodeConfig, Model
 
 
 def known_model(name: str, dtype: str | None) -> ModelConfig | None:
@@ -24,3 +32,40 @@ def known_model(name: str, dtype: str | None) -> ModelConfig | None:
     size = re.sub(r"-\d{4}(?=-)", "", size)  # a month, as in OLMo-2-1124-7B
     found = {known.replace("-", ""): config for known, config in SIZES.items()}.get(size.replace("-", ""))
     return found and replace(found, name=name, dtype=dtype or found.dtype)
+
+
+def check_learned(folder: Path | None, configs: "Sequence[DecodeConfig]") -> None:
+    """Refuses, before a model is read, a learned score that is not there or that nothing uses.
+
+    Args:
+      folder: of --learned; None: it was not given.
+      configs: that the command decodes by.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: a configuration selects by a learned score and no folder was given, or the reverse; it holds
+        no finished score, or one for other pages or channels.
+    """
+    using = [config for config in configs if config.score == LEARNED and config.attention.scored]
+    if folder is None:
+        if using:
+            raise ValueError(
+                "--score learned needs --learned FOLDER, which `retro-jax learn` has written for the model"
+            )
+        return
+    about = read_about(folder)
+    if not using:
+        raise ValueError(f"--learned {folder} was given and nothing selects by it; add --score learned")
+    for config in using:
+        for field, has in (("page_size", about["page_size"]), ("score_channels", about["channels"])):
+            if getattr(config, field) != has:
+                flag = f"--{field.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} is {getattr(config, field)}, but the score in {folder} was trained with {has}; "
+                    f"use {flag} {has}, or train another"
+                )
+
+
+def with_score(model: "Model", folder: Path | None) -> "Model":
+    """The model with the learned score of a folder, if there is one; raises as `load_score`."""
+    return model if folder is None else load_score(model, folder)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -60,9 +61,13 @@ class RunConfig:
     own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    learned: Path | None = None
+    """Folder that `retro-jax learn` has written for this model; what --score learned selects pages by."""
 
     def check(self) -> None:
         """Raises ValueError if a field is out of its range, or two contradict each other."""
+        from retro_jax.experiments.io.models import check_learned
+
         for name in ("samples", "batch", "data_devices", "model_devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
@@ -78,7 +83,7 @@ class RunConfig:
         if self.batch % self.data_devices:
             raise ValueError(f"batch {self.batch} does not divide over data_devices {self.data_devices}")
         self.sampling.sampling()
-        self.configurations()
+        check_learned(self.learned, list(self.configurations().values()))
         self.task.check()
 
     def configurations(self) -> "dict[str, DecodeConfig]":
@@ -104,6 +109,11 @@ class RunConfig:
         memory of the devices.
         """
         values = asdict(self)
+        del values["learned"]
+        if self.learned is not None:
+            from retro_jax.score_files import read_about
+
+            values["learned"] = read_about(self.learned)["weights"]
         values["task"] = {"name": self.task_name} | values["task"]
         values["task"].pop("data", None)
         del values["device_gb"]

@@ -5,14 +5,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
 
-from retro_jax import Model, load_model, make_mesh, params_on
+from retro_jax import Model, load_model, make_mesh, params_on, shard_params
 from retro_jax.experiments.io.folders import digest
-from retro_jax.experiments.io.models import known_model
+from retro_jax.experiments.io.models import known_model, with_score
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
@@ -179,4 +179,7 @@ def _load(config: RunConfig) -> Model:
         )
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
-    return model
+    if config.learned is None:
+        return model
+    model = with_score(model, config.learned)
+    return model if mesh.empty else replace(model, params=shard_params(model.params, model.config, mesh))

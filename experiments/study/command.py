@@ -44,6 +44,8 @@ class Study(Output):
     own."""
     budgets_together: Flag[bool] = False
     """Decode the texts of all budgets as one batch: faster on an accelerator, and as many times the cache."""
+    learned: tuple[Path, ...] = ()
+    """Folders that `retro-jax learn` has written, one for each of --models: each adds a row."""
     out: Path
     """Folder for the results."""
     config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)
@@ -103,6 +105,33 @@ class Study(Output):
         )
         return list(dict.fromkeys([full, *sparse]))
 
+    def _learned(self) -> "dict[Path, list[DecodeConfig]]":
+        """Returns what a learned score of each folder adds.
+
+        Raises:
+          ValueError: there is not one folder for each model, or one that the tables have no row for.
+        """
+        from dataclasses import replace
+
+        from retro_jax.experiments.io.budgets import budget_fields
+        from retro_jax.experiments.study.variants import LEARNED_CHANNELS, LEARNED_PAGES, learned
+        from retro_jax.score_files import read_about
+
+        if self.learned and len(self.learned) != len(self.models):
+            raise ValueError(
+                f"--learned has {len(self.learned)} folders for {len(self.models)} models; give one for each"
+            )
+        found, full = {}, self.config.config(method="full", sink_pages=0)
+        for folder in self.learned:
+            about = read_about(folder)
+            for name, sizes in (("page_size", LEARNED_PAGES), ("channels", LEARNED_CHANNELS)):
+                if about[name] not in sizes:
+                    known = ", ".join(map(str, sizes))
+                    raise ValueError(f"{folder} was trained with {name} {about[name]}; a study has {known}")
+            _, fields = learned(about["page_size"], about["channels"])
+            found[folder] = [replace(full, **fields, **budget_fields(budget)) for budget in self.budgets]
+        return found
+
     def _measured(self) -> "list[Cell]":
         """Runs the comparison of each model and kind of text, in a folder of its own."""
         from retro_jax.experiments.compare.comparison import compare, identity
@@ -118,14 +147,18 @@ class Study(Output):
             if len(told) < len(given):
                 raise ValueError(f"--{flag} have {len(told)} different names ({', '.join(told)}); rename one")
         sources = {kind: _texts(path) for kind, path in kinds.items()}  # told before the first model is read
+        learned = self._learned()
         found = []
-        for name, model_name in names.items():
+        common, scores = configs, self.learned or [None] * len(names)
+        for (name, model_name), score in zip(names.items(), scores, strict=True):
+            configs = [*common, *learned.get(score, [])]
             for kind, texts in sources.items():
                 source = TextCommand(
                     model=model_name,
                     dtype=self.dtype,
                     tokens=self.tokens,
                     prompt_tokens=self.prompt_tokens,
+                    learned=score,
                     **texts,
                 )
                 copies = len(set(self.budgets)) if self.budgets_together else 1

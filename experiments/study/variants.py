@@ -1,9 +1,12 @@
 """What a study runs: the paper's method, what it could repair at most, its rival, and preset mean-key."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 from retro_jax.experiments.compare.ladder import LADDER, PAPER_WINDOWS
 from retro_jax.presets import PRESETS
+
+LEARNED = "learned"  # as retro_jax.selectors has it, which starts JAX
 
 QUEST, SINK, EXACT = "Quest", "Quest, a sink page", ", exact cache"
 PRESET = "preset mean-key"
@@ -19,6 +22,8 @@ LOADED_OTHERWISE = {
 Quest with a sink page and preset mean-key."""
 METHODS = {"tova": "TOVA", "streaming": "StreamingLLM"}
 """Methods that keep what they chose once, by their names in print."""
+LEARNED_PAGES, LEARNED_CHANNELS = (4, 8, 16), (16, 32, 64)
+"""Of learned scores: the pages that they choose, and the channels of a summary."""
 WINDOW = 4
 """That of the rows which add a window to something else."""
 
@@ -92,11 +97,19 @@ def with_caches(
     return found
 
 
+def learned(page_size: int, channels: int) -> tuple[str, Mapping[str, object]]:
+    """Returns the name and the fields of a row: the preset with a learned score in place of mean keys."""
+    fields = {**PRESETS["mean-key"], "score": LEARNED, "statistics": None}
+    fields |= {"page_size": page_size, "score_channels": channels}
+    return f"learned score, {channels} channels, pages of {page_size}", fields
+
+
 def every_variant() -> dict[str, Mapping[str, object]]:
-    """Returns `variants` with every kind of cache."""
+    """Returns `variants` with every kind of cache, and learned scores of all sizes."""
     from pallas_kernels import CODES
 
-    return with_caches(variants(), CODES)
+    sizes = itertools.product(LEARNED_PAGES, LEARNED_CHANNELS)
+    return with_caches(variants(), CODES) | dict(itertools.starmap(learned, sizes))
 
 
 def variants() -> dict[str, Mapping[str, object]]:

@@ -74,6 +74,7 @@ def refresh_statistics(
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     *,
+    summarize: reference.Summarize | None = None,
     implementation: str | None = None,
 ) -> Statistics:
     """The statistics of every page that a write touched, computed anew from the page.
@@ -85,6 +86,7 @@ def refresh_statistics(
       pages: its keys and values, those that were written included.
       start: position of the first of the T tokens; may be negative where the first ones are not written.
       write: which of them were written. A sequence without any is left as it is.
+      summarize: makes the vectors of whole pages, see `reference.Summarize`; None: the statistic itself.
       implementation: see `pallas_kernels.dispatch`.
 
     Raises:
@@ -101,4 +103,5 @@ def refresh_statistics(
         pages,
         start,
         write,
+        summarize=summarize,
     )

@@ -1,11 +1,18 @@
 """Page update in plain `jnp`: the definition, and the path on the CPU."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.layout import KEYS
 from pallas_kernels.pages import Pages, QuantizedPages, dequantized, quantize
 from pallas_kernels.statistics import STATISTICS, Statistics
+
+Summarize = Callable[[Array, Array, Array], Array]
+"""(keys[B, P, K, S, D] of pages, which tokens are there[B, P, S], numbers of the pages[B, P]) -> vectors
+[B, P, K, Z, any]; of pages beyond the sequence anything."""
 
 
 def update_pages(
@@ -40,6 +47,7 @@ def refresh_statistics(
     pages: Pages,
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
+    summarize: Summarize | None = None,
 ) -> Statistics:
     """The statistics of the pages that a write touched, computed anew from the pages; see `update_pages`."""
     B, T = write.shape
@@ -52,7 +60,11 @@ def refresh_statistics(
     read = dequantized(read)  # [B, touched, K, 2, S, D]
     valid = touched[..., None] * S + jnp.arange(S) < end[..., None]
     statistic = STATISTICS[statistics.kind]
-    fresh = statistic.keep(statistic.compute(read, jnp.broadcast_to(valid[:, :, None], (*read.shape[:3], S))))
+    if summarize is None:
+        vectors = statistic.compute(read, jnp.broadcast_to(valid[:, :, None], (*read.shape[:3], S)))
+    else:
+        vectors = summarize(read[..., KEYS, :, :], valid, touched)
+    fresh = statistic.keep(vectors)
     touched = jnp.where((touched >= 0) & (touched * S < end), touched, P)
     return jax.tree.map(
         lambda kept, new: kept.at[sequence, :, touched].set(new.astype(kept.dtype), mode="drop"),

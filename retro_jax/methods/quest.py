@@ -8,7 +8,7 @@ fewer pages to select from.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels import SCORES, select_pages
+from pallas_kernels import select_pages
 from retro_jax.cache import LayerState
 from retro_jax.methods.base import Method
 from retro_jax.rules import Query, Rules
@@ -19,13 +19,14 @@ def best_pages(
     rules: Rules, layer: LayerState, query: Query, left: Bool[Array, "B K P"] | None
 ) -> tuple[Int[Array, "B K C"], Int[Array, "B K"]]:
     """The pages that score best for the newest query, within the budget, among those that are left."""
-    if left is None and rules.score in SCORES:
+    selector = SELECTORS[rules.score]
+    if left is None and selector.by:
         return select_pages(
-            query.q,
+            query.scored,
             layer.statistics,
             query.positions,
             query.budgets,
-            score=rules.score,
+            score=selector.by,
             group_reduce=rules.group_reduce,
             implementation=rules.implementation,
             page_size=rules.page_size,
@@ -33,7 +34,7 @@ def best_pages(
             sink_pages=rules.sink_pages,
         )
     left = jnp.ones(layer.pages.shape[:3], bool) if left is None else left
-    scores = SELECTORS[rules.score].scores(rules, layer, query, left)
+    scores = selector.scores(rules, layer, query, left)
     return rules.choose(jnp.where(left, scores, -jnp.inf), query)
 
 
