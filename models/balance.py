@@ -42,7 +42,9 @@ def _balanced(layer: LayerParams, config: ModelConfig, rope: Rope | None) -> Lay
         )
     widths = [*joined_fields(config)["wqkv"].values()]
     # What a channel's key is of inputs with unit variance, as the norm leaves them.
-    inputs = layer.wqkv if layer.attn_norm is None else layer.wqkv * layer.attn_norm[:, None]
+    inputs = layer.wqkv
+    if layer.attn_norm is not None:
+        inputs = inputs * layer.attn_norm[:, None].astype(inputs.dtype)
     squares = jnp.sum(jnp.square(inputs.astype(jnp.float32)), axis=0)
     if layer.bqkv is not None:
         squares += jnp.square(layer.bqkv.astype(jnp.float32))

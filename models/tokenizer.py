@@ -13,10 +13,15 @@ END_TOKENS = (
     "<|eot_id|>",
     "<|eom_id|>",
     "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
     "</s>",
     "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek writes it so)
 )
-"""Special tokens that end a text or a turn in every family that has them."""
+"""Special tokens that end a text or a turn in every family that has them, but for `MESSAGE_END`."""
+
+MESSAGE_END, TURN_END = "<|end|>", "<|return|>"
+"""The first ends but a message of a turn where there is the second, which ends the turn."""
 
 
 class Tokenizer:
@@ -62,6 +67,8 @@ class Tokenizer:
             token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special
         }
         ends = {special[token] for token in END_TOKENS if token in special}
+        if TURN_END in special:
+            ends.discard(special.get(MESSAGE_END))
         if eos_token is not None and (eos_id := backend.token_to_id(eos_token)) is not None:
             ends.add(eos_id)
         self.stop_ids = tuple(sorted({*stop_ids, *ends}))

@@ -15,7 +15,8 @@ def export(model: Model, folder: Path) -> None:
     """Writes config.json and model.safetensors into a folder that exists.
 
     Raises:
-        ValueError: the model scales its rotary embedding, or its layers differ, which is not exported.
+        ValueError: the model scales its rotary embedding, its layers differ, or it has parts that those of
+            Llama, Qwen2 and Qwen3 lack, which is not exported.
     """
     (folder / "config.json").write_text(json.dumps(_config(model.config)))
     table = {path: name.huggingface for path, name in NAMES.items()}
@@ -27,7 +28,24 @@ def export(model: Model, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+PLAIN = (
+    "norms", "float32_norms", "joint_qk_norm", "activation", "embedding_multiplier", "residual_multiplier",
+    "logits_divisor", "logits_soft_cap",
+)  # fmt: skip
+"""Fields that the models which are exported leave as they are by default."""
+
+
 def _config(config: ModelConfig) -> dict:
+    other = [
+        f"{field} {value!r}"
+        for field in PLAIN
+        if (value := getattr(config, field)) != getattr(ModelConfig, field)
+    ]
+    if other:
+        raise ValueError(
+            f"{config.name} has {', '.join(other)}, which the export for --reference does not cover; use "
+            "another model, or leave --reference out"
+        )
     if config.rope_scaling is not None:
         raise ValueError(
             f"{config.name} scales its rotary embedding ({config.rope_scaling.kind}), which the export for "

@@ -1,5 +1,6 @@
 """What can be told of a model by its name, before it is fetched or read."""
 
+import re
 from dataclasses import replace
 
 from retro_jax.experiments.io.files import read_json
@@ -14,6 +15,8 @@ def known_model(name: str, dtype: str | None) -> ModelConfig | None:
     file = local_path(name) / "config.json"
     if file.is_file():
         return config_from_json(read_json(file, "fetch the model again"), name, dtype)
-    size = name.removeprefix("random:").rpartition("/")[2].lower().removesuffix("-instruct")
-    found = SIZES.get(size) or SIZES.get(size.replace("llama-", "llama", 1).removeprefix("meta-"))
+    size = name.removeprefix("random:").rpartition("/")[2].lower()
+    size = size.removesuffix("-instruct").removesuffix("-it").removeprefix("meta-")
+    size = re.sub(r"-\d{4}(?=-)", "", size)  # a month, as in OLMo-2-1124-7B
+    found = {known.replace("-", ""): config for known, config in SIZES.items()}.get(size.replace("-", ""))
     return found and replace(found, name=name, dtype=dtype or found.dtype)

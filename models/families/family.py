@@ -78,7 +78,7 @@ NORMS_AFTER = layer_names(
 
 @dataclass(frozen=True)
 class Container:
-    """What a language model's files can lie in, with a model of pictures beside it.
+    """What a language model's files can lie in, with a vision model beside it.
 
     Attributes:
         name: `model_type` of the whole, whose config.json holds that of the language model as text_config.

@@ -1,7 +1,7 @@
 """Gemma 3: five layers with a sliding window and a rope of their own to each with full attention.
 
 Norms stand before and after attention and mlp, and are stored less one; embeddings are scaled. The larger
-models come with a model of pictures, which is left out.
+models come with a vision model, which is left out.
 """
 
 from collections.abc import Mapping
@@ -45,6 +45,11 @@ def _huggingface_kinds(keys: Mapping[str, Any], kinds: LayerKinds) -> LayerKinds
 def _gguf_kinds(keys: Mapping[str, Any], kinds: LayerKinds) -> LayerKinds:
     period = keys["attention.sliding_window_pattern"]
     if isinstance(period, list):
+        if len(period) != len(kinds):
+            raise ValueError(
+                f"gemma3.attention.sliding_window_pattern has {len(period)} entries; block_count "
+                f"{len(kinds)} needs one for each layer"
+            )
         kinds = tuple(
             kind if slides else replace(kind, window=None) for kind, slides in zip(kinds, period, strict=True)
         )

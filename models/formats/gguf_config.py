@@ -125,12 +125,12 @@ def config_from_metadata(
             raise ValueError(f"{source} has {count} tokens by {key}, but {rows} rows of {embed}")
     width, num_heads = value("embedding_length"), value("attention.head_count")
     head_dim = value("attention.key_length", width // num_heads)
-    for key in {"attention.value_length", "rope.dimension_count"} - family.gguf.keys:
-        if value(key, head_dim) != head_dim:
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if key not in family.gguf.keys and value(key, head_dim) != head_dim:
             raise ValueError(
                 f"{source} has {architecture}.{key} {value(key)}, only {head_dim} (D) is supported"
             )
-    keys["attention.key_length"] = head_dim
+    keys["attention.key_length"] = head_dim  # for the family, where the file leaves it out
     scaling = _rope_scaling(value, rope_factors, source)
     rotated = value("rope.dimension_count", head_dim)
     rope = Rope(value("rope.freq_base", 10_000.0), scaling, None if rotated == head_dim else rotated)

@@ -20,11 +20,12 @@ _LLAMA3_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LOWER_END = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_UPPER_START = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_CASE_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN_SPLIT = rf"{_LOWER_END}|{_UPPER_START}|\p{{N}}{_CASE_REST}"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_SPLIT = rf"{_LOWER_END}{_SUFFIX}|{_UPPER_START}{_SUFFIX}|\p{{N}}{{1,3}}{_CASE_REST}"
 _UNNAMED_SPLITS = (
     r"[\p{P}$+<=>^~|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -53,6 +54,7 @@ def _smollm() -> pre_tokenizers.PreTokenizer:
 
 
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
+_DBRX = ("dbrx", "smaug-bpe")  # what llama.cpp calls that of Phi-4 and OLMo 2, and of SmolLM3
 _QWEN2 = ("qwen2", "deepseek-r1-qwen", "megrez")
 _GPT2 = ("gpt-2", "phi-2", "exaone4", "a.x-4.0", "mellum", "olmo", "jais", "mpt")
 _SMOLLM = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -60,9 +62,10 @@ PRE_TOKENIZERS = {
     "default": lambda: _split(*_UNNAMED_SPLITS),
     **dict.fromkeys(_GPT2, _gpt2),
     **dict.fromkeys(_SMOLLM, _smollm),
-    **dict.fromkeys(_LLAMA3, lambda: _split(_LLAMA3_SPLIT)),
+    **dict.fromkeys((*_LLAMA3, *_DBRX), lambda: _split(_LLAMA3_SPLIT)),
     **dict.fromkeys(_QWEN2, lambda: _split(_QWEN2_SPLIT)),
     "tekken": lambda: _split(_TEKKEN_SPLIT),
+    "gpt-4o": lambda: _split(_GPT4O_SPLIT),
 }
 """By the name that llama.cpp gives them; "default" is what it does for files that name none."""
 

@@ -191,6 +191,11 @@ def _ropes(raw: Mapping[str, Any], name: str, partial: bool) -> dict[str, Rope]:
     rope = old or new
     by_type = {kind: rope for kind in LAYER_TYPES}
     if rope.keys() & {*LAYER_TYPES}:
+        if others := {key for key, value in rope.items() if value is not None} - {*LAYER_TYPES}:
+            raise ValueError(
+                f"{name} has rotary parameters of {', '.join(sorted(others))} beside those of layer types; "
+                f"supported are {', '.join(LAYER_TYPES)}"
+            )
         by_type = {kind: rope.get(kind) or {} for kind in LAYER_TYPES}
     ropes = {}
     for kind, parameters in by_type.items():

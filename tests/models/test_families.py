@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import gguf
 import jax
@@ -151,3 +153,10 @@ def test_every_family_has_a_format_and_sizes_that_fit_it():
         for size in family.sizes:
             assert {part: getattr(size, part) for part in family.parts} == family.parts, size.name
     assert QWEN3.parts == {"qk_norm": True}
+
+
+def test_readme_names_every_size():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## Models") : text.index("## Command line")]
+    assert {*re.findall(r"`([\w.-]+)`", table)} >= {*SIZES} - {"tiny"}
+    assert {*families.gguf_families()} <= {*re.findall(r"`([\w-]+)`", table)}

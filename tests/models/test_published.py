@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import shutil
 
 import gguf
@@ -15,6 +17,8 @@ from retro_jax.models import LayerKind, Rope
 from retro_jax.models.families import GEMMA3, gguf_families
 from retro_jax.models.formats.gguf_config import config_from_metadata
 from retro_jax.models.formats.huggingface_config import config_from_json
+from retro_jax.models.formats.weights import separate_weights
+from retro_jax.models.joined import joined_fields
 from retro_jax.models.presets import SIZES
 from tests.models import golden
 
@@ -79,7 +83,7 @@ GRANITE_2B = {
 
 
 def contained(**text) -> dict:
-    """config.json of a Gemma 3 beside its model of pictures."""
+    """config.json of a Gemma 3 beside its vision model."""
     return {
         "model_type": "gemma3", "eos_token_id": [1, 106], "image_token_index": 262144,
         "torch_dtype": "bfloat16", "vision_config": {"model_type": "siglip_vision_model"},
@@ -124,10 +128,29 @@ def test_published_configurations_are_the_named_sizes(name, caplog):
 
 
 @pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gemma3-270m", 268_098_176),
+        ("olmo2-7b", 7_298_617_344),
+        ("phi4-mini", 3_836_021_760),
+        ("smollm3-3b", 3_075_098_624),
+    ],
+)
+def test_sizes_have_as_many_weights_as_published(name, count):
+    shapes = jax.eval_shape(lambda: models.random_params(SIZES[name], jax.random.key(0)))
+    assert sum(math.prod(weight.shape) for weight in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize(
     ("raw", "changes", "message"),
     [
         (GEMMA3_1B, {"hidden_activation": "gelu"}, "not supported: hidden_activation 'gelu'"),
         (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, r"not supported: attn_logit_softcapping 50\.0"),
+        (
+            GEMMA3_1B,
+            {"rope_parameters": {"sliding_attention": {}, "chunked_attention": {}}},
+            "rotary parameters of chunked_attention beside those of layer types",
+        ),
         (GEMMA3_1B, {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         (contained(), {"text_config": {}}, "config.json of m has no text_config"),
         (contained(), {"quantization_config": {"bits": 4}}, "not supported: quantization_config"),
@@ -171,6 +194,8 @@ def test_gemma3_by_llama_cpp():
     assert gguf_kinds("gemma3", 12, **sizes) == ((local,) * 5 + (full,)) * 2
     listed = {"attention.sliding_window_pattern": [False, True]}
     assert gguf_kinds("gemma3", 2, **sizes, **listed) == (full, local)
+    with pytest.raises(ValueError, match="has 2 entries; block_count 3 needs one for each layer"):
+        gguf_kinds("gemma3", 3, **sizes, **listed)
     scales = {kind.scale for kind in gguf_kinds("gemma3", 62, **sizes)}
     assert scales == {kind.scale for kind in SIZES["gemma3-27b"].layers} == {168**-0.5}
 
@@ -210,7 +235,7 @@ def test_joined_matrices_that_are_missing_or_of_another_size_are_named(tmp_path)
 @pytest.mark.parametrize(
     ("old", "new"), [("", "language_model."), ("model.", "model.language_model.")], ids=["first", "later"]
 )
-def test_a_language_model_beside_one_of_pictures(tmp_path, caplog, old, new):
+def test_a_language_model_beside_a_vision_model(tmp_path, caplog, old, new):
     """Both layouts that transformers has written; what is not there is named as it is called there."""
     plain = models.load_model(str(golden.FOLDER / "gemma3"))
     folder = shutil.copytree(golden.FOLDER / "gemma3", tmp_path / "gemma3")
@@ -234,14 +259,20 @@ def test_a_language_model_beside_one_of_pictures(tmp_path, caplog, old, new):
     assert f"missing: {lost}" in str(error.value)
 
 
-def test_every_name_of_a_weight_is_llama_cpps():
-    """But for those that this project lacks, each family's names are in the format's own tables."""
-    for architecture, family in gguf_families().items():
-        table = gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_"))]
-        known = {gguf.TENSOR_NAMES[tensor].format(bid="{i}") for tensor in table}
-        used = {name.gguf.rpartition(".")[0] for path, name in family.names.items() if "norm" in path}
-        optional = {"blk.{i}.attn_q_norm", "blk.{i}.attn_k_norm", "blk.{i}.attn_norm", "blk.{i}.ffn_norm"}
-        assert used - optional <= known, architecture
+EXPERTS = ("qwen3moe", "olmoe", "gpt-oss")
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "olmo2", "phi3", "smollm3", "granite", *EXPERTS])
+def test_every_weight_has_llama_cpps_name(architecture):
+    config = models.load_model(str(golden.FOLDER / f"{architecture}.gguf")).config
+    table = gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_"))]
+    known = {gguf.TENSOR_NAMES[tensor].format(bid="{i}") for tensor in table}
+    params = jax.eval_shape(lambda: models.random_params(config, jax.random.key(0)))
+    names = gguf_families()[architecture].names
+    joined = [field for field in joined_fields(config) if f"layers.{{i}}.{field}" in names]
+    weights = jax.eval_shape(lambda params: separate_weights(params, config, joined), params)
+    used = {names[re.sub(r"\d+", "{i}", path, count=1)].gguf.rpartition(".")[0] for path in weights}
+    assert used <= known and len(used) > 7
 
 
 def test_norms_are_stored_less_one_in_one_format_only():

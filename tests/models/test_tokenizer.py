@@ -129,6 +129,41 @@ def test_tekken_splits_words_where_case_changes(byte_level_metadata):
     assert [piece for piece, _ in pieces] == ["hello", "World", "ĠHTTPServer", "Ġ", "1", "2"]
 
 
+def test_gpt4o_keeps_contractions_with_words_and_splits_digits_in_threes(byte_level_metadata):
+    tokenizer = tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.pre": "gpt-4o"}, "a file")
+    pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str("helloWorld they'LL 12345 a/b//\n")
+    expected = ["hello", "World", "Ġthey'LL", "Ġ", "123", "45", "Ġa", "/b", "//Ċ"]
+    assert [piece for piece, _ in pieces] == expected
+
+
+def test_dbrx_splits_as_llama3_and_merges_every_word(byte_level_metadata):
+    llama3, dbrx, smaug = (
+        tokenizer_from_metadata(byte_level_metadata | {"tokenizer.ggml.pre": pre}, "a file")
+        for pre in ("llama-bpe", "dbrx", "smaug-bpe")
+    )
+    samples = golden.token_samples(golden.FOLDER / "gguf-llama-bpe.tokens.json")
+    assert [dbrx.encode(text) for text in samples["texts"]] == samples["ids"]
+    assert dbrx.backend.to_str() == smaug.backend.to_str() != llama3.backend.to_str()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops"),
+    [
+        (("<end_of_turn>",), {0, 2, 3}),
+        (("<|end|>",), {0, 2, 3}),
+        (("<|end|>", "<|return|>"), {0, 2}),
+    ],
+)
+def test_tokens_that_end_a_turn(byte_level_metadata, tokens, stops):
+    words = list(byte_level_metadata["tokenizer.ggml.tokens"])
+    types = list(byte_level_metadata["tokenizer.ggml.token_type"])
+    for place, token in enumerate(tokens, start=3):
+        words[place], types[place] = token, 3
+    changed = {"tokenizer.ggml.tokens": words, "tokenizer.ggml.token_type": types}
+    changed |= {"tokenizer.ggml.merges": []}
+    assert {*tokenizer_from_metadata(byte_level_metadata | changed, "a file").stop_ids} == stops
+
+
 def test_names_of_the_same_pre_tokenizer(byte_level_metadata):
     for name, same in (("llama-v3", "llama-bpe"), ("megrez", "qwen2"), ("phi-2", "gpt-2")):
         tokenizers = [

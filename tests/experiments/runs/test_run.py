@@ -238,6 +238,14 @@ def test_known_models():
     assert known_model("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", None).vocab_size == 128256
     assert known_model("Qwen/Qwen2.5-14B-Instruct", "float32").dtype == "float32"
     assert known_model("nobody/knows-this", None) is None
+    for name, layers in {
+        "google/gemma-3-27b-it": 62,
+        "allenai/OLMo-2-1124-7B-Instruct": 32,
+        "microsoft/Phi-4-mini-instruct": 32,
+        "HuggingFaceTB/SmolLM3-3B": 36,
+        "ibm-granite/granite-3.3-8b-instruct": 40,
+    }.items():
+        assert known_model(name, None).num_layers == layers
 
 
 @pytest.mark.parametrize("contents", [b"", b'{"model_type"', b"[]"])
