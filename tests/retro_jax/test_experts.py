@@ -54,6 +54,7 @@ def test_sharded_is_unsharded(model, few):
     mesh = rj.make_mesh(2, 2)
     params = rj.shard_params(model.params, MODEL, mesh)
     experts = params.layers[1].experts
+    assert "6 experts of hidden width 16, 2 for each token" in repr(model)
     assert experts.gate_up.sharding.shard_shape(experts.gate_up.shape) == (6, 32, 16)
     assert experts.down.sharding.shard_shape(experts.down.shape) == (6, 8, 32)
     with jax.set_mesh(mesh):
