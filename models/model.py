@@ -32,6 +32,7 @@ class Model:
             [
                 f"Model {config.name}",
                 f"  {config.num_layers} layers of width {config.width}, hidden width {config.hidden_width}",
+                *self._experts(),
                 f"  {config.num_heads} query heads and {config.num_kv_heads} KV heads of {config.head_dim}",
                 f"  {config.max_positions} positions, vocabulary of {config.vocab_size}, "
                 f"{'a' if self.tokenizer else 'no'} tokenizer",
@@ -39,3 +40,12 @@ class Model:
                 f"{', '.join(sorted(devices)) or 'no device'}",
             ]
         )
+
+    def _experts(self) -> list[str]:
+        experts = self.config.experts
+        if experts is None:
+            return []
+        return [
+            f"  {experts.count} experts of hidden width {experts.hidden_width}, "
+            f"{experts.per_token} for each token"
+        ]

@@ -259,16 +259,19 @@ def test_a_language_model_beside_a_vision_model(tmp_path, caplog, old, new):
     assert f"missing: {lost}" in str(error.value)
 
 
-@pytest.mark.parametrize("architecture", ["gemma3", "olmo2", "phi3", "smollm3", "granite"])
+EXPERTS = ("qwen3moe", "olmoe", "gpt-oss")
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "olmo2", "phi3", "smollm3", "granite", *EXPERTS])
 def test_every_weight_has_llama_cpps_name(architecture):
     config = models.load_model(str(golden.FOLDER / f"{architecture}.gguf")).config
-    table = gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, architecture.upper())]
+    table = gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_"))]
     known = {gguf.TENSOR_NAMES[tensor].format(bid="{i}") for tensor in table}
     params = jax.eval_shape(lambda: models.random_params(config, jax.random.key(0)))
     names = gguf_families()[architecture].names
     joined = [field for field in joined_fields(config) if f"layers.{{i}}.{field}" in names]
     weights = jax.eval_shape(lambda params: separate_weights(params, config, joined), params)
-    used = {names[re.sub(r"\d+", "{i}", path, count=1)].gguf.removesuffix(".weight") for path in weights}
+    used = {names[re.sub(r"\d+", "{i}", path, count=1)].gguf.rpartition(".")[0] for path in weights}
     assert used <= known and len(used) > 7
 
 

@@ -20,6 +20,8 @@ import numpy as np
 from pallas_kernels import CODES, gpu, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
+from pallas_kernels.experts import reference as experts_reference
+from pallas_kernels.experts.gpu import kernels as experts
 from pallas_kernels.scores import GROUP_REDUCE
 from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
@@ -172,6 +174,36 @@ class Update:
         return relative(*(result[1].at_float32() for result in (got, expected))), equal
 
 
+class Products:
+    """Products with chosen matrices, some of which are not asked for."""
+
+    def __init__(self, shared, rows, depth, width, dtype):
+        of = "one" if shared else "each"
+        self.name = f"chosen_products {of} T={rows} {depth} x {width} {jnp.dtype(dtype).name}"
+        self.sizes, self.dtype = (1 if shared else 6, rows, depth, width), dtype
+
+        def asked(products):
+            def masked(x, matrices, ids):
+                y = products(x, matrices, ids, dtype=jnp.float32)
+                return jnp.where((ids >= 0)[:, None, None], y, 0.0)
+
+            return jax.jit(masked)
+
+        self.kernel, self.reference = map(asked, (experts.chosen_products, experts_reference.chosen_products))
+
+    def inputs(self, rng):
+        products, rows, depth, width = self.sizes
+        matrices = rng.standard_normal((9, depth, width)) * depth**-0.5
+        ids = rng.permutation(9)[:6]
+        ids[rng.integers(6)] = -1
+        matrices[np.setdiff1d(np.arange(9), ids)] = np.nan
+        x = rng.standard_normal((products, rows, depth))
+        return jnp.asarray(x, self.dtype), jnp.asarray(matrices, self.dtype), jnp.asarray(ids, jnp.int32)
+
+    def errors(self, inputs, got, expected):
+        return relative(got, expected), True
+
+
 def configurations():
     """Every supported head_dim and page size, the other sizes taking turns."""
     rows = itertools.cycle(ROWS)
@@ -197,6 +229,8 @@ def configurations():
         return
     for dim, group, reduce in zip(SUPPORTED.HEAD_DIMS, (9, 16, 12), ("mean", "mass", "max"), strict=True):
         yield Select(dim, 16, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
+    for rows, (depth, width) in itertools.product((1, 4, 33, 64), ((2048, 1536), (768, 2048), (64, 64))):
+        yield Products(rows % 2, rows, depth, width, next(dtypes))
 
 
 def check(configuration, cases):

@@ -17,7 +17,9 @@ from retro_jax.experiments.bench.decode import (
 )
 from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.methods import METHODS
-from retro_jax.models import LayerKind, Model, ModelConfig, RopeScaling, random_params
+from retro_jax.models import Experts, LayerKind, Model, ModelConfig, RopeScaling, random_params
+from retro_jax.models.experts import expert_bytes
+from retro_jax.models.presets import SIZES
 
 SHORT = ("--contexts", 40, "--steps", 2, "--rounds", 2, "--budget-tokens", 32, "--ceiling-bytes", 1 << 20)
 
@@ -95,6 +97,24 @@ def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     line = failure("bench", "decode", "random:tiny", *SHORT, "--out", out)
     assert "is not overwritten" in line
+
+
+def test_the_limit_has_the_weights_of_chosen_experts_only(json_command, monkeypatch):
+    config = ModelConfig("few", 64, 1, 2, 2, 8, 16, 16, max_positions=128, experts=Experts(8, 2, 8))
+    monkeypatch.setitem(SIZES, "few-experts", config)
+    flags = ("--methods", "full", "--page-size", 8, "--no-scan", "--batch", 2)
+    values = json_command("bench", "decode", "random:few-experts", *SHORT, *flags)
+    row = values["contexts"][0]["contestants"]["full"]
+    # Each of the two sequences chooses two.
+    assert row["expert_bytes"] / expert_bytes(config) in (2, 3, 4)
+    params = random_params(config, jax.random.key(0))
+    assert values["weight_bytes"] == weight_bytes(
+        params.replace(embed=None), config, 8**9
+    ) - 8 * expert_bytes(config)
+    read = values["weight_bytes"] + row["expert_bytes"] + 2 * row["kv_bytes"]
+    assert row["limit_ms"] == pytest.approx(read / values["ceiling_gb_per_s"] / 1e6)
+    table = speed_table({"full": row | {"time_over": {"full": 1.0}}}, batch=2)
+    assert "experts GB/step" in table
 
 
 def test_all_methods_and_windows_can_take_turns():
