@@ -30,7 +30,7 @@ def by_lanes(scales, whole: bool):
 def scale_bytes(P: int, page_size: int) -> int:
     """Bytes of VMEM: the scales of an item as they come, and transposed."""
     pages = -(-P // LANES) * LANES + SUBLANES
-    return pages * (2 * page_size + max(2 * page_size, LANES)) * 4
+    return pages * (2 * page_size + LANES) * 4
 
 
 class Scales:
@@ -51,7 +51,7 @@ class Scales:
         chunks = -(-P // LANES)
         return [
             pltpu.VMEM((chunks, 2, S, LANES), jnp.float32),
-            pltpu.VMEM((chunks * LANES + SUBLANES, 2 * S), jnp.float32),
+            pltpu.VMEM((chunks * LANES + SUBLANES, LANES), jnp.float32),
             pltpu.SemaphoreType.DMA,
         ]
 
@@ -78,9 +78,9 @@ class Scales:
             token, lane = (lax.broadcasted_iota(jnp.int32, scales.shape, axis) for axis in (1, 2))
             first = pl.multiple_of(chunk * LANES, LANES)
             scales = jnp.where((first + lane) * self.S + token <= item.newest, scales, 0.0)
-            self.rows[pl.ds(first, LANES)] = scales.reshape(-1, LANES).T
+            self.rows[pl.ds(first, LANES), pl.ds(0, 2 * self.S)] = scales.reshape(-1, LANES).T
 
-        self.rows[pl.ds(self._newest_page(item) + 1, 1)] = jnp.zeros((1, 2 * self.S), jnp.float32)
+        self.rows[pl.ds(self._newest_page(item) + 1, 1)] = jnp.zeros((1, LANES), jnp.float32)
 
     def of(self, item, pages):
         """The scales of keys and of values of some pages, whose tokens fill the lanes: two [1, 128].
@@ -96,7 +96,6 @@ class Scales:
         lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         keys = values = jnp.zeros((1, LANES), jnp.float32)
         for j, row in enumerate(rows):
-            row = jnp.concatenate([row] * (LANES // (2 * S)), axis=1)
             row = pltpu.roll(row, j * S, 1) if j else row
             keys = jnp.where(lane // S == j, row, keys)
             values = jnp.where(lane // S == (j + 1) % count, row, values)

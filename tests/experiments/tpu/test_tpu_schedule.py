@@ -44,7 +44,7 @@ def test_bundles_of_a_block_and_of_an_item():
 
 
 def test_loops_over_scales_are_counted_apart():
-    """One transposes those that came, the next has others copied; before, those of the first item came."""
+    """One transposes those that came, the next one has others copied; one before had the first copied."""
     text = ["> {}", ">> { dma.hbm_to_vmem }", ">> {}", ">> {}", ">> {}", ">> { vxpose }", ">> {}", ">> {}"]
     text += [">> { dma.hbm_to_vmem }", ">> {}", ">> { vmatmul }", "> {}"]
     labels = ["LB", "LB", "  ", "  ", "  ", "LB", "  ", "  ", "LB", "  ", "LB", "  "]
