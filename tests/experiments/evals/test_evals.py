@@ -15,8 +15,9 @@ from lm_eval.api.registry import get_model
 import retro_jax as rj
 from retro_jax import models
 from retro_jax.experiments.evals import __main__ as registered
-from retro_jax.experiments.evals import scoring
+from retro_jax.experiments.evals import language_model, scoring
 from retro_jax.experiments.evals.arguments import read_arguments
+from retro_jax.experiments.evals.command import Eval
 from retro_jax.experiments.evals.generation import read_options
 from retro_jax.experiments.evals.language_model import RetroJaxLM
 from retro_jax.experiments.evals.scoring import batches
@@ -84,10 +85,10 @@ def test_dense_passes_give_the_models_likelihoods():
 
 def test_a_sparse_method_decides_about_every_token(monkeypatch):
     monkeypatch.setattr(scoring, "MOST_STEPS", 8)
-    language_model = RetroJaxLM(tiny(), SPARSE, batch_size=2)
-    assert language_model.mode == "decode"
+    evaluated = RetroJaxLM(tiny(), SPARSE, batch_size=2)
+    assert evaluated.mode == "decode"
     assert RetroJaxLM(tiny(), rj.DecodeConfig("full")).mode == "prefill"
-    found = language_model.loglikelihood(requests("loglikelihood", PAIRS))
+    found = evaluated.loglikelihood(requests("loglikelihood", PAIRS))
     texts = [encoded(*pair) for pair in PAIRS]
     # The last token of the context is a step too, so that the first of the continuation is not dense.
     prompts = [max(count - 1, 1) for _, count in texts]
@@ -139,10 +140,8 @@ def test_contexts_that_begin_alike_fill_batches_longest_first():
 
 def test_whole_texts_in_windows():
     text = "The tide came in over the flats, and the birds rose from them all at once."
-    language_model = dense_model(max_length=32)
-    (total, short) = language_model.loglikelihood_rolling(
-        requests("loglikelihood_rolling", [(text,), ("Sea",)])
-    )
+    evaluated = dense_model(max_length=32)
+    (total, short) = evaluated.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,), ("Sea",)]))
     ids, begin = np.array(tiny().tokenizer.encode(text)), tiny().tokenizer.bos_id
     assert len(ids) == 75  # windows of 32, 32 and 11 tokens
     expected = [
@@ -166,48 +165,56 @@ def test_replies_are_those_of_generate(caplog):
     plain = {"until": ["Question:", "<|im_end|>"], "max_gen_toks": 24}
     asked = [(context, plain) for context in contexts]
     asked.append((contexts[0], {"until": [stop], "max_tokens": 24}))
-    drawn = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.7, "top_k": 20}
-    asked.append((contexts[1], drawn))
     found = RetroJaxLM(tiny(), SPARSE, batch_size=2).generate_until(requests("generate_until", asked))
     assert found[:3] == free and found[3] == free[0][: free[0].index(stop)]
-    assert "1 of 5 contexts do not fit 256 positions and lose their beginning, up to 69 tokens" in caplog.text
-    key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), 4)
-    (reply,) = rj.generate_many(
-        tiny(),
-        [rj.Request(contexts[1], key=key)],
-        SPARSE,
-        8,
-        sampling=rj.Sampling(0.7, top_k=20),
-        slots=2,
-        capacity=256,
-    )
-    assert found[4] == reply.text != free[1][: len(reply.text)]
+    assert "1 of 4 contexts do not fit 256 positions and lose their beginning, up to 69 tokens" in caplog.text
+
+
+def test_a_draw_follows_the_place_of_its_request(monkeypatch):
+    calls = []
+
+    def generate_many(model, requests, config, max_new_tokens, *, sampling, **options):
+        calls.append((sampling, requests))
+        return [
+            SimpleNamespace(index=index, text=request.prompt[-1]) for index, request in enumerate(requests)
+        ]
+
+    monkeypatch.setattr(language_model, "generate_many", generate_many)
+    drawn = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.7, "top_k": 20}
+    asked = [("a", {"max_gen_toks": 9}), ("c", drawn), ("bd", drawn)]
+    found = RetroJaxLM(tiny(), SPARSE, seed=5).generate_until(requests("generate_until", asked))
+    assert found == [tiny().tokenizer.encode(text)[-1] for text in "acd"]
+    (greedy, (plain,)), (sampling, (first, second)) = calls  # the longest prompt is first
+    assert greedy == rj.Sampling(seed=5) and (plain.key, plain.max_new_tokens) == (None, 9)
+    assert sampling == rj.Sampling(0.7, top_k=20, seed=5)
+    root = jax.random.key(5, impl="threefry2x32")
+    assert first.key == jax.random.fold_in(root, 2) and second.key == jax.random.fold_in(root, 1)
 
 
 def test_too_long_contexts_lose_their_beginning_and_too_long_answers_are_refused(caplog):
-    language_model = dense_model(max_length=20)
-    (found,) = language_model.loglikelihood(requests("loglikelihood", [("y" * 30, "abcdef")]))
+    evaluated = dense_model(max_length=20)
+    (found,) = evaluated.loglikelihood(requests("loglikelihood", [("y" * 30, "abcdef")]))
     ids, _ = encoded("y" * 30, "abcdef")
     assert found[0] == pytest.approx(dense(ids[-21:], 15)[0].sum(), abs=ATOL)
     assert "1 of 1 contexts do not fit 20 positions and lose their beginning, up to 16" in caplog.text
     with pytest.raises(ValueError, match="a continuation of 21 tokens does not fit 20 positions"):
-        language_model.loglikelihood(requests("loglikelihood", [("y", "z" * 21)]))
+        evaluated.loglikelihood(requests("loglikelihood", [("y", "z" * 21)]))
     with pytest.raises(ValueError, match="max_gen_toks 20 leaves no room for a context in 20 positions"):
-        language_model.generate_until(requests("generate_until", [("y", {"max_gen_toks": 20})]))
+        evaluated.generate_until(requests("generate_until", [("y", {"max_gen_toks": 20})]))
 
 
 def test_chat_templates(caplog):
-    language_model = dense_model()
+    evaluated = dense_model()
     asked = [{"role": "user", "content": "Which bird?"}]
-    assert language_model.chat_template(True) == TEMPLATE
-    begun = language_model.apply_chat_template(asked)
+    assert evaluated.chat_template(True) == TEMPLATE
+    begun = evaluated.apply_chat_template(asked)
     assert begun == "<|im_start|>user\nWhich bird?<|im_end|>\n<|im_start|>assistant\n"
     answer = [*asked, {"role": "assistant", "content": "The answer is "}]
     # The template trims, so that the space that the message ends with goes, as transformers have it.
-    assert language_model.apply_chat_template(answer, False) == begun + "The answer is"
+    assert evaluated.apply_chat_template(answer, False) == begun + "The answer is"
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-    language_model.tokenizer = Tokenizer(byte_backend(), "<|begin|>", "<|im_end|>", chat_template=strict)
-    assert language_model.apply_chat_template([{"role": "system", "content": "Be brief"}, *asked]) == begun
+    evaluated.tokenizer = Tokenizer(byte_backend(), "<|begin|>", "<|im_end|>", chat_template=strict)
+    assert evaluated.apply_chat_template([{"role": "system", "content": "Be brief"}, *asked]) == begun
     assert "the system message is left out: the model's chat template refuses" in caplog.text
 
 
@@ -290,14 +297,17 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_a_task_end_to_end(tiny_folder, json_command, failure, tmp_path):
+def test_a_task_end_to_end(json_command, failure, monkeypatch, tmp_path):
+    monkeypatch.setattr(Eval, "load", lambda *_: tiny())
     questions = [{"question": f"Bird {n}:", "answer": n % 2} for n in range(5)]
     data, task, out = tmp_path / "birds.jsonl", tmp_path / "birds.yaml", tmp_path / "out"
     data.write_text("".join(json.dumps(question) + "\n" for question in questions))
     task.write_text(TASK.format(data=data, cache=tmp_path / "cache"))
-    command = ("eval", tiny_folder, "--tasks", task, "--method", "full", "--limit", 4)
+    command = ["eval", "tiny", "--tasks", task, "--limit", 4, "--mode", "prefill", "--batch-size", 2]
+    command += ["--method", "quest", "--page-size", 8, "--budget-tokens", 16, "--dense-layers", 0]
+    command += ["--sink-pages", 0, "--prefill-chunk", 16]
     values = json_command(*command, "--out", out)
-    assert values["mode"] == "prefill" and values["config"]["method"] == "full"
+    assert values["mode"] == "prefill" and rj.DecodeConfig(**values["config"]) == SPARSE
     assert values["n-samples"]["birds"] == {"original": 5, "effective": 4}
     answers = [json.loads(line) for line in (out / "answers_birds.jsonl").read_text().splitlines()]
     right = [
@@ -316,6 +326,5 @@ def test_what_cannot_be_evaluated(failure, monkeypatch, tmp_path):
     assert "there is no file birds.yaml" in refused("--tasks", "birds.yaml")
     assert "--limit 0.0 must be above 0" in refused("--tasks", "mmlu", "--limit", 0)
     assert "correct --include-path" in refused("--tasks", "mmlu", "--include-path", tmp_path / "no")
-    assert "random:tiny has no tokenizer, so it cannot read tasks" in refused("--tasks", "mmlu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'retro-jax[lm-eval]'" in refused("--tasks", "mmlu")
