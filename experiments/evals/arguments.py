@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import get_args
 
 from retro_jax import DecodeConfig
 from retro_jax.fields import DecodeFields
 from retro_jax.models.names import nearest
 from retro_jax.presets import preset_fields
 
-EVALUATION = ("mode", "max_length", "max_gen_toks", "seed")
-"""Arguments of `RetroJaxLM` that --model_args may give."""
-DECODING = tuple(field.name for field in fields(DecodeFields))
-NAMES = ("pretrained", "dtype", "revision", "preset", *EVALUATION, *DECODING)
+MODEL = {"pretrained": str, "dtype": str | None, "revision": str | None, "preset": str | None}
+EVALUATION = {"mode": str | None, "max_length": int | None, "max_gen_toks": int, "seed": int}
+"""Arguments of `RetroJaxLM` that --model_args may give, and their types."""
+DECODING = {field.name: field.type for field in fields(DecodeFields)}
+NAMES = MODEL | EVALUATION | DECODING
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ def read_arguments(given: Mapping[str, object], flags: Mapping[str, object]) -> 
                 f"revision, preset, {', '.join(EVALUATION)}, or a flag of `retro-jax generate` that says how "
                 "to decode, such as method or budget_tokens"
             )
+        kinds, value = get_args(NAMES[name]) or (NAMES[name],), given[name]
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
+            raise ValueError(f"model argument {name}={value!r} is {type(value).__name__}, not {wanted}")
     if not given.get("pretrained"):
         raise ValueError("no model is named; give --model_args pretrained=MODEL, such as smollm2-135m")
     decoding = {name: given[name] for name in DECODING if name in given}
@@ -66,4 +72,4 @@ def read_arguments(given: Mapping[str, object], flags: Mapping[str, object]) -> 
             raise ValueError(f"batch_size {size!r} is no number, and none is searched for; give one")
         evaluation["batch_size"] = int(size)
     model = {name: given.get(name) for name in ("dtype", "revision")}
-    return Arguments({"name": str(given["pretrained"])} | model, DecodeConfig(**decoding), evaluation)
+    return Arguments({"name": given["pretrained"]} | model, DecodeConfig(**decoding), evaluation)

@@ -62,6 +62,8 @@ class Asked:
             raise ValueError("there is nothing to evaluate; name --tasks, such as hellaswag or my_task.yaml")
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"--limit {self.limit} must be above 0; leave it out for all questions")
+        if self.limit is not None and self.limit > 1 and self.limit % 1:
+            raise ValueError(f"--limit {self.limit} must be a whole number, or below 1 for a share")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"--num-fewshot {self.num_fewshot} must be 0 or more")
         if self.include_path is not None and not self.include_path.is_dir():

@@ -244,6 +244,8 @@ def test_generation_options():
     [
         ({"pretrained": "m", "budjet_tokens": 8}, {}, r"'budjet_tokens' is unknown \(did you mean 'budget_t"),
         ({"preset": "mean-key"}, {}, "no model is named"),
+        ({"pretrained": "m", "budget_tokens": 9.5}, {}, r"budget_tokens=9\.5 is float, not int or None"),
+        ({"pretrained": "m", "seed": True}, {}, "seed=True is bool, not int"),
         ({"pretrained": "m", "preset": "mean-kay"}, {}, "did you mean 'mean-key'"),
         (
             {"pretrained": "m", "method": "full"},
@@ -325,6 +327,7 @@ def test_what_cannot_be_evaluated(failure, monkeypatch, tmp_path):
     assert "name --tasks, such as" in refused()
     assert "there is no file birds.yaml" in refused("--tasks", "birds.yaml")
     assert "--limit 0.0 must be above 0" in refused("--tasks", "mmlu", "--limit", 0)
+    assert "--limit 2.5 must be a whole number" in refused("--tasks", "mmlu", "--limit", 2.5)
     assert "correct --include-path" in refused("--tasks", "mmlu", "--include-path", tmp_path / "no")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'retro-jax[lm-eval]'" in refused("--tasks", "mmlu")
