@@ -11,6 +11,7 @@ BOOTSTRAP := .uv-bootstrap
 UV := $(shell command -v uv || echo $(BOOTSTRAP)/bin/uv)
 BIN := .venv/bin
 READY := .venv/.ready
+TESTS_READY := .venv/.ready-for-tests
 TEXT := experiments/texts/portrait_of_a_lady.txt
 DEMO_OUT ?= runs/demo
 FLAGS ?=
@@ -35,7 +36,7 @@ demo: $(READY)
 # The tests compile every kernel by the real compilers, which lie outside the environment that programs run in.
 # They start Python some thirty times: where the environment keeps it from writing byte code, each would compile all.
 test: export PYTHONDONTWRITEBYTECODE :=
-test: lint $(COMPILERS)
+test: lint $(TESTS_READY) $(COMPILERS)
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CUDA_COMPILER):$(TPU_COMPILER) $(BIN)/python -m pytest $(FLAGS)
 
 # The documentation as pages in site/; nothing is fetched. A link without a target fails, as in the tests.
@@ -74,6 +75,10 @@ $(CURDIR)/.cache/%-compiler/.ready: tests/pallas_kernels/%-compiler.txt $(READY)
 
 $(READY): pyproject.toml uv.lock .python-version $(UV)
 	"$(UV)" sync --frozen
+	@touch $@
+
+$(TESTS_READY): $(READY)
+	"$(UV)" sync --frozen --group evals
 	@touch $@
 
 # From another folder, so that a .python-version that pyenv lacks does not stop `python3`: any version will do.

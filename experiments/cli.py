@@ -140,6 +140,10 @@ COMMANDS: Mapping[str, Entry | Group] = {
         "retro_jax.experiments.compare.command:Compare",
         "Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.",
     ),
+    "eval": Entry(
+        "retro_jax.experiments.evals.command:Eval",
+        "Answer tasks of the Language Model Evaluation Harness (lm-eval) by one method.",
+    ),
     "study": Entry(
         "retro_jax.experiments.study.command:Study",
         "Measure on several models and kinds of text what a window repairs, what it could, and its rivals.",
