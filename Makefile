@@ -78,7 +78,7 @@ $(READY): pyproject.toml uv.lock .python-version $(UV)
 	@touch $@
 
 $(TESTS_READY): $(READY)
-	"$(UV)" sync --frozen --group evals
+	"$(UV)" sync --frozen --extra lm-eval
 	@touch $@
 
 # From another folder, so that a .python-version that pyenv lacks does not stop `python3`: any version will do.
