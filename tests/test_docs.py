@@ -16,6 +16,7 @@ import retro_jax as rj
 from pallas_kernels import SCORES, STATISTICS
 from retro_jax import models
 from retro_jax.experiments.cli import _read
+from retro_jax.experiments.generate import saved
 from retro_jax.methods import METHODS
 from tests.models.byte_tokenizer import byte_backend
 
@@ -52,8 +53,9 @@ def reader():
 
 
 @pytest.mark.parametrize("page", with_blocks("python"))
-def test_snippets_run(page, reader, monkeypatch):
-    monkeypatch.chdir(ROOT)  # the README's reads a text of the checkout
+def test_snippets_run(page, reader, monkeypatch, tmp_path):
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")  # the README's reads a text of the checkout
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rj, "load_model", lambda *_, **__: reader, raising=False)
     namespace = {}
     with patch.dict(METHODS), patch.dict(SCORES), patch.dict(STATISTICS):
@@ -69,6 +71,7 @@ def test_commands_are_understood(page, monkeypatch):
     commands = [shlex.split(line, comments=True) for line in text.splitlines()]
     ours = [words[1:] for words in commands if words and words[0].split("/")[-1] == "retro-jax"]
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(saved, "made_with", lambda folder: {})  # no state is there
     for words in ours:
         if words != ["--version"]:
             _read(words)
