@@ -145,7 +145,7 @@ class Sweep:
     group_reduces: tuple[str, ...] = ("mean",)
     """How the scores of the query heads that share a KV head become one: mean, max."""
     scores: tuple[str, ...] = ("bounds",)
-    """What Quest and RetroAttention select by: bounds, mean_key, oracle, random."""
+    """What Quest and RetroAttention select by: bounds, mean_key, learned, oracle, random."""
     evict: tuple[str, ...] = ()
     """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens."""
     top_p: tuple[float, ...] = ()

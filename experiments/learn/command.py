@@ -14,9 +14,9 @@ class Learn(Command):
     """Train a page score for a model on its own attention.
 
     Full attention over the texts tells how much of each query's attention falls on each page; two small maps
-    in each layer learn to tell it from 8-bit summaries of the pages. What was trained is used by --score
-    learned --learned OUT with the page size and the channels that it was trained with. The same command
-    continues where it was stopped, by whatever, and comes to the same score.
+    in each layer learn to tell it from 8-bit summaries of the pages. What was trained is used by --preset
+    mean-key --score learned --learned OUT, with the page size and the channels that it was trained with. The
+    same command continues where it was stopped, by whatever, and comes to the same score.
     """
 
     learned: Hidden[Path | None] = None
@@ -194,6 +194,6 @@ class Learn(Command):
         return (
             f"Held-out recall of {self.budget_tokens} tokens in pages of {self.page_size}: {best} at step "
             f"{about['step']} (mean keys {keys}, exact attention {exact})\n"
-            f"Use it: --score learned --learned {self.out} --page-size {self.page_size} --score-channels "
-            f"{self.channels} --group-reduce mass"
+            f"Use it: --preset mean-key --score learned --learned {self.out} --page-size {self.page_size} "
+            f"--score-channels {self.channels}"
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,18 @@ def checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
         yield manager
 
 
+@contextlib.contextmanager
+def _no_tracebacks() -> Iterator[None]:
+    """Within it the threads of orbax do not log what they raise: who waits for them is told it again."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def restore(manager: ocp.CheckpointManager, step: int, like: Training) -> Training:
     """What a checkpoint holds.
 
@@ -190,13 +203,14 @@ def restore(manager: ocp.CheckpointManager, step: int, like: Training) -> Traini
       ValueError: the checkpoint is damaged, or of other shapes.
     """
     try:
-        found = manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(_shape, like)))
+        with _no_tracebacks():
+            return manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(_shape, like)))
     except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the checkpoint of step {step} in {manager.directory} is damaged ({error}); remove its folder, "
+            f"the checkpoint of step {step} in {manager.directory} is damaged ({reason}); remove its folder, "
             "and the same command goes on from the one before, or from the beginning"
         ) from error
-    return found
 
 
 def _shape(array: Array) -> jax.ShapeDtypeStruct:
@@ -211,13 +225,16 @@ def save(manager: ocp.CheckpointManager, step: int, training: Training, metrics:
     """
     last = manager.latest_step()
     try:
-        manager.save(step, args=ocp.args.StandardSave(training), metrics=metrics)
-        manager.wait_until_finished()
+        with _no_tracebacks():
+            manager.save(step, args=ocp.args.StandardSave(training), metrics=metrics)
+            manager.wait_until_finished()
     except Exception as error:  # tensorstore raises ValueError where a disk is full
         kept = "there is none before" if last is None else f"that of step {last} is whole"
+        full = "No space left" in str(error)  # else in words of a library, which calls it a lack of resources
+        reason = "the disk is full" if full else " ".join(str(error).split())[:300]
         raise OSError(
             f"the checkpoint of step {step} could not be written into {manager.directory} "
-            f"({str(error).splitlines()[0][:300]}); {kept}: make room there, and the same command goes on"
+            f"({reason}); {kept}: make room there, and the same command goes on"
         ) from error
 
 

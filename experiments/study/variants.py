@@ -99,9 +99,8 @@ def with_caches(
 
 def learned(page_size: int, channels: int) -> tuple[str, Mapping[str, object]]:
     """Returns the name and the fields of a row: the preset with a learned score in place of mean keys."""
-    fields = {**PRESETS["mean-key"], "score": LEARNED, "statistics": None}
-    fields |= {"page_size": page_size, "score_channels": channels}
-    return f"learned score, {channels} channels, pages of {page_size}", fields
+    fields = {"score": LEARNED, "page_size": page_size, "score_channels": channels}
+    return f"learned score, {channels} channels, pages of {page_size}", {**PRESETS["mean-key"], **fields}
 
 
 def every_variant() -> dict[str, Mapping[str, object]]:

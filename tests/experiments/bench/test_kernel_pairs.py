@@ -1,5 +1,6 @@
 """A decode step ends on no chip in anything but kernels, or refusals in words that the log tells once."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -37,3 +38,12 @@ def test_a_whole_step_of_the_best_preset_logs_each_refusal_once(chip, residual, 
     expected = sorted(f"{reason}; using the XLA reference" for reason in refusals(case, chip).values())
     assert len(expected) == count
     assert sorted(record.message for record in caplog.records) == expected
+
+
+@pytest.mark.parametrize(("chip", "kernels"), (("H100, H200", "mosaic_gpu"), ("v5e", "mosaic_tpu")))
+def test_a_learned_score_of_64_channels_selects_through_kernels(chip, kernels):
+    config = preset("mean-key", score="learned", score_channels=64, dense_layers=1)
+    summaries = f"refresh_statistics of 'mean_key_int8' has no {kernels!r} implementation"
+    assert refusals(Case(config), chip) == {"summaries": summaries}
+    fewer = refusals(Case(dataclasses.replace(config, score_channels=32)), chip)
+    assert fewer.keys() == {"summaries", "selection"} and "head_dim 32 has no" in fewer["selection"]
