@@ -31,10 +31,10 @@ def mlp(
     """`transformer.counted_mlp` on the devices of the mesh that is set.
 
     `implementation` is that of products of few tokens with chosen experts on a GPU, which in a loop would
-    wait for the host to learn of its end.
+    wait for the host to learn of its end; "xla" is that loop, since XLA would copy the chosen experts.
     """
     products = None
-    if traced_for().platform == "gpu":
+    if implementation != "xla" and traced_for().platform == "gpu":
         products = functools.partial(chosen_products, implementation=implementation)
     return transformer.counted_mlp(layer, model, x, valid, functools.partial(_on_mesh, products))
 

@@ -1,6 +1,7 @@
 """The laws of decoding on a model with a dense layer and one with experts."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 import retro_jax as rj
+from pallas_kernels import chosen_products
 from retro_jax import models
+from retro_jax.mlp import mlp
 from retro_jax.models import Experts, LayerKind, ModelConfig
 from retro_jax.models.experts import expert_bytes
 from tests.models import golden
@@ -81,6 +84,25 @@ def test_a_sequence_does_not_depend_on_its_mates_and_shares_what_they_read(model
     # Two tokens choose two experts each; those of four sequences some of all six.
     assert 2 * BYTES <= read[1] <= 4 * BYTES
     assert read[1] < together.sum() <= 6 * BYTES and len({*together}) == 1
+
+
+@pytest.mark.parametrize(("implementation", "calls"), [(None, 2), ("xla", 0)])
+def test_few_tokens_take_chosen_products_on_a_gpu(model, monkeypatch, implementation, calls):
+    x = jax.random.normal(jax.random.key(1), (2, 3, 32))
+    arguments = model.params.layers[1], MODEL, x, jnp.ones((2, 3), bool)
+    expected, read = mlp(*arguments, None)
+    asked = []
+
+    def counted(*args, **options):
+        asked.append(options["implementation"])
+        return chosen_products(*args, **options)
+
+    monkeypatch.setattr("retro_jax.mlp.traced_for", lambda: SimpleNamespace(platform="gpu"))
+    monkeypatch.setattr("retro_jax.mlp.chosen_products", counted)
+    out, read_so = mlp(*arguments, implementation)
+    np.testing.assert_allclose(out, expected, atol=ATOL)
+    np.testing.assert_array_equal(read_so, read)
+    assert asked == [None] * calls
 
 
 def test_metrics_tell_the_bytes_of_experts(model):
