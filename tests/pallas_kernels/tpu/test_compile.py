@@ -59,7 +59,6 @@ SHAPES = [
     *((chip, 128, 32, 4, 4, jnp.bfloat16) for chip in CHIPS),
     ("v4", 128, 32, 4, 4, jnp.int8),
     ("v5p", 256, 32, 1, 8, jnp.float8_e4m3fn),
-    ("v6e", 128, 64, 8, 4, jnp.int8),
     ("tpu7x", 128, 64, 4, 4, jnp.float8_e4m3fn),
 ]
 
