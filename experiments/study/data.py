@@ -4,13 +4,14 @@ B is the number of texts. Differences of block means are paired as differences o
 come from blocks anyway (`retro_jax.experiments.io.estimates`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
@@ -106,7 +107,7 @@ def cell(model: str, domain: str, identity: dict, runs: Sequence[Run]) -> Cell:
     by_name = {run.name: run for run in runs}
     # Full attention with another cache, which no budget binds, stands at each of them.
     found = {
-        (name, budget): by_name.get(run_name(replace(full.config, **fields, **budget_fields(budget))))
+        (name, budget): _run_of(by_name, replace(full.config, **fields, **budget_fields(budget)))
         for name, fields in every_variant().items()
         for budget in sorted(budgets)
     }
@@ -124,6 +125,12 @@ def cell(model: str, domain: str, identity: dict, runs: Sequence[Run]) -> Cell:
             Result(*at, run.kv_bytes, block_means(run.nll - full.nll)) for at, run in found.items() if run
         ),
     )
+
+
+def _run_of(runs: Mapping[str, Run], config: DecodeConfig) -> Run | None:
+    """The run of a configuration, among runs by name, which does not tell a learned score's channels."""
+    run = runs.get(run_name(config))
+    return run if run and run.config.score_channels == config.score_channels else None
 
 
 def save(folder: Path, cells: Sequence[Cell]) -> None:

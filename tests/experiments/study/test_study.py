@@ -1,5 +1,6 @@
 """Studies: what runs, how it is kept and shown; the committed tables are those of the committed data."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,34 @@ def test_every_variant_and_full_attention_have_rows_with_caches_of_8_bits():
         "TOVA, int8 cache",
     ]  # fmt: skip
     assert {by_fields[name].budget_covers for name in names[1:3]} == {"traffic"}
+
+
+@pytest.mark.parametrize(("page_size", "channels"), ((8, 16), (16, 64)))
+def test_a_learned_score_adds_the_row_of_its_pages_and_channels(tmp_path, page_size, channels):
+    about = {"format": 1, "name": "M", "model": {}, "weights": ""}
+    (tmp_path / "score.json").write_text(json.dumps(about | {"page_size": page_size, "channels": channels}))
+    study = Study(models=("m",), learned=(tmp_path,), budgets=(128, 0.15), out=tmp_path)
+    (learned,) = study._learned().values()
+    configs = [DecodeConfig("full", sink_pages=0), *learned]
+    runs = [Run(run_name(config), config, np.ones((2, 640)), None, 4.0, 1e6, 1.0, {}) for config in configs]
+    about = {"texts": ["a", "b"], "tokens": 768, "prompt_tokens": 128, "dtype": "float32"}
+    found = data.cell("M", "prose", about, runs)
+    name = f"learned score, {channels} channels, pages of {page_size}"
+    assert [(result.variant, result.budget) for result in found.results] == [(name, 0.15), (name, 128)]
+
+
+@pytest.mark.parametrize(
+    ("models", "channels", "words"),
+    (
+        (("m", "n"), 16, "--learned has 1 folders for 2 models"),
+        (("m",), 6, "channels 6; a study has 16, 32, 64"),
+    ),
+)
+def test_learned_scores_that_a_study_has_no_row_for(tmp_path, models, channels, words):
+    about = {"format": 1, "name": "M", "model": {}, "weights": "", "page_size": 8, "channels": channels}
+    (tmp_path / "score.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=words):
+        Study(models=models, learned=(tmp_path,), out=tmp_path)._learned()
 
 
 def test_full_attention_with_another_cache_stands_at_every_budget(tmp_path):
