@@ -14,6 +14,8 @@ EVALUATION = {"mode": str | None, "max_length": int | None, "max_gen_toks": int,
 """Arguments of `RetroJaxLM` that --model_args may give, and their types."""
 DECODING = {field.name: field.type for field in fields(DecodeFields)}
 NAMES = MODEL | EVALUATION | DECODING
+DEFAULT_DEVICE = "cuda:0"
+"""What the harness passes where --device is not given: it asks for nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_arguments(given: Mapping[str, object], flags: Mapping[str, object]) -> 
     decoding = {name: given[name] for name in DECODING if name in given}
     if (preset := given.get("preset")) is not None:
         decoding = dict(preset_fields(preset)) | decoding
-    if flags.get("device") is not None:
+    if flags.get("device") not in (None, DEFAULT_DEVICE):
         raise ValueError(
             f"device {flags['device']!r} cannot be chosen here; leave --device out, and set JAX_PLATFORMS "
             "for another device than JAX picks"

@@ -11,6 +11,7 @@ import pytest
 from lm_eval import __main__ as harness_cli
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
 import retro_jax as rj
 from retro_jax import models
@@ -252,7 +253,7 @@ def test_generation_options():
             {"batch_size": "auto"},
             "is no number, and none is searched for",
         ),
-        ({"pretrained": "m", "method": "full"}, {"device": "cuda:0"}, "device 'cuda:0' cannot be chosen"),
+        ({"pretrained": "m", "method": "full"}, {"device": "mps"}, "device 'mps' cannot be chosen"),
         ({"pretrained": "m"}, {"max_batch_size": 9}, "leave --max_batch_size out"),
         ({"pretrained": "m", "budget_tokens": 0}, {}, "budget_tokens 0"),
     ],
@@ -274,9 +275,10 @@ def test_model_arguments_that_the_model_refuses():
 def test_the_harness_loads_the_model_by_name(tiny_folder, monkeypatch):
     arguments = f"pretrained={tiny_folder},preset=mean-key,budget_tokens=32,max_length=64"
     found = SimpleNamespace()
+    flags = {"batch_size": "2", "max_batch_size": None, "device": EvaluatorConfig().device}
 
     def cli_evaluate():
-        found.model = get_model("retro_jax").create_from_arg_string(arguments, {"batch_size": "2"})
+        found.model = get_model("retro_jax").create_from_arg_string(arguments, flags)
 
     monkeypatch.setattr(harness_cli, "cli_evaluate", cli_evaluate)
     registered.main()
