@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import decode, negative_log_likelihood
 from retro_jax.drafts import Acceptance, VerifiedMetrics
+from retro_jax.exact_cache import keep
 from retro_jax.inputs import (
     NonFiniteLogits,
     Prompt,
@@ -28,7 +29,7 @@ from retro_jax.sharding import check_processes_agree, new_state, to_host, under_
 from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
 from retro_jax.state import DecodeState
 from retro_jax.texts import Texts
-from retro_jax.verify import check_verify, keep, verified_decode
+from retro_jax.verify import check_verify, verified_decode
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("prefill" or "decode"), the tokens done and their total."""

@@ -22,9 +22,9 @@ from jaxtyping import Int
 
 from retro_jax import DecodeConfig, Model, decode, decode_step, init_state
 from retro_jax.drafts import weight_bytes
+from retro_jax.experiments.bench.bandwidth import read_bandwidth
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.decode_processes import folder_of_processes, torch_step, transformers
-from retro_jax.experiments.bench.kernels import read_bandwidth
 from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.progress import Progress

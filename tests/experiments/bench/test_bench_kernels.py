@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from retro_jax.experiments.bench import kernel_cases
+from retro_jax.experiments.bench import bandwidth, kernel_cases
 from retro_jax.experiments.bench import kernels as bench_kernels
+from retro_jax.experiments.bench.bandwidth import read_bandwidth
 from retro_jax.experiments.bench.device_time import (
     Event,
     busy_ns,
@@ -27,7 +28,7 @@ from retro_jax.experiments.bench.kernel_cases import (
     sets_for,
 )
 from retro_jax.experiments.bench.kernel_report import kernel_report
-from retro_jax.experiments.bench.kernels import Timer, over_flashinfer, read_bandwidth
+from retro_jax.experiments.bench.kernels import Timer, over_flashinfer
 from retro_jax.experiments.io.tables import rounded
 
 DIMS = Dimensions(kv_heads=2, group=2, head_dim=8, page_size=8, dtype="float32")
@@ -349,7 +350,7 @@ def test_read_bandwidth_counts_the_whole_array(monkeypatch):
         call(0)
         return summarize([Event("sum", 0, 1000)] * calls, [1e-3] * calls)
 
-    monkeypatch.setattr(bench_kernels, "device_time", time)
+    monkeypatch.setattr(bandwidth, "device_time", time)
     assert read_bandwidth(1 << 20, calls=2) == pytest.approx(dict.fromkeys(read_bandwidth(1 << 20), 1048.576))
 
 
