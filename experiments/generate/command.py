@@ -356,15 +356,22 @@ def _compiling(rates: Rates) -> str:
 
 
 def _covered(result: "Generation", model: "Model") -> str:
-    """A line that says so where the budget covered all of the context, so that nothing was sparse."""
+    """A line that says so where no layer is sparse, or the budget covered all of the context."""
     import jax.numpy as jnp
 
     from pallas_kernels import pages_for
     from retro_jax.budget import Budget, budget_pages
+    from retro_jax.plan import layer_plan
 
     config, tokens = result.config, int(result.state.length.max())
     if config.attention.dense or result.metrics is None:
         return ""
+    if not layer_plan(model.config, config).num_sparse:
+        return (
+            f"[no layer of {model.config.name} is sparse: each has a sliding window or is one of the first "
+            f"{config.dense_layers} with full attention, so {config.method!r} did what full attention does; "
+            "lower --dense-layers, or use a model with more such layers]"
+        )
     itemsize = jnp.dtype(model.config.dtype).itemsize
     (pages,) = budget_pages(
         config, Budget.of(config, 1), jnp.array([tokens]), model.config.head_dim, itemsize

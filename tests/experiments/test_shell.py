@@ -204,6 +204,7 @@ def test_models_need_a_folder_that_can_be_written(failure, monkeypatch, tmp_path
         ),
         (DecodeConfig(budget_tokens=96), ""),
         (DecodeConfig("full"), ""),
+        (DecodeConfig(budget_tokens=96, dense_layers=4), "no layer of tiny is sparse"),
     ],
 )
 def test_a_budget_that_covers_the_context_is_told(config, told):
