@@ -77,7 +77,7 @@ def test_the_example_generates_and_reads_what_it_keeps(config):
 def test_kernels_leave_the_example_to_the_reference_and_tell_it_once(config, chip, kernels, caplog):
     case = Case(dataclasses.replace(config, page_size=16))
     dispatch._warn_once.cache_clear()
-    model = dataclasses.replace(case.model, num_layers=4)
+    model = dataclasses.replace(case.model, num_layers=4, layer_kinds=None)
     state = jax.eval_shape(lambda: rj.init_state(model, case.config, 1, case.capacity))
     params = jax.eval_shape(lambda: models.random_params(model, jax.random.key(0)))
     step = functools.partial(rj.decode_step, model=model, config=case.config)

@@ -140,6 +140,6 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "full.orbax-checkpoint-tmp").mkdir()  # of another that was killed
-    write_checkpoint(tmp_path / "full", "thing", {}, {"a": jnp.ones(1000)})
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    (tmp_path / "later.orbax-checkpoint-tmp").mkdir()  # of another that was killed
+    write_checkpoint(tmp_path / "later", "thing", {}, {"a": jnp.ones(1000)})
+    assert [path.name for path in tmp_path.iterdir()] == ["later"]
