@@ -95,8 +95,6 @@ assert all(helps), helps
 text = "--token-ids ids.npy --max-new-tokens 2 --json".split()
 assert json.loads(run("generate", "random:tiny", "--preset", "mean-key", "--budget-tokens", "64", *text))
 run("run", "smollm2-recall", "--dry-run", "--json")
-limits = "--tokens 40 --prompt-tokens 32 --budgets 32 --windows 1".split()
-run("compare", "random:tiny", "--token-ids", "ids.npy", "--out", "c", *limits)
 print(json.dumps(helps))
 """
 

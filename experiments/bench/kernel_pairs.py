@@ -6,6 +6,7 @@ Each operation that a configuration asks for is asked for on each chip, as a dec
 kernel takes it, or refuses it with the reason that the log shows.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -301,6 +302,18 @@ def tables() -> dict[str, list[tuple[dict[str, str], Case]]]:
     }
 
 
+@contextlib.contextmanager
+def _whole_tracebacks() -> Iterator[None]:
+    """Within it JAX does not shorten the traceback of each refusal, which takes longer than to refuse."""
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_filtering", before)
+
+
+@_whole_tracebacks()
 def page() -> str:
     """The page of all tables, and of the reasons in them."""
     parts, reasons = [_HEAD], {}
