@@ -203,3 +203,14 @@ def test_a_written_model_has_its_learned_score(tmp_path):
         found = rj.load_model(str(tmp_path / "model"), shardings=shardings)
         jax.tree.map(np.testing.assert_array_equal, found.params, model.params)
     assert found.params.layers[0].page_score.page_size == model.params.layers[0].page_score.page_size
+
+
+def test_states_depend_on_a_learned_score_only_where_it_chooses(tmp_path):
+    model, plain = learned(), tiny()
+    for config, name in ((CONFIG, "learned"), (rj.DecodeConfig("quest", page_size=8), "bounds")):
+        state = rj.init_state(model.config, config, 1, 32)
+        rj.save_state(model, state, tmp_path / name, config)
+    rj.load_state(model, tmp_path / "learned")
+    rj.load_state(plain, tmp_path / "bounds")
+    with pytest.raises(ValueError, match="learned score or none, see load_score"):
+        rj.load_state(plain, tmp_path / "learned")
