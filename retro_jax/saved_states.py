@@ -67,7 +67,7 @@ def save_state(
     _check_made_by(arrays, named_arrays(_shapes(model, config, rows, capacity)))
     about = {
         "model": to_json(model.config),
-        "weights": fingerprint(named_arrays(model.params)),
+        "weights": fingerprint(_weights(model, config)),
         "config": asdict(config),
         "rows": rows,
         "capacity": capacity,
@@ -145,6 +145,16 @@ def _shapes(model: Model, config: DecodeConfig, rows: int, capacity: int) -> Dec
     return jax.eval_shape(functools.partial(init_state, model.config, config, rows, capacity))
 
 
+def _by_learned(config: DecodeConfig) -> bool:
+    return config.score == "learned" and config.attention.scored
+
+
+def _weights(model: Model, config: DecodeConfig) -> dict[str, Array]:
+    """The weights that a state depends on: a learned score only where pages are chosen by it."""
+    named = named_arrays(model.params)
+    return {name: array for name, array in named.items() if _by_learned(config) or ".page_score." not in name}
+
+
 def _check_made_by(arrays: Mapping[str, Array], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Raises ValueError if arrays are not those of a state of the configuration."""
     found, expected = (
@@ -187,8 +197,9 @@ def _checked_config(
         for name in {**has, **wants}
         if has.get(name) != wants.get(name)
     ]
-    if not different and about["weights"] != fingerprint(named_arrays(model.params)):
-        different = [f"the weights of {its_model.name!r}, not those of {model.config.name!r}"]
+    if not different and about["weights"] != fingerprint(_weights(model, config)):
+        score = ", or another learned score or none, see load_score" if _by_learned(config) else ""
+        different = [f"the weights of {its_model.name!r}, not those of {model.config.name!r}{score}"]
     if different:
         raise ValueError(
             f"{folder} was made with another model or configuration ({'; '.join(different)}); give those "

@@ -30,6 +30,11 @@ class Convert(Command):
         from retro_jax.models import save_model
         from retro_jax.models.formats.checkpoint import check_new
 
+        if self.learned is not None:
+            raise ValueError(
+                "convert writes a model without a learned score; leave --learned out, and give it where the "
+                "folder is decoded with"
+            )
         check_new(self.folder)
         model = self.load([DecodeConfig("full")], 1, 1)
         begin = time.perf_counter()

@@ -206,7 +206,9 @@ class Generate(Configured, Command):
         from retro_jax.inputs import prompt_ids
         from retro_jax.sizes import batch_rows, cache_capacity
 
-        config = self.config.config()
+        config, sampling = self.config.config(), self.sampling.sampling()
+        # The keys that a state was made with replace its seed, as long as it is sampled as it was.
+        keys = previous.keys if previous is not None and previous.sampling == sampling else None
         if previous is None:
             prompts = [prompt_ids(model, prompt, index, True) for index, prompt in enumerate(prompts)]
             room = capacity or cache_capacity(max(map(len, prompts)) + self.max_new_tokens)
@@ -224,7 +226,8 @@ class Generate(Configured, Command):
                 prompts,
                 config,
                 self.max_new_tokens,
-                sampling=self.sampling.sampling(),
+                sampling=sampling,
+                keys=keys,
                 capacity=capacity,
                 stream=stream if streamed else None,
                 progress=rates,

@@ -7,7 +7,7 @@ each device, whatever mesh the weights lay on before.
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from retro_jax.models.config import ModelConfig
 from retro_jax.models.config_json import from_json, to_json
 from retro_jax.models.fingerprint import named_arrays
 from retro_jax.models.formats.checkpoint import read_about, read_arrays, read_object, write_checkpoint
+from retro_jax.models.learned_score import LearnedScore
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
 from retro_jax.models.transformer import Params, random_params
@@ -48,7 +49,14 @@ def save_model(model: Model, folder: str | Path) -> None:
             f"a tokenizer of type {type(tokenizer).__name__} cannot be written; use one of "
             "retro_jax.models.Tokenizer"
         )
-    about = {"config": to_json(model.config), "parts": model.config.parts, "tokenizer": None}
+    about = {
+        "config": to_json(model.config),
+        "parts": model.config.parts,
+        "tokenizer": None,
+        "score_page_sizes": [
+            None if layer.page_score is None else layer.page_score.page_size for layer in model.params.layers
+        ],
+    }
     objects = {}
     if tokenizer is not None:
         about["tokenizer"] = {
@@ -86,7 +94,7 @@ def load_converted(folder: Path, dtype: str | None = None, shardings: Shardings 
     """
     about = read_about(folder, KIND)
     config = _config(folder, about, dtype)
-    shapes = jax.eval_shape(lambda: random_params(config, jax.random.key(0)))
+    shapes = _with_scores(jax.eval_shape(lambda: random_params(config, jax.random.key(0))), about)
     if shardings is None:
         places = jax.tree.map(lambda _: SingleDeviceSharding(_default_device()), shapes)
     else:
@@ -97,6 +105,29 @@ def load_converted(folder: Path, dtype: str | None = None, shardings: Shardings 
     arrays = read_arrays(folder, about, named_arrays(targets))
     params = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in named_arrays(shapes)])
     return Model(config, params, _tokenizer(folder, about))
+
+
+def _with_scores(shapes: Params, about: dict) -> Params:
+    """The weights as shapes with those of the learned scores that the folder has."""
+    stored = about["arrays"]
+
+    def score(index: int, page_size: int | None) -> LearnedScore | None:
+        if page_size is None:
+            return None
+        named = {
+            field.name: stored[f"layers.{index}.page_score.{field.name}"]
+            for field in fields(LearnedScore)
+            if field.name != "page_size"
+        }
+        arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in named.items()}
+        return LearnedScore(**arrays, page_size=page_size)
+
+    sizes = about.get("score_page_sizes", [None] * len(shapes.layers))
+    layers = tuple(
+        layer.replace(page_score=score(index, size))
+        for index, (layer, size) in enumerate(zip(shapes.layers, sizes, strict=True))
+    )
+    return shapes.replace(layers=layers)
 
 
 def _config(folder: Path, about: dict, dtype: str | None) -> ModelConfig:

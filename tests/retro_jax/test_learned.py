@@ -194,3 +194,23 @@ def test_weights_that_do_not_fit_are_refused(changes, words):
 def test_configurations_that_are_not_possible(fields, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CONFIG, **fields)
+
+
+def test_a_written_model_has_its_learned_score(tmp_path):
+    model = learned()
+    rj.save_model(model, tmp_path / "model")
+    for shardings in (None, rj.params_on(rj.make_mesh(1, 2))):
+        found = rj.load_model(str(tmp_path / "model"), shardings=shardings)
+        jax.tree.map(np.testing.assert_array_equal, found.params, model.params)
+    assert found.params.layers[0].page_score.page_size == model.params.layers[0].page_score.page_size
+
+
+def test_states_depend_on_a_learned_score_only_where_it_chooses(tmp_path):
+    model, plain = learned(), tiny()
+    for config, name in ((CONFIG, "learned"), (rj.DecodeConfig("quest", page_size=8), "bounds")):
+        state = rj.init_state(model.config, config, 1, 32)
+        rj.save_state(model, state, tmp_path / name, config)
+    rj.load_state(model, tmp_path / "learned")
+    rj.load_state(plain, tmp_path / "bounds")
+    with pytest.raises(ValueError, match="learned score or none, see load_score"):
+        rj.load_state(plain, tmp_path / "learned")

@@ -29,3 +29,12 @@ def test_what_cannot_be_read(failure, tmp_path, model, message):
 def test_a_place_that_cannot_be_written(failure, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file is a file, so" in failure("convert", "random:tiny", tmp_path / "file" / "new")
+
+
+def test_a_learned_score_is_not_converted(failure, tmp_path):
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score" / "score.json").write_text(
+        '{"format": 1, "model": {}, "name": "", "page_size": 8, "channels": 8, "weights": ""}'
+    )
+    message = failure("convert", "random:tiny", tmp_path / "new", "--learned", tmp_path / "score")
+    assert "leave --learned out" in message

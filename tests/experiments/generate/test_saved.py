@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import jax
 import pytest
 
 import retro_jax
-from retro_jax import DecodeConfig, init_state, load_model, save_state
+from retro_jax import DecodeConfig, Sampling, generate, init_state, load_model, save_state
 from retro_jax.experiments.generate.command import Generate
 from retro_jax.experiments.generate.saved import made_with
 
@@ -93,6 +94,15 @@ def test_places(text, saved, failure, tiny_folder, tmp_path):
     assert "holds the state of a loop of one's own" in failure(
         "generate", tiny_folder, "--state", tmp_path / "loop"
     )
+
+
+def test_keys_of_ones_own_are_gone_on_with(json_command, tiny_folder, tmp_path):
+    model, config = load_model(str(tiny_folder)), DecodeConfig("full")
+    drawn = {"sampling": Sampling(0.9), "keys": jax.random.split(jax.random.key(7), 1)}
+    whole = generate(model, ["the house"], config, 12, **drawn).turns
+    save_state(model, generate(model, ["the house"], config, 4, **drawn), tmp_path / "keyed")
+    again = json_command("generate", tiny_folder, "--state", tmp_path / "keyed", "--max-new-tokens", 8)
+    assert again["tokens"] == whole
 
 
 def test_all_that_it_was_made_with_is_the_default(saved, tmp_path):
