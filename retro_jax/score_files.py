@@ -123,7 +123,10 @@ def load_score(model: Model, folder: str | Path) -> Model:
     folder = Path(folder)
     about = read_about(folder)
     if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(model.params)[:1]):
-        raise ValueError("the model lies on several devices already; call load_score before shard_params")
+        raise ValueError(
+            "the model lies on several devices already; load it without shardings and call load_score before "
+            "shard_params, or write it with its score by save_model"
+        )
     own = model_identity(model.params, model.config)
     if different := [name for name in own if about["model"].get(name) != own[name]]:
         told = "; ".join(f"{name} {about['model'].get(name)!r}, not {own[name]!r}" for name in different)
