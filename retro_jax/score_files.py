@@ -30,7 +30,7 @@ def model_identity(params: Params, config: ModelConfig) -> dict:
     """
     found = hashlib.sha256()
     for layer in params.layers:
-        found.update(np.asarray(layer.wqkv.astype(jnp.bfloat16)).tobytes())
+        found.update(np.asarray(layer.wqkv).astype(jnp.bfloat16).tobytes())
     return {
         "layers": config.num_layers,
         "heads": config.num_heads,

@@ -246,6 +246,7 @@ class Generate(Configured, Command):
         from retro_jax.experiments.generate.many import Work, check_out, read_prompts, reply_to, token_ids
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.experiments.machine.memory import check_memory
+        from retro_jax.score_files import score_digest
         from retro_jax.sizes import cache_capacity, newcomer_rows
 
         if not (self.prompts and self.out):
@@ -273,6 +274,8 @@ class Generate(Configured, Command):
             "chat": self.chat,
         }
         asked |= {"config": asdict(config), "sampling": asdict(sampling)}
+        if (learned := score_digest(model.params)) is not None:
+            asked["learned"] = learned
         work = Work(model, asked, config, sampling, ids, self.slots, capacity)
         tokens = made = there = 0
         with Progress() as show:

@@ -160,8 +160,8 @@ def _mesh(config: RunConfig) -> contextlib.AbstractContextManager:
 def _load(config: RunConfig) -> Model:
     """The model, its weights on the current mesh.
 
-    From other folders than those of `retro-jax convert` they are read into the host's memory first, for their
-    size.
+    From other folders than those of `retro-jax convert`, and with a learned score, they are read into the
+    host's memory first, for their size.
 
     Raises:
       ValueError: it has no tokenizer, or does not divide over the mesh.
@@ -175,7 +175,7 @@ def _load(config: RunConfig) -> Model:
             dtype=config.dtype,
             revision=config.revision,
             progress=progress,
-            shardings=None if mesh.empty else params_on(mesh),
+            shardings=None if mesh.empty or config.learned else params_on(mesh),  # a score comes before them
         )
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")

@@ -127,6 +127,18 @@ def test_the_folder_decodes(whole, tiny_folder, text, json_command, failure):
         assert words in failure("score", tiny_folder, *decode, *small, *flags)
 
 
+def test_replies_by_another_score_are_refused(whole, tiny_folder, text, json_command, failure, tmp_path):
+    other, prompts = tmp_path / "other", tmp_path / "prompts.jsonl"
+    json_command("learn", tiny_folder, "--text", text, "--out", other, *FLAGS, "--seed", 3)
+    prompts.write_text('{"prompt": "The old house"}\n')
+    flags = ["--prompts", prompts, "--out", tmp_path / "replies.jsonl", "--max-new-tokens", "2", "--dtype"]
+    flags += ["float32", "--preset", "mean-key", "--score", "learned", "--page-size", "4"]
+    flags += ["--score-channels", "4", "--budget-tokens", "12", "--learned"]
+    assert json_command("generate", tiny_folder, *flags, whole)["replies"] == 1
+    assert json_command("generate", tiny_folder, *flags, whole)["replies"] == 0
+    assert "made in another way" in failure("generate", tiny_folder, *flags, other)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     (
