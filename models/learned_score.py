@@ -1,14 +1,9 @@
 """Weights of a learned page score, which lie beside those of the layer that it chooses pages for."""
 
-from typing import Any
-
 import flax.struct
 from jaxtyping import Array, Float
 
-
-def _by_head() -> Any:
-    """A field of weights whose first axis is heads, of which several devices have a part each."""
-    return flax.struct.field(metadata={"divided": 0})
+from retro_jax.models.joined import weight
 
 
 @flax.struct.dataclass
@@ -25,11 +20,11 @@ class LearnedScore:
       page_size: tokens of the pages that it was trained for; static.
     """
 
-    query: Float[Array, "N D d"] = _by_head()
-    query_bias: Float[Array, "N d"] = _by_head()
-    key: Float[Array, "K 3D d"] = _by_head()
-    key_bias: Float[Array, "K d"] = _by_head()
-    log_frequencies: Float[Array, "K d/2"] = _by_head()
+    query: Float[Array, "N D d"] = weight(divided=0)
+    query_bias: Float[Array, "N d"] = weight(divided=0)
+    key: Float[Array, "K 3D d"] = weight(divided=0)
+    key_bias: Float[Array, "K d"] = weight(divided=0)
+    log_frequencies: Float[Array, "K d/2"] = weight(divided=0)
     page_size: int = flax.struct.field(pytree_node=False)
 
     @property
