@@ -181,11 +181,9 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def make_gguf(name: str, config, architecture: str, write_tokenizer) -> None:
-    """Writes a GGUF of a random model, and the logits of the same model with the dequantised weights."""
-    path = GOLDEN / f"{name}.gguf"
-    model = random_model(config)
-    writer = gguf.GGUFWriter(path, architecture)
+def begin_gguf(name: str, config, architecture: str) -> gguf.GGUFWriter:
+    """The writer of golden/NAME.gguf, with the sizes that every architecture has."""
+    writer, rope = gguf.GGUFWriter(GOLDEN / f"{name}.gguf", architecture), config.rope_parameters
     writer.add_name(name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -194,7 +192,14 @@ def make_gguf(name: str, config, architecture: str, write_tokenizer) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    return writer
+
+
+def make_gguf(name: str, config, architecture: str, write_tokenizer) -> None:
+    """Writes a GGUF of a random model, and the logits of the same model with the dequantised weights."""
+    model = random_model(config)
+    writer = begin_gguf(name, config, architecture)
     write_tokenizer(writer)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
     kinds = [
@@ -235,16 +240,7 @@ def make_both_formats(architecture: str, config) -> None:
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = config.rope_parameters
-    writer = gguf.GGUFWriter(GOLDEN / f"{architecture}.gguf", architecture)
-    writer.add_name(architecture)
-    writer.add_block_count(layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    writer = begin_gguf(architecture, config, architecture)
     if architecture == "gemma3":
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)

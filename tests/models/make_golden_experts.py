@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tests.models.make_golden import GOLDEN, UNTIED, logits_of, permute, random_model
+from tests.models.make_golden import GOLDEN, UNTIED, begin_gguf, logits_of, permute, random_model
 
 SIZES = UNTIED | {
     "vocab_size": 64,
@@ -113,16 +113,7 @@ def gguf_tensors(name: str, weight: np.ndarray, config) -> dict[str, np.ndarray]
 def write_gguf(name: str, model, architecture: str) -> None:
     """The same numbers as llama.cpp's converter writes them: bfloat16, gpt-oss's experts in MXFP4."""
     config, kinds = model.config, gguf.GGMLQuantizationType
-    writer = gguf.GGUFWriter(GOLDEN / f"{name}.gguf", architecture)
-    writer.add_name(name)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer = begin_gguf(name, config, architecture)
     writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     if config.to_dict().get("head_dim"):

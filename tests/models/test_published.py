@@ -134,6 +134,10 @@ def test_published_configurations_are_the_named_sizes(name, caplog):
         ("olmo2-7b", 7_298_617_344),
         ("phi4-mini", 3_836_021_760),
         ("smollm3-3b", 3_075_098_624),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("olmoe-1b-7b", 6_919_161_856),
+        ("gpt-oss-20b", 20_914_757_184),
     ],
 )
 def test_sizes_have_as_many_weights_as_published(name, count):

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import math
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -74,20 +72,6 @@ def test_published_files_are_the_sizes(name, caplog):
         dataclasses.replace(SIZES[name], layer_kinds=None, rope_theta=1.0, rope_scaling=None)
     )
     assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("qwen3-30b-a3b", 30_532_122_624),
-        ("mixtral-8x7b", 46_702_792_704),
-        ("olmoe-1b-7b", 6_919_161_856),
-        ("gpt-oss-20b", 20_914_757_184),
-    ],
-)
-def test_sizes_have_as_many_weights_as_published(name, count):
-    shapes = jax.eval_shape(lambda: models.random_params(SIZES[name], jax.random.key(0)))
-    assert sum(math.prod(weight.shape) for weight in jax.tree.leaves(shapes)) == count
 
 
 @pytest.mark.parametrize(
