@@ -1,5 +1,7 @@
 """Weights of a learned page score, which lie beside those of the layer that it chooses pages for."""
 
+import dataclasses
+
 import flax.struct
 from jaxtyping import Array, Float
 
@@ -31,3 +33,7 @@ class LearnedScore:
     def channels(self) -> int:
         """d, the channels of a page's summary."""
         return self.query.shape[-1]
+
+
+SCORE_ARRAYS = tuple(field.name for field in dataclasses.fields(LearnedScore) if field.name != "page_size")
+"""Fields of `LearnedScore` that are weights."""

@@ -188,6 +188,11 @@ class DecodeConfig(DecodeFields):
             )
 
     @property
+    def selects_by_learned(self) -> bool:
+        """Whether pages are selected by a learned score, which the model must have then."""
+        return self.score == LEARNED and self.attention.scored
+
+    @property
     def attention(self) -> Method:
         """The method itself."""
         return METHODS[self.method]

@@ -31,7 +31,7 @@ def learned_score(layer: LayerParams, config: DecodeConfig) -> LearnedScore | No
       ValueError: the weights have none, or one for other pages or with other channels than the
         configuration's.
     """
-    if config.score != "learned" or not config.attention.scored:
+    if not config.selects_by_learned:
         return None
     found = layer.page_score
     if found is None:

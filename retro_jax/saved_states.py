@@ -145,14 +145,14 @@ def _shapes(model: Model, config: DecodeConfig, rows: int, capacity: int) -> Dec
     return jax.eval_shape(functools.partial(init_state, model.config, config, rows, capacity))
 
 
-def _by_learned(config: DecodeConfig) -> bool:
-    return config.score == "learned" and config.attention.scored
-
-
 def _weights(model: Model, config: DecodeConfig) -> dict[str, Array]:
     """The weights that a state depends on: a learned score only where pages are chosen by it."""
     named = named_arrays(model.params)
-    return {name: array for name, array in named.items() if _by_learned(config) or ".page_score." not in name}
+    return {
+        name: array
+        for name, array in named.items()
+        if config.selects_by_learned or ".page_score." not in name
+    }
 
 
 def _check_made_by(arrays: Mapping[str, Array], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -198,7 +198,7 @@ def _checked_config(
         if has.get(name) != wants.get(name)
     ]
     if not different and about["weights"] != fingerprint(_weights(model, config)):
-        score = ", or another learned score or none, see load_score" if _by_learned(config) else ""
+        score = ", or another learned score or none, see load_score" if config.selects_by_learned else ""
         different = [f"the weights of {its_model.name!r}, not those of {model.config.name!r}{score}"]
     if different:
         raise ValueError(

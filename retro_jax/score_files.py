@@ -14,12 +14,13 @@ import safetensors.numpy
 
 from retro_jax.models import LearnedScore, Model
 from retro_jax.models.config import ModelConfig
+from retro_jax.models.fingerprint import fingerprint, named_arrays
+from retro_jax.models.learned_score import SCORE_ARRAYS
 from retro_jax.models.transformer import Params
 
 ABOUT, WEIGHTS = "score.json", "score.safetensors"
 """The files of a folder. `ABOUT` is written last: where it is, the other is whole."""
 FORMAT = 1
-_ARRAYS = tuple(field.name for field in dataclasses.fields(LearnedScore) if field.name != "page_size")
 
 
 def model_identity(params: Params, config: ModelConfig) -> dict:
@@ -45,7 +46,7 @@ def score_tensors(scores: tuple[LearnedScore, ...]) -> dict[str, np.ndarray]:
     return {
         f"layers.{index}.{name}": np.asarray(getattr(score, name), np.float32)
         for index, score in enumerate(scores)
-        for name in _ARRAYS
+        for name in SCORE_ARRAYS
     }
 
 
@@ -98,10 +99,7 @@ def score_digest(params: Params) -> str | None:
     scores = tuple(layer.page_score for layer in params.layers)
     if None in scores:
         return None
-    found = hashlib.sha256()
-    for name, array in score_tensors(scores).items():
-        found.update(name.encode() + array.tobytes())
-    return found.hexdigest()[:16]
+    return fingerprint(named_arrays(scores))
 
 
 def load_score(model: Model, folder: str | Path) -> Model:
@@ -139,7 +137,7 @@ def load_score(model: Model, folder: str | Path) -> Model:
         layers = tuple(
             layer.replace(
                 page_score=LearnedScore(
-                    **{name: jnp.asarray(tensors[f"layers.{index}.{name}"]) for name in _ARRAYS},
+                    **{name: jnp.asarray(tensors[f"layers.{index}.{name}"]) for name in SCORE_ARRAYS},
                     page_size=about["page_size"],
                 )
             )

@@ -14,7 +14,6 @@ from retro_jax.models.formats.huggingface import config_from_json
 from retro_jax.models.load import local_path
 from retro_jax.models.presets import SIZES
 from retro_jax.score_files import load_score, read_about
-from retro_jax.selectors import LEARNED
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig, Model
@@ -46,7 +45,7 @@ def check_learned(folder: Path | None, configs: "Sequence[DecodeConfig]") -> Non
       ValueError: a configuration selects by a learned score and no folder was given, or the reverse; it holds
         no finished score, or one for other pages or channels.
     """
-    using = [config for config in configs if config.score == LEARNED and config.attention.scored]
+    using = [config for config in configs if config.selects_by_learned]
     if folder is None:
         if using:
             raise ValueError(

@@ -7,7 +7,7 @@ each device, whatever mesh the weights lay on before.
 
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ from retro_jax.models.config import ModelConfig
 from retro_jax.models.config_json import from_json, to_json
 from retro_jax.models.fingerprint import named_arrays
 from retro_jax.models.formats.checkpoint import read_about, read_arrays, read_object, write_checkpoint
-from retro_jax.models.learned_score import LearnedScore
+from retro_jax.models.learned_score import SCORE_ARRAYS, LearnedScore
 from retro_jax.models.model import Model
 from retro_jax.models.tokenizer import Tokenizer
 from retro_jax.models.transformer import Params, random_params
@@ -114,11 +114,7 @@ def _with_scores(shapes: Params, about: dict) -> Params:
     def score(index: int, page_size: int | None) -> LearnedScore | None:
         if page_size is None:
             return None
-        named = {
-            field.name: stored[f"layers.{index}.page_score.{field.name}"]
-            for field in fields(LearnedScore)
-            if field.name != "page_size"
-        }
+        named = {name: stored[f"layers.{index}.page_score.{name}"] for name in SCORE_ARRAYS}
         arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in named.items()}
         return LearnedScore(**arrays, page_size=page_size)
 
