@@ -26,6 +26,12 @@ EXCLUDED = {
     "select_every": {"residual_pages": "reads the statistics in each step"},
 }
 """What changes how pages are selected: each with the fields that exclude it, and why."""
+OF_SCORED = frozenset(
+    {"evict", "cache_tokens", "residual_pages", "budget_covers", "rectify_every", *EXCLUDED}
+)
+"""What only methods that select pages by a score have."""
+OF_WINDOWS = frozenset({"revised_layers"})
+"""What only methods that revise past queries have."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +234,20 @@ class DecodeConfig(DecodeFields):
     def left_pages(self) -> int | None:
         """Pages that `evict` leaves; None: it is not asked for."""
         return None if self.evict is None else pages_for(self.cache_tokens, self.page_size)
+
+
+def absent_fields(method: str, window: int | None = None) -> frozenset[str]:
+    """Returns the fields of `DecodeConfig` that a method does not have: only their defaults are taken.
+
+    Args:
+      method: its name; of one that is unknown, none is absent.
+      window: of its queries; None: its own.
+    """
+    if method not in METHODS:
+        return frozenset()
+    known = METHODS[method]
+    revises = known.revises and (window or known.default_window) > 1
+    return (frozenset() if known.scored else OF_SCORED) | (frozenset() if revises else OF_WINDOWS)
 
 
 def _check_known(field: str, value: str | None, names: Iterable[str], optional: bool = False) -> None:

@@ -188,15 +188,13 @@ class BenchDecode(BenchDecodeFlags):
         check_new(self.out)
         if self.reference and "full" not in self.methods:
             raise ValueError("--reference is compared with full attention; add full to --methods")
-        configs = {}
+        methods = {}
         for name in self.methods:
             if name in METHODS and METHODS[name].revises:
-                configs |= {f"{name} w={w}": self.config.config(method=name, window=w) for w in self.windows}
+                methods |= {f"{name} w={w}": {"method": name, "window": w} for w in self.windows}
             else:
-                configs[name] = self.config.config(method=name)
-        for name in self.presets:
-            configs[f"preset {name}"] = self.config.config(**preset_fields(name))
-        return configs
+                methods[name] = {"method": name}
+        return self.config.configs(methods | {f"preset {name}": preset_fields(name) for name in self.presets})
 
     def _capacity(self, context: int) -> int:
         """Tokens of a sequence that one contestant decodes or begins with."""

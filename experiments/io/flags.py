@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -35,6 +35,25 @@ class ConfigFlags(DecodeFields):
         from retro_jax import DecodeConfig
 
         return DecodeConfig(**_values(self, DecodeFields) | changes)
+
+    def configs(self, methods: Mapping[str, Mapping[str, object]]) -> "dict[str, DecodeConfig]":
+        """Returns the configurations of several methods, each by the fields that it sets itself.
+
+        A field that only some kinds of methods have stays at its default for the others, as in a comparison.
+
+        Raises:
+          ValueError: a field is out of its range, two contradict each other, or no method has a field that
+            was set.
+        """
+        from retro_jax.config import absent_fields
+
+        absent = {name: absent_fields(own["method"], own.get("window")) for name, own in methods.items()}
+        nowhere = frozenset.intersection(*absent.values()) if absent else frozenset()
+        defaults = {field.name: field.default for field in fields(DecodeFields)}
+        return {
+            name: self.config(**{field: defaults[field] for field in absent[name] - nowhere} | dict(own))
+            for name, own in methods.items()
+        }
 
 
 def common_flags(*hidden: str) -> type[ConfigFlags]:

@@ -93,8 +93,8 @@ class RunConfig:
           ValueError: a method is unknown, or a configuration is not possible.
         """
         fields = method_fields(self.methods, self.presets, self.windows, self.budgets)
-        found = [self.decode.config(**own) for own in fields.values()]
         # All have one kind of cache, which names need not tell.
+        found = self.decode.configs(fields).values()
         return {run_name(replace(config, cache_dtype=None)): config for config in found}
 
     @property

@@ -1,5 +1,6 @@
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -121,6 +122,21 @@ def test_all_methods_and_windows_can_take_turns():
     names = BenchDecode(model="m", methods=tuple(METHODS), windows=(2, 8)).configurations()
     assert list(names) == ["full", "quest", "retro w=2", "retro w=8", "streaming", "tova", "h2o", "snapkv"]
     assert [config.slots for config in names.values()] == [1, 1, 2, 8, 1, 1, 1, 1]
+
+
+def test_what_a_method_does_not_have_is_for_the_others():
+    bench = BenchDecode(model="m", windows=(1, 4), presets=("mean-key",))
+    common = replace(bench.config, revised_layers=0.5, anchor_every=3)
+    found = replace(bench, config=common).configurations()
+    assert {name: (own.revised_layers, own.anchor_every) for name, own in found.items()} == {
+        "full": (1.0, 1),
+        "quest": (1.0, 3),
+        "retro w=1": (1.0, 3),
+        "retro w=4": (0.5, 3),
+        "preset mean-key": (1.0, 3),
+    }
+    with pytest.raises(ValueError, match=r"revised_layers 0\.5 was asked for with method 'full'"):
+        replace(bench, config=common, methods=("full", "quest")).configurations()
 
 
 def test_bench_refuses(failure, tmp_path):

@@ -229,6 +229,8 @@ def test_presets_run_beside_methods():
     assert list(found) == [run_name(decode) for decode in found.values()]  # as `compare` names them
     cached = replace(config, decode=replace(config.decode, cache_dtype="int8")).configurations()
     assert list(cached) == list(found) and {own.cache_dtype for own in cached.values()} == {"int8"}
+    revised = replace(config, decode=replace(config.decode, revised_layers=0.5)).configurations()
+    assert [own.revised_layers for own in revised.values()] == [1.0, 1.0, 0.5, 0.5, 1.0]  # of windows alone
     with pytest.raises(ValueError, match="preset 'best' is unknown; use one of quest, paper, mean-key"):
         replace(config, presets=("best",)).check()
 
