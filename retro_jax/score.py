@@ -119,15 +119,8 @@ def score(
     steps_per_call = program_length(max(steps, 1), MIN_STEPS, steps_per_call)
     for begin in range(0, steps, steps_per_call):
         count = min(steps_per_call, steps - begin)
-        window = np.zeros((padded, steps_per_call + 1), np.int32)
-        for line, row, prompt in zip(window, rows, prompts, strict=False):
-            known = row[prompt + begin : prompt + begin + count + 1]
-            line[: len(known)] = known
-        active = np.zeros((padded, steps_per_call), bool)
-        active[:batch] = np.arange(steps_per_call) < np.clip(scored - 1 - begin, 0, count)[:, None]
-        state, forced = _teacher_force(
-            model.params, model.config, config, state, window[:, :-1], window[:, 1:], active
-        )
+        forcing = _forcing(rows, prompts + begin, count, (padded, steps_per_call))
+        state, forced = _teacher_force(model.params, model.config, config, state, *forcing)
         calls_nll, calls_hits, finite = (
             array[:batch, :count] for array in to_host((forced.nll, forced.hits, forced.finite))
         )
@@ -144,6 +137,26 @@ def score(
         if progress:
             progress("decode", begin + count, steps)
     return result()
+
+
+def _forcing(
+    rows: Sequence[np.ndarray], starts: np.ndarray, count: int, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `teacher_force` is told in arrays of a shape [rows, steps]: tokens, targets, and which are active.
+
+    Args:
+      rows: token ids of each text; rows beyond them are never active.
+      starts: of each text, the position that the first step processes.
+      count: steps that are taken; a text takes part while it has another token to score.
+      shape: at least one row for each text, and `count` steps.
+    """
+    tokens, targets, active = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        steps = np.clip(len(row) - 1 - start, 0, count)
+        tokens[index, :steps] = row[start : start + steps]
+        targets[index, :steps] = row[start + 1 : start + 1 + steps]
+        active[index, :steps] = True
+    return tokens, targets, active
 
 
 def _rows(

@@ -118,11 +118,7 @@ def config_from_metadata(
     if embed not in shapes:
         raise ValueError(f"{source} has no tensor {embed}")
     rows = shapes[embed][0]
-    counts = {f"{architecture}.vocab_size": keys.get("vocab_size", rows)}
-    counts["tokenizer.ggml.tokens"] = len(metadata.get("tokenizer.ggml.tokens") or [None] * rows)
-    for key, count in counts.items():
-        if count != rows:
-            raise ValueError(f"{source} has {count} tokens by {key}, but {rows} rows of {embed}")
+    _check_rows(metadata, rows, embed, source)
     width, num_heads = value("embedding_length"), value("attention.head_count")
     head_dim = value("attention.key_length", width // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -177,6 +173,16 @@ def _check_keys(metadata: Mapping[str, Any], prefix: str, source: str, own: froz
         raise ValueError(f"{source} needs what is not supported: {', '.join(refused)}")
     if unknown:
         _logger.warning("%s: unknown metadata is ignored: %s", source, ", ".join(unknown))
+
+
+def _check_rows(metadata: Mapping[str, Any], rows: int, embed: str, source: str) -> None:
+    """Refuses a number of tokens that is not that of the embedding's rows."""
+    key = f"{metadata['general.architecture']}.vocab_size"
+    counts = {key: metadata.get(key, rows)}
+    counts["tokenizer.ggml.tokens"] = len(metadata.get("tokenizer.ggml.tokens") or [None] * rows)
+    for key, count in counts.items():
+        if count != rows:
+            raise ValueError(f"{source} has {count} tokens by {key}, but {rows} rows of {embed}")
 
 
 def _shortest(number: float) -> float:
