@@ -19,6 +19,7 @@ from pallas_kernels import metadata  # noqa: F401  (makes its statistics and sco
 from pallas_kernels.attention import (
     attend_estimates,
     attend_pages,
+    attend_window,
     attention_mass,
     dense_attention,
     merge,
@@ -81,6 +82,7 @@ __all__ = [
     "Statistics",
     "attend_estimates",
     "attend_pages",
+    "attend_window",
     "attention_mass",
     "choose_pages",
     "chosen_products",

@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import (
     attend_estimates,
     attend_pages,
+    attend_window,
     dense_attention,
     merge,
     merge_sinks,
-    retro_attention,
     settle_blocks,
     update_pages,
 )
@@ -133,7 +133,7 @@ def dense_layer(
         tokens = x.shape[1] + unsettled + config.residual_pages * config.page_size
         cache = settle(config, cache, start - unsettled, settled, tokens)
     if cache.kept is None:
-        o = dense_attention(q, pages, positions, layer.sinks, implementation=implementation)
+        o = dense_attention(q, pages, positions, layer.sinks, dtype=x.dtype, implementation=implementation)
     else:
         alive = cache.kept.alive
         o = attend_pages(q, pages, positions, alive, layer.sinks, implementation=implementation)
@@ -207,7 +207,9 @@ def sparse_layer(
         attending = newly_attending(page_ids, counts, last_loaded, config.page_size)
         # That was read before attention overwrites it: else XLA would keep a copy.
         attending, last_loaded = lax.optimization_barrier((attending, last_loaded))
-    o, lse, last_loaded = retro_attention(
+    # An output that goes on as it is needs no more digits than the projection takes.
+    whole = layer.sinks is None and not config.residual_pages
+    o, lse, last_loaded, *outputs = attend_window(
         q,
         pages,
         page_ids,
@@ -216,6 +218,8 @@ def sparse_layer(
         positions,
         cache.outputs.o,
         cache.outputs.lse,
+        slots.valid[:, -1],
+        dtype=x.dtype if whole else jnp.float32,
         implementation=config.implementation,
     )
 
@@ -239,15 +243,9 @@ def sparse_layer(
         attention, total = merge(o, lse, *estimates)
     attention = merge_sinks(attention, total, layer.sinks)
 
-    # Push the newest onto the output cache, drop the oldest; a sequence that is not active keeps its own.
-    active = slots.valid[:, -1]
-    outputs = OutputCache(
-        o=jnp.where(active[:, None, None, None], o[:, 1:], cache.outputs.o),
-        lse=jnp.where(active[:, None, None], lse[:, 1:], cache.outputs.lse),
-    )
     x = transformer.attention_output(layer, model, x, attention)
     x, experts = mlp(layer, model, x, slots.valid, config.implementation)
-    cache = cache.replace(last_loaded=last_loaded, outputs=outputs, kept=kept)
+    cache = cache.replace(last_loaded=last_loaded, outputs=OutputCache(*outputs), kept=kept)
     seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
     return x, cache, selection, attending, seen, experts
 

@@ -3,6 +3,7 @@
 from pallas_kernels.attention.api import (
     attend_estimates,
     attend_pages,
+    attend_window,
     attention_mass,
     dense_attention,
     retro_attention,
@@ -15,6 +16,7 @@ __all__ = [
     "attend",
     "attend_estimates",
     "attend_pages",
+    "attend_window",
     "attention_mass",
     "dense_attention",
     "merge",

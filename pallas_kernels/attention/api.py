@@ -4,6 +4,9 @@ Pages are floating-point numbers, or 8 bits with scales (`pallas_kernels.pages`)
 function raises TypeError or ValueError.
 """
 
+from typing import Any
+
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import mass, reference, residual
@@ -51,14 +54,7 @@ def retro_attention(
     Raises:
       ValueError: heads or slots do not fit together.
     """
-    check_pages(pages)
-    slots, heads = q.shape[1:3]
-    if heads % pages.shape[1]:
-        raise ValueError(f"{heads} query heads are not a multiple of {pages.shape[1]} KV heads")
-    if cached_o.shape[1] != slots - 1:
-        raise ValueError(
-            f"the output cache holds {cached_o.shape[1]} slots; a window of {slots} needs {slots - 1}"
-        )
+    _check_window(q, pages, cached_o)
     return dispatch(
         "retro_attention",
         implementation,
@@ -79,15 +75,92 @@ def retro_attention(
     )
 
 
+def attend_window(
+    q: Float[Array, "B W N D"],
+    pages: Pages,
+    page_ids: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    last_loaded: Int[Array, "B K P"],
+    positions: Int[Array, "B W"],
+    cached_o: Float[Array, "B older N D"],
+    cached_lse: Float[Array, "B older N"],
+    active: Bool[Array, " B"],
+    *,
+    dtype: Any,
+    implementation: str | None = None,
+) -> tuple[
+    Float[Array, "B W N D"],
+    Float[Array, "B W N"],
+    Int[Array, "B K P"],
+    Float[Array, "B older N D"],
+    Float[Array, "B older N"],
+]:
+    """`retro_attention` as a decode step takes it: it also moves the output cache on by one token.
+
+    Args:
+      q: as for `retro_attention`, like the arguments that follow.
+      pages: keys and values of one layer.
+      page_ids: the selected pages.
+      counts: how many entries of `page_ids` are selected.
+      last_loaded: the position whose step loaded the page last.
+      positions: each slot's position.
+      cached_o: the older slots' attention outputs so far, float32.
+      cached_lse: and their log-sum-exp.
+      active: sequences that decode a token; the others keep their output cache.
+      dtype: of the outputs.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      o, in `dtype`, lse and last_loaded of `retro_attention`; then the output cache of the next step, in
+      float32: outputs and log-sum-exp of all slots but the oldest.
+
+    Raises:
+      ValueError: heads or slots do not fit together.
+    """
+    _check_window(q, pages, cached_o)
+    return dispatch(
+        "attend_window",
+        implementation,
+        {
+            "xla": reference.attend_window,
+            "mosaic_gpu": mosaic_gpu.attend_window,
+            "mosaic_tpu": mosaic_tpu.attend_window,
+        },
+        (by_sequence(2, 1, 1, 1, 1, None, 2, 2, None), by_sequence(2, 2, 1, 2, 2)),
+        q,
+        pages,
+        page_ids,
+        counts,
+        last_loaded,
+        positions,
+        cached_o,
+        cached_lse,
+        active,
+        dtype=dtype,
+    )
+
+
+def _check_window(q: Float[Array, "B W N D"], pages: Pages, cached_o: Float[Array, "B older N D"]) -> None:
+    check_pages(pages)
+    slots, heads = q.shape[1:3]
+    if heads % pages.shape[1]:
+        raise ValueError(f"{heads} query heads are not a multiple of {pages.shape[1]} KV heads")
+    if cached_o.shape[1] != slots - 1:
+        raise ValueError(
+            f"the output cache holds {cached_o.shape[1]} slots; a window of {slots} needs {slots - 1}"
+        )
+
+
 def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Pages,
     positions: Int[Array, "B T"],
     sinks: Float[Array, " N"] | None = None,
     *,
+    dtype: Any = jnp.float32,
     implementation: str | None = None,
 ) -> Float[Array, "B T N D"]:
-    """Causal attention over every page up to each query's position, float32.
+    """Causal attention over every page up to each query's position, computed in float32.
 
     Serves prefill (T tokens of a chunk), the dense prefix of layers and the full-attention baseline (T = 1).
 
@@ -97,6 +170,7 @@ def dense_attention(
         position may hold anything.
       positions: each query's position; a query at -1 sees nothing and gives 0.
       sinks: a logit of each head that takes part in the softmax and has no value; None: there are none.
+      dtype: of the result.
       implementation: see `pallas_kernels.dispatch`.
 
     Raises:
@@ -118,6 +192,7 @@ def dense_attention(
         pages,
         positions,
         sinks,
+        dtype=dtype,
     )
 
 

@@ -6,6 +6,7 @@ in 8 bits are taken as the numbers that they stand for, in float32.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,14 +131,43 @@ def retro_attention(
     return o, lse, last_loaded
 
 
+def attend_window(
+    q: Float[Array, "B W N D"],
+    pages: Pages,
+    page_ids: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    last_loaded: Int[Array, "B K P"],
+    positions: Int[Array, "B W"],
+    cached_o: Float[Array, "B older N D"],
+    cached_lse: Float[Array, "B older N"],
+    active: Bool[Array, " B"],
+    *,
+    dtype: Any,
+    attention: Callable[..., tuple[Array, Array, Array]] = retro_attention,
+) -> tuple[
+    Float[Array, "B W N D"],
+    Float[Array, "B W N"],
+    Int[Array, "B K P"],
+    Float[Array, "B older N D"],
+    Float[Array, "B older N"],
+]:
+    """See `pallas_kernels.attention.api.attend_window`; `attention` is what computes `retro_attention`."""
+    o, lse, last_loaded = attention(q, pages, page_ids, counts, last_loaded, positions, cached_o, cached_lse)
+    cached_o = jnp.where(active[:, None, None, None], o[:, 1:], cached_o)
+    cached_lse = jnp.where(active[:, None, None], lse[:, 1:], cached_lse)
+    return o.astype(dtype), lse, last_loaded, cached_o, cached_lse
+
+
 def dense_attention(
     q: Float[Array, "B T N D"],
     pages: Pages,
     positions: Int[Array, "B T"],
     sinks: Float[Array, " N"] | None = None,
+    *,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.dense_attention`."""
-    return attend_pages(q, pages, positions, None, sinks)
+    return attend_pages(q, pages, positions, None, sinks).astype(dtype)
 
 
 def attend_pages(

@@ -86,6 +86,25 @@ class Attention:
         )
 
 
+class Window(Attention):
+    """The same as a decode step takes it, which moves the output cache of every other sequence on."""
+
+    def __init__(self, dim, page_size, window, group, dtype):
+        super().__init__(dim, page_size, window, group, dtype)
+        self.name = self.name.replace("retro_attention", "attend_window")
+        self.kernel, self.reference = (
+            jax.jit(functools.partial(module.attend_window, dtype=jnp.float32))
+            for module in (attention, attention_reference)
+        )
+
+    def inputs(self, rng):
+        return *super().inputs(rng), jnp.arange(B) % 2 == 0
+
+    def errors(self, inputs, got, expected):
+        error, same = super().errors(inputs, got, expected)
+        return max(error, *(relative(*pair) for pair in zip(got[3:], expected[3:], strict=True))), same
+
+
 class Dense(Attention):
     """Dense attention of one query."""
 
@@ -214,6 +233,7 @@ def configurations():
     for dim, page_size in itertools.product(SUPPORTED.HEAD_DIMS, SUPPORTED.PAGE_SIZES):
         for _ in range(2):
             yield Attention(dim, page_size, *next(rows), next(dtypes))
+            yield Window(dim, page_size, *next(rows), next(dtypes))
         yield Dense(dim, page_size, *next(rows), next(dtypes))
         yield Select(dim, page_size, *next(scores), next(rows)[1], next(pages), next(dtypes))
         yield Update(dim, page_size, next(counts), next(kinds), next(dtypes))

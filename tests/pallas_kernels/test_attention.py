@@ -34,6 +34,33 @@ def test_retro_attention_equals_the_oracle(window, group, page_size):
         np.testing.assert_allclose(got, want, atol=ATOL)
 
 
+def test_a_window_moves_the_output_cache_of_active_sequences_on():
+    rng = np.random.default_rng(2)
+    *inputs, cached_o, cached_lse = random_retro_inputs(rng, LENGTHS, 3, 2, 8)
+    active = np.array([True, False, True, False])
+    o, lse, last_loaded = retro_attention(*inputs, cached_o, cached_lse)
+    got = pallas_kernels.attend_window(
+        *map(jnp.asarray, (*inputs, cached_o, cached_lse, active)), dtype=jnp.bfloat16
+    )
+    np.testing.assert_array_equal(got[0], o.astype(jnp.bfloat16))
+    for array, wanted in zip(got[1:3], (lse, last_loaded), strict=True):
+        np.testing.assert_array_equal(array, wanted)
+    for moved, whole, before in zip(got[3:], (o, lse), (cached_o, cached_lse), strict=True):
+        np.testing.assert_array_equal(moved[active], whole[active, 1:])
+        np.testing.assert_array_equal(moved[~active], before[~active])
+
+
+def test_dense_attention_rounds_once_to_the_dtype_that_is_asked_for():
+    rng = np.random.default_rng(3)
+    q = rng.standard_normal((1, 1, 4, 8)).astype(np.float32)
+    inputs = (*map(jnp.asarray, (q, random_cache(rng, (20,), 8), np.array([[19]], np.int32))),)
+    sinks = jnp.zeros(4)
+    whole = pallas_kernels.dense_attention(*inputs, sinks)
+    rounded = pallas_kernels.dense_attention(*inputs, sinks, dtype=jnp.bfloat16)
+    assert (whole.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(rounded, whole.astype(jnp.bfloat16))
+
+
 def test_a_slot_that_sees_nothing_has_no_weight():
     rng = np.random.default_rng(0)
     inputs = list(random_retro_inputs(rng, (40,), 3, 2, 8))
@@ -133,3 +160,6 @@ def test_heads_and_slots_that_do_not_fit_are_refused():
         )
     with pytest.raises(ValueError, match=r"output cache holds 2 slots; a window of 2 needs 1"):
         retro_attention(inputs[0][:, 1:], *inputs[1:5], inputs[5][:, 1:], *inputs[6:])
+    with pytest.raises(ValueError, match=r"output cache holds 2 slots; a window of 2 needs 1"):
+        one_less = inputs[0][:, 1:], *inputs[1:5], inputs[5][:, 1:], *inputs[6:], np.ones(1, bool)
+        pallas_kernels.attend_window(*map(jnp.asarray, one_less), dtype=jnp.float32)

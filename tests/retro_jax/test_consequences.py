@@ -300,7 +300,7 @@ def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
         return kernel
 
     for module, names in (
-        (attention, ("retro_attention", "dense_attention")),
+        (attention, ("attend_window", "dense_attention")),
         (selection, ("select_pages",)),
         (update, ("update_pages",)),
     ):
@@ -322,7 +322,7 @@ def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
     np.testing.assert_allclose(logits, expected, atol=ATOL)
     operations = {"update_pages", "dense_attention"}
     if method == "retro":
-        operations |= {"select_pages", "retro_attention"}
+        operations |= {"select_pages", "attend_window"}
     assert seen == {(name, (2, 1)) for name in operations}
 
 

@@ -1,8 +1,8 @@
 """Attention over pages on Hopper GPUs: flash decoding whose key blocks are gathered page by page.
 
 Two launches. `_attend` runs a block of threads per sequence, KV head and split of the pages, see
-`thread_block.py`. `_merge` joins the splits of a query with each other and with its cached output, by
-log-sum-exp.
+`thread_block.py`. `merge_splits` joins the splits of a query with each other and with its cached output, by
+log-sum-exp, see `merging.py`.
 """
 
 import functools
@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.gpu.blocks import Blocks, choose_blocks
-from pallas_kernels.attention.gpu.thread_block import LOWEST, attend_to_split
+from pallas_kernels.attention.gpu.merging import merge_splits
+from pallas_kernels.attention.gpu.thread_block import attend_to_split
 from pallas_kernels.attention.reference import merge_sinks
-from pallas_kernels.gpu import LOG2E, TILE_ROWS, check_support, kernel, matrix, row_layout
+from pallas_kernels.gpu import TILE_ROWS, check_support, kernel, matrix
 from pallas_kernels.operation import operation
 from pallas_kernels.pages import Pages, QuantizedPages
 
@@ -41,8 +41,44 @@ def retro_attention(
     blocks = blocks or choose_blocks(q, pages, page_ids.shape[-1])
     loaded = jax.new_ref(last_loaded)
     o, lse = _attend(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
-    o, lse = _merge(o, lse, cached_o, cached_lse, q.shape, interpret)
+    cached = (cached_o, cached_lse) if q.shape[1] > 1 else None
+    o, lse = merge_splits(o, lse, cached, None, q.shape, jnp.float32, interpret)
     return o, lse, loaded[...]
+
+
+@operation
+def attend_window(
+    q: Float[Array, "B W N D"],
+    pages: Pages,
+    page_ids: Int[Array, "B K C"],
+    counts: Int[Array, "B K"],
+    last_loaded: Int[Array, "B K P"],
+    positions: Int[Array, "B W"],
+    cached_o: Float[Array, "B older N D"],
+    cached_lse: Float[Array, "B older N"],
+    active: Bool[Array, " B"],
+    *,
+    dtype: Any,
+    blocks: Blocks | None = None,
+    interpret: Any = None,
+) -> tuple[
+    Float[Array, "B W N D"],
+    Float[Array, "B W N"],
+    Int[Array, "B K P"],
+    Float[Array, "B older N D"],
+    Float[Array, "B older N"],
+]:
+    """See `pallas_kernels.attention.api.attend_window`."""
+    check(q, pages)
+    blocks = blocks or choose_blocks(q, pages, page_ids.shape[-1])
+    loaded = jax.new_ref(last_loaded)
+    o, lse = _attend(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
+    if q.shape[1] == 1:  # the output cache is empty
+        o, lse = merge_splits(o, lse, None, None, q.shape, dtype, interpret)
+        return o, lse, loaded[...], cached_o, cached_lse
+    cached = jax.new_ref(cached_o), jax.new_ref(cached_lse)
+    o, lse = merge_splits(o, lse, cached, active, q.shape, dtype, interpret)
+    return o, lse, loaded[...], cached[0][...], cached[1][...]
 
 
 @operation
@@ -52,6 +88,7 @@ def dense_attention(
     positions: Int[Array, "B T"],
     sinks: Float[Array, " N"] | None = None,
     *,
+    dtype: Any = jnp.float32,
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N D"]:
@@ -59,8 +96,8 @@ def dense_attention(
     check(q, pages)
     blocks = blocks or choose_blocks(q, pages, pages.shape[2])
     o, lse = _attend(q, pages, positions, None, blocks, interpret)
-    o, lse = _merge(o, lse, None, None, q.shape, interpret)
-    return merge_sinks(o, lse, sinks)
+    o, lse = merge_splits(o, lse, None, None, q.shape, dtype if sinks is None else jnp.float32, interpret)
+    return merge_sinks(o, lse, sinks).astype(dtype)
 
 
 def check(q: Array, pages: Pages) -> None:
@@ -140,50 +177,3 @@ def _attend(q, pages, positions, selection, blocks, interpret):
     kept = [array.reshape(B, K, P * 2 * S, *array.shape[5:]) for array in kept]
     arguments = [q.reshape(B, W, K, N // K, D), kept[0], positions, *kept[1:], *(selection or ())]
     return launch(*arguments)
-
-
-def _merge(o, lse, cached_o, cached_lse, shape, interpret):
-    """Joins the splits of each query, and its cached output: o[B, W, N, D] and lse[B, W, N]."""
-    B, W, N, D = shape
-    K, splits = o.shape[1:3]
-    group, cached = N // K, W > 1 and cached_o is not None
-    layout = row_layout(D)
-
-    def vector(ref, *index):
-        return plgpu.load(ref.at[index], layout=layout, optimized=False)
-
-    def body(o_ref, lse_ref, *refs):
-        # o[B, K, splits, R8, D], lse[B, K, splits, 64]; cached and merged: [B, slots, N, D], [B, slots, N].
-        if cached:
-            cached_o_ref, cached_lse_ref, *refs = refs
-        merged_ref, merged_lse_ref = refs
-        b, w, n = (lax.axis_index(axis) for axis in ("sequence", "slot", "head"))
-        head, row = lax.div(n, jnp.int32(group)), w * group + lax.rem(n, jnp.int32(group))
-        parts = [lse_ref[b, head, split, row] for split in range(splits)]
-        outputs = [vector(o_ref, b, head, split, row) for split in range(splits)]
-        if cached:
-            older = jnp.minimum(w, W - 2)
-            parts.append(jnp.where(w < W - 1, cached_lse_ref[b, older, n] * LOG2E, -jnp.inf))
-            outputs.append(vector(cached_o_ref, b, older, n))
-        highest = functools.reduce(jnp.maximum, parts, jnp.float32(LOWEST))
-        weights = [jnp.exp2(part - highest) for part in parts]
-        norm = functools.reduce(jnp.add, weights)
-        seen = norm > 0
-        inverse = jnp.where(seen, 1 / norm, 0.0)
-        merged_ref[b, w, n] = functools.reduce(
-            jnp.add, [output * (weight * inverse) for output, weight in zip(outputs, weights, strict=True)]
-        )
-        merged_lse_ref[b, w, n] = jnp.where(seen, (highest + jnp.log2(norm)) / LOG2E, -jnp.inf)
-
-    launch = kernel(
-        body,
-        name="merge",
-        out_type=[
-            jax.ShapeDtypeStruct((B, W, N, D), jnp.float32),
-            jax.ShapeDtypeStruct((B, W, N), jnp.float32),
-        ],
-        grid=(B, W, N),
-        grid_names=("sequence", "slot", "head"),
-        interpret=interpret,
-    )
-    return launch(o, lse, *((cached_o, cached_lse) if cached else ()))

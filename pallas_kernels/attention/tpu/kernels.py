@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention import reference
 from pallas_kernels.attention.reference import fold_rows, merge_sinks, unfold_rows
 from pallas_kernels.attention.tpu.blocks import Blocks, choose_blocks, smem_bytes, vmem_bytes
 from pallas_kernels.attention.tpu.page_stream import PageStream
@@ -59,6 +60,10 @@ def retro_attention(
     return o, lse, loaded[..., : last_loaded.shape[-1]]
 
 
+attend_window = functools.partial(reference.attend_window, attention=retro_attention)
+"""See `pallas_kernels.attention.api.attend_window`; XLA moves the output cache on."""
+
+
 @operation
 def dense_attention(
     q: Float[Array, "B T N D"],
@@ -66,13 +71,14 @@ def dense_attention(
     positions: Int[Array, "B T"],
     sinks: Float[Array, " N"] | None = None,
     *,
+    dtype: Any = jnp.float32,
     blocks: Blocks | None = None,
     interpret: Any = None,
 ) -> Float[Array, "B T N D"]:
     """See `pallas_kernels.attention.api.dense_attention`."""
     check(q, pages)
     o, lse, _ = _attend(q, pages, positions, None, None, blocks, interpret)
-    return merge_sinks(o, lse, sinks)
+    return merge_sinks(o, lse, sinks).astype(dtype)
 
 
 def check(q: Array, pages: Pages) -> None:

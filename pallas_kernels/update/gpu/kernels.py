@@ -50,8 +50,7 @@ def update_pages(
     parts = statistic.parts if statistic else ()
 
     def body(
-        k_ref,  # [B, T, K, D], as v
-        v_ref,
+        new_ref,  # [B, T, 2 * K, D], keys, then values
         start_ref,  # [B]
         write_ref,  # [B, T]
         pages_ref,  # [B, K, P, 2, S, D]
@@ -93,7 +92,7 @@ def update_pages(
             for t in range(T):
                 row = start + t - first
                 here = (row >= 0) & (row < S) & (written >> t & 1 == 1)
-                new.append((row, here, vector(k_ref, b, t, head), vector(v_ref, b, t, head)))
+                new.append((row, here, vector(new_ref, b, t, head), vector(new_ref, b, t, K + head)))
             new = [(row, here, kept(key), kept(value)) for row, here, key, value in new]
             for row, here, *both in new:
 
@@ -129,7 +128,6 @@ def update_pages(
     )
     arrays, structure = jax.tree.flatten((pages, statistics))
     state = [jax.new_ref(array) for array in arrays]
-    if not eight:
-        k, v = k.astype(pages.dtype), v.astype(pages.dtype)
-    launch(k, v, start, write, *state)
+    new = jnp.concatenate([k, v], axis=2)  # what makes them, XLA then does in one launch
+    launch(new if eight else new.astype(pages.dtype), start, write, *state)
     return jax.tree.unflatten(structure, [ref[...] for ref in state])

@@ -127,7 +127,7 @@ def test_attention(compiled, dim, page_size, window, group, dtype):
     pages = shapes_of_pages(B, K, P, 2, page_size, dim, dtype=dtype)
     assert dtype_beside(dtype) in DTYPES
     executable, kernels = compiled(
-        attention.retro_attention,
+        functools.partial(attention.attend_window, dtype=dtype_beside(dtype)),
         shape(B, window, N, dim, dtype=dtype_beside(dtype)),
         pages,
         shape(B, K, P // 8, dtype=jnp.int32),
@@ -136,14 +136,17 @@ def test_attention(compiled, dim, page_size, window, group, dtype):
         shape(B, window, dtype=jnp.int32),
         shape(B, window - 1, N, dim, dtype=jnp.float32),
         shape(B, window - 1, N, dtype=jnp.float32),
-        donate=4,
+        shape(B, dtype=jnp.bool_),
+        donate=(4, 6, 7),
     )
     assert_no_spills(kernels, "retro_attention", "merge")
     ptx = kernels["retro_attention"][0]
     assert_tma_and_wgmma(ptx)
     # Scales, whose 64 bytes of a page of 8 tokens are no tile.
     assert ("cp.async.bulk.shared::cta.global" in ptx) == (jnp.dtype(dtype).itemsize == 1)
-    assert executable.memory_analysis().alias_size_in_bytes == B * K * P * 4  # last_loaded, in place
+    in_place = B * K * P + B * (window - 1) * N * (dim + 1)  # last_loaded and the output cache
+    assert executable.memory_analysis().alias_size_in_bytes == in_place * 4
+    assert not re.search(r" copy\(%(last_loaded|cached)", executable.as_text())
 
 
 @pytest.mark.parametrize(

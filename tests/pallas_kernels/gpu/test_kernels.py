@@ -107,6 +107,23 @@ def test_retro_attention_equals_the_reference(window, group, page_size, dim, dty
     np.testing.assert_array_equal(last_loaded, expected[2])
 
 
+@pytest.mark.parametrize(
+    ("window", "group", "dim", "dtype"), [(4, 3, 64, jnp.bfloat16), (6, 1, 128, jnp.float32)]
+)
+def test_a_window_moves_the_output_cache_of_active_sequences_on(window, group, dim, dtype):
+    rng = np.random.default_rng(window)
+    q, pages, *rest = map(jnp.asarray, random_retro_inputs(rng, [70, 16], window, group, 16, dim=dim))
+    inputs = q.astype(jnp.bfloat16), pages.astype(jnp.bfloat16), *rest, jnp.array([True, False])
+    got = run(attention.attend_window, *inputs, dtype=dtype, blocks=Blocks(2, 2, 2))
+    expected = jax.jit(functools.partial(attention_reference.attend_window, dtype=dtype))(*inputs)
+    assert [(array.shape, array.dtype) for array in got] == [(array.shape, array.dtype) for array in expected]
+    for array, wanted, tolerance in zip(got, expected, (5e-3, 1e-3, 0.0, 5e-3, 1e-3), strict=True):
+        if tolerance:
+            assert_close(array, wanted, tolerance)
+    for array, wanted in ((got[2], expected[2]), (got[3][1], inputs[6][1]), (got[4][1], inputs[7][1])):
+        np.testing.assert_array_equal(array, wanted)
+
+
 def test_retro_attention_without_any_page_keeps_the_cached_output():
     rng = np.random.default_rng(0)
     q, pages, page_ids, counts, *rest = map(jnp.asarray, random_retro_inputs(rng, [40], 3, 2, 16, dim=64))
