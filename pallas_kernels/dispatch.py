@@ -5,9 +5,10 @@ does not support a shape or dtype raises `NotImplementedError` naming it, which 
 layers and operations ask; so is an operation without a kernel. A named implementation is used or its error is
 raised. Mosaic GPU kernels are for Hopper GPUs.
 
-XLA cannot partition kernels. Under a mesh (`jax.set_mesh`) with axes `SEQUENCES` and `HEADS`, every device
-runs the kernel on its own sequences and KV heads, which need nothing from each other. Among several devices
-without a mesh, kernels run inside `shard_map` only.
+Under a mesh (`jax.set_mesh`) with axes `SEQUENCES` and `HEADS`, every device runs the operation on its own
+sequences and KV heads, which need nothing from each other: XLA cannot partition kernels, and references only
+by gathering scores and page ids of all heads on every device. Among several devices without a mesh, kernels
+run inside `shard_map` only, and XLA partitions references as it can.
 """
 
 import functools
@@ -16,7 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.settings import under_fixed_settings
@@ -61,7 +63,18 @@ def by_sequence(*heads_axes: int | None) -> tuple[P, ...]:
     )
 
 
-def _spread(kernel, spread):
+def _why_not_spread(mesh: AbstractMesh) -> str | None:
+    """Why operations cannot be spread over a mesh; None if they can."""
+    if {SEQUENCES, HEADS} == set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}:
+        return None
+    types = tuple(map(str, mesh.axis_types))
+    return (
+        f"the mesh has axes {mesh.axis_names} of types {types}; kernels know {SEQUENCES!r} and {HEADS!r} of "
+        "type Auto only"
+    )
+
+
+def _kernel_by_part(kernel, spread):
     """The kernel as it is to be called here: on each device's own part, if there are several.
 
     Raises:
@@ -71,12 +84,8 @@ def _spread(kernel, spread):
     if mesh.manual_axes and mesh.are_all_axes_manual:
         return kernel
     if mesh.size > 1:
-        if {SEQUENCES, HEADS} != set(mesh.axis_names) or set(mesh.axis_types) != {AxisType.Auto}:
-            types = tuple(map(str, mesh.axis_types))
-            raise NotImplementedError(
-                f"the mesh has axes {mesh.axis_names} of types {types}; kernels know {SEQUENCES!r} "
-                f"and {HEADS!r} of type Auto only"
-            )
+        if reason := _why_not_spread(mesh):
+            raise NotImplementedError(reason)
         arguments, results = spread
         return jax.shard_map(kernel, in_specs=arguments, out_specs=results, check_vma=False)
     if mesh.empty and jax.device_count() > 1:
@@ -85,6 +94,26 @@ def _spread(kernel, spread):
             "jax.set_mesh, make one device visible, or call within shard_map"
         )
     return kernel
+
+
+def _reference_by_part(reference, spread, args):
+    """What the reference gives, each device computing its own part where the mesh divides the arguments."""
+    mesh, (arguments, results) = jax.sharding.get_abstract_mesh(), spread
+    sizes = [
+        (size, axis)
+        for spec, argument in zip(arguments, args, strict=True)
+        for array in jax.tree.leaves(argument)
+        for size, axis in zip(jnp.shape(array), spec, strict=False)
+        if axis is not None
+    ]
+    if (
+        mesh.size == 1
+        or mesh.manual_axes
+        or _why_not_spread(mesh)
+        or any(size % mesh.shape[axis] for size, axis in sizes)
+    ):
+        return reference(*args)
+    return jax.shard_map(reference, in_specs=arguments, out_specs=results, check_vma=False)(*args)
 
 
 _WAY_OUT = "use implementation=None, which falls back to the XLA reference, or 'xla'"
@@ -133,17 +162,17 @@ def dispatch(
                 f"{implementation!r} kernels do not run on {traced_for().device_kind}; {_WAY_OUT}"
             )
         if implementation == "xla":
-            return candidates["xla"](*args, **kwargs)
+            return _reference_by_part(functools.partial(candidates["xla"], **kwargs), spread, args)
         try:
-            return _spread(functools.partial(candidates[implementation], **kwargs), spread)(*args)
+            return _kernel_by_part(functools.partial(candidates[implementation], **kwargs), spread)(*args)
         except NotImplementedError as reason:
             raise NotImplementedError(f"{operation}: {reason}; {_WAY_OUT}") from reason
     name = kernels_of_device()
     if name in candidates:
         try:
-            return _spread(functools.partial(candidates[name], **kwargs), spread)(*args)
+            return _kernel_by_part(functools.partial(candidates[name], **kwargs), spread)(*args)
         except NotImplementedError as reason:
             _warn_once(f"{reason}; using the XLA reference")
     elif name is not None:
         _warn_once(f"{operation} has no {name!r} implementation; using the XLA reference")
-    return candidates["xla"](*args, **kwargs)
+    return _reference_by_part(functools.partial(candidates["xla"], **kwargs), spread, args)

@@ -2,10 +2,10 @@
 
 Arguments placed by these functions make `jax.jit` compile the pure functions for the whole mesh. A KV head,
 its pages, its page selection and its query heads stay on one device; the only communication is the sum of the
-output projections, as in any tensor-parallel transformer; where XLA stands in for the kernels, it also
-gathers scores and numbers of pages. Call them under `jax.set_mesh(mesh)` so that kernels, which XLA cannot
-partition, know the mesh too; without it operations on pages run through XLA wherever there are several
-devices. `generate` and `score` do so by themselves.
+output projections and of the MLPs, as in any tensor-parallel transformer. Call them under
+`jax.set_mesh(mesh)`, so that operations on pages know the mesh too; without it they run through XLA wherever
+there are several devices, which gathers scores and page ids of all heads on each. `generate` and `score` do
+so by themselves.
 
 The devices of a mesh may belong to several processes, which `jax.distributed.initialize` has joined. Each of
 them then makes the same calls with the same arguments, and gets the same results.
