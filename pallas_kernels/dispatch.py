@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.settings import under_fixed_settings
@@ -84,6 +84,8 @@ def _kernel_by_part(kernel, spread):
     if mesh.manual_axes and mesh.are_all_axes_manual:
         return kernel
     if mesh.size > 1:
+        if spread is None:
+            raise NotImplementedError("what the operation is given does not say how it is spread over a mesh")
         if reason := _why_not_spread(mesh):
             raise NotImplementedError(reason)
         arguments, results = spread
@@ -98,22 +100,40 @@ def _kernel_by_part(kernel, spread):
 
 def _reference_by_part(reference, spread, args):
     """What the reference gives, each device computing its own part where the mesh divides the arguments."""
-    mesh, (arguments, results) = jax.sharding.get_abstract_mesh(), spread
-    sizes = [
-        (size, axis)
-        for spec, argument in zip(arguments, args, strict=True)
+    mesh = jax.sharding.get_abstract_mesh()
+    if spread is None or mesh.size == 1 or mesh.manual_axes or _why_not_spread(mesh):
+        return reference(*args)
+    specs, results = spread
+    arrays = [
+        (array, spec)
+        for spec, argument in zip(specs, args, strict=True)
         for array in jax.tree.leaves(argument)
-        for size, axis in zip(jnp.shape(array), spec, strict=False)
-        if axis is not None
     ]
-    if (
-        mesh.size == 1
-        or mesh.manual_axes
-        or _why_not_spread(mesh)
-        or any(size % mesh.shape[axis] for size, axis in sizes)
+    if any(
+        axis is not None and size % mesh.shape[axis]
+        for array, spec in arrays
+        for size, axis in zip(jnp.shape(array), spec, strict=False)
     ):
         return reference(*args)
-    return jax.shard_map(reference, in_specs=arguments, out_specs=results, check_vma=False)(*args)
+
+    def of_part(*parts):
+        return reference(*map(_made_anew, parts, args, specs))
+
+    # XLA crashes on parts of arrays without elements in a loop, as those of older slots of one are.
+    given = [None if _is_empty(argument) else argument for argument in args]
+    return jax.shard_map(of_part, in_specs=specs, out_specs=results, check_vma=False)(*given)
+
+
+def _is_empty(argument):
+    return isinstance(argument, jax.Array) and argument.size == 0
+
+
+def _made_anew(part, argument, spec):
+    """A device's part of an argument, made there if it has no elements."""
+    if not _is_empty(argument):
+        return part
+    mesh = jax.sharding.get_abstract_mesh()
+    return jnp.zeros(NamedSharding(mesh, spec).shard_shape(argument.shape), argument.dtype)
 
 
 _WAY_OUT = "use implementation=None, which falls back to the XLA reference, or 'xla'"
@@ -129,7 +149,7 @@ def dispatch(
     operation: str,
     implementation: str | None,
     candidates: Mapping[str, Callable[..., Any]],
-    spread: tuple[Any, Any],
+    spread: tuple[Any, Any] | None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -139,7 +159,8 @@ def dispatch(
       operation: name of the operation, for messages.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has.
       candidates: the implementations that exist, by name; `"xla"` always does.
-      spread: how arguments and results are spread over a mesh of devices, see `by_sequence`.
+      spread: how arguments and results are spread over a mesh of devices, see `by_sequence`. None: something
+        that belongs to heads is none of the arguments, so that the operation is left to XLA's partitioner.
       *args: passed on.
       **kwargs: passed on.
 
