@@ -13,6 +13,7 @@ them then makes the same calls with the same arguments, and gets the same result
 
 import functools
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,9 +65,11 @@ def check_mesh(model: ModelConfig, mesh: Mesh | AbstractMesh, batch: int) -> Non
         sizes["vocab_size"] = model.vocab_size, HEADS
     for name, (size, axis) in sizes.items():
         if size % mesh.shape[axis]:
+            common = math.gcd(*(other for other, of in sizes.values() if of == axis))
+            fitting = ", ".join(str(count) for count in range(1, common + 1) if common % count == 0)
             raise ValueError(
                 f"{name} {size} does not divide over {mesh.shape[axis]} devices of mesh axis {axis!r}; "
-                "use another mesh"
+                f"a number that fits there is one of {fitting}"
             )
 
 
@@ -98,7 +101,7 @@ def to_host(tree: Any) -> Any:
     """
 
     def whole(array):
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
             return np.asarray(multihost_utils.process_allgather(array, tiled=True))
         return np.asarray(array)
 
