@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import topologies
 
 import retro_jax as rj
+from retro_jax.compilation import SEVERAL_GPUS
 from retro_jax.experiments.machine.programs import not_cached
 from retro_jax.experiments.runs.compile import COLLECTIVES
 from retro_jax.models import ModelConfig
@@ -68,12 +69,16 @@ def test_references_sum_twice_a_layer_and_gather_nothing(mesh, config):
 def test_kernels_of_two_gpus_sum_twice_a_layer_and_gather_nothing(monkeypatch):
     for module in ("dispatch", "update.api"):
         monkeypatch.setattr(f"pallas_kernels.{module}.kernels_of_device", lambda: "mosaic_gpu")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x2")
+    linked = H100.replace("core_count", "device_interconnect_info { active_links: 18 } core_count", 1)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=linked, topology="1x1x2")
     model = dataclasses.replace(
         MODEL, num_layers=1, head_dim=128, width=256, hidden_width=256, dtype="bfloat16"
     )
     config = rj.DecodeConfig("quest", dense_layers=0, budget_tokens=64)
     with not_cached():
-        program = lowered(model, config, rj.make_mesh(1, 2, topology.devices)).compile().as_text()
+        step = lowered(model, config, rj.make_mesh(1, 2, topology.devices))
+        program = step.compile(compiler_options=SEVERAL_GPUS).as_text()
     assert len(re.findall("mosaic_gpu", program)) > 3
+    # By XLA's own choice it would be KERNEL_STRATEGY_TRITON_ONE_SHOT, which CUDA graphs cannot hold.
+    assert set(re.findall(r"KERNEL_STRATEGY_\w+", program)) == {"KERNEL_STRATEGY_DEFAULT"}
     check(program, layers=1)
