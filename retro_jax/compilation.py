@@ -1,4 +1,4 @@
-"""How programs over several devices are compiled, so that a decode step on GPUs is one CUDA graph."""
+"""How programs over several devices are compiled, so that sums over GPUs are part of CUDA graphs."""
 
 import functools
 import logging
@@ -24,7 +24,7 @@ SEVERAL_GPUS = {
     "xla_gpu_enable_command_buffer": ",".join(_CAPTURED),
 }
 """By default XLA sums small arrays over GPUs of one process by a kernel of its own, which no CUDA graph can
-hold: each layer's two sums cut the step in two. NCCL's sums become part of one graph."""
+hold: each layer's two sums cut the step. NCCL's sums can be part of its graphs."""
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
