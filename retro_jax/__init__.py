@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pallas_kernels import register_score, register_statistic
     from retro_jax.batching import generate_many
+    from retro_jax.compilation import compiler_options
     from retro_jax.config import DecodeConfig, preset
     from retro_jax.decode import Decoded, decode, teacher_force
     from retro_jax.drafts import Acceptance, VerifiedMetrics
@@ -58,6 +59,7 @@ __all__ = [
     "VerifiedDecoded",
     "VerifiedMetrics",
     "VerifiedTokens",
+    "compiler_options",
     "decode",
     "decode_step",
     "extend",
@@ -88,6 +90,7 @@ _NAMES = {
     "pallas_kernels": ("register_score", "register_statistic"),
     "retro_jax.models": ("Model", "load_model", "save_model"),
     "retro_jax.batching": ("generate_many",),
+    "retro_jax.compilation": ("compiler_options",),
     "retro_jax.config": ("DecodeConfig", "preset"),
     "retro_jax.decode": ("Decoded", "decode", "teacher_force"),
     "retro_jax.drafts": ("Acceptance", "VerifiedMetrics"),

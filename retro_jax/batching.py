@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from retro_jax.cache import StepMetrics
+from retro_jax.compilation import JitForMesh
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import Decoded, decode
 from retro_jax.inputs import NonFiniteLogits, Prompt, check_stop, check_stop_tokens
@@ -22,9 +23,11 @@ from retro_jax.sharding import check_processes_agree, new_state, to_host, under_
 from retro_jax.sizes import MIN_CHUNK, batch_rows, cache_capacity, newcomer_rows, program_length
 from retro_jax.slots import insert, read
 
-_read = jax.jit(read, static_argnames=("model", "config", "sampling"), donate_argnames="state")
+_read = JitForMesh(read, static_argnames=("model", "config", "sampling"), donate_argnames="state")
 _insert = jax.jit(insert, donate_argnames="state")
-_decode = jax.jit(decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state")
+_decode = JitForMesh(
+    decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state"
+)
 _keys = jax.jit(sequence_keys, static_argnames=("sampling", "batch"))
 
 

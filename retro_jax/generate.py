@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from retro_jax.compilation import JitForMesh
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import decode, negative_log_likelihood
 from retro_jax.drafts import Acceptance, VerifiedMetrics
@@ -34,9 +35,11 @@ from retro_jax.verify import check_verify, verified_decode
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("prefill" or "decode"), the tokens done and their total."""
 
-_extend = jax.jit(extend, static_argnames=("model", "config"), donate_argnames="state")
-_decode = jax.jit(decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state")
-_verified_decode = jax.jit(
+_extend = JitForMesh(extend, static_argnames=("model", "config"), donate_argnames="state")
+_decode = JitForMesh(
+    decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state"
+)
+_verified_decode = JitForMesh(
     verified_decode,
     static_argnames=("model", "config", "rounds", "k", "sampling"),
     donate_argnames="state",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.budget import Budget, largest
+from retro_jax.compilation import JitForMesh
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.generate import Progress, run_prefill
@@ -17,7 +18,7 @@ from retro_jax.models import Model
 from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
 from retro_jax.sizes import MIN_STEPS, batch_rows, program_length
 
-_teacher_force = jax.jit(teacher_force, static_argnames=("model", "config"), donate_argnames="state")
+_teacher_force = JitForMesh(teacher_force, static_argnames=("model", "config"), donate_argnames="state")
 
 TokenIds = np.ndarray | Sequence[int] | Sequence[np.ndarray] | Sequence[Sequence[int]]
 

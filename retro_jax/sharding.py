@@ -2,10 +2,10 @@
 
 Arguments placed by these functions make `jax.jit` compile the pure functions for the whole mesh. A KV head,
 its pages, its page selection and its query heads stay on one device; the only communication is the sum of the
-output projections, as in any tensor-parallel transformer; where XLA stands in for the kernels, it also
-gathers scores and numbers of pages. Call them under `jax.set_mesh(mesh)` so that kernels, which XLA cannot
-partition, know the mesh too; without it operations on pages run through XLA wherever there are several
-devices. `generate` and `score` do so by themselves.
+output projections and of the MLPs, as in any tensor-parallel transformer. Call them under
+`jax.set_mesh(mesh)`, so that operations on pages know the mesh too; without it they run through XLA wherever
+there are several devices, which gathers scores and page ids of all heads on each. `generate` and `score` do
+so by themselves.
 
 The devices of a mesh may belong to several processes, which `jax.distributed.initialize` has joined. Each of
 them then makes the same calls with the same arguments, and gets the same results.
@@ -13,6 +13,7 @@ them then makes the same calls with the same arguments, and gets the same result
 
 import functools
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,9 +65,11 @@ def check_mesh(model: ModelConfig, mesh: Mesh | AbstractMesh, batch: int) -> Non
         sizes["vocab_size"] = model.vocab_size, HEADS
     for name, (size, axis) in sizes.items():
         if size % mesh.shape[axis]:
+            common = math.gcd(*(other for other, of in sizes.values() if of == axis))
+            fitting = ", ".join(str(count) for count in range(1, common + 1) if common % count == 0)
             raise ValueError(
                 f"{name} {size} does not divide over {mesh.shape[axis]} devices of mesh axis {axis!r}; "
-                "use another mesh"
+                f"a number that fits there is one of {fitting}"
             )
 
 
@@ -98,7 +101,7 @@ def to_host(tree: Any) -> Any:
     """
 
     def whole(array):
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
             return np.asarray(multihost_utils.process_allgather(array, tiled=True))
         return np.asarray(array)
 

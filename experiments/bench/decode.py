@@ -3,7 +3,7 @@
 The contestants take turns, a few steps each, in an order that rotates, so that whatever else the machine does
 meets all of them. Times are wall time of single steps, the token on the host; ratios are medians over rounds.
 Beside them stands the limit: what the bytes of weights and cache that a step must read take at the bandwidth
-that the device reads with in the same run.
+that a device reads with in the same run; each of several reads its own part.
 """
 
 import os
@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from retro_jax import DecodeConfig, Model, decode, decode_step, init_state
+from retro_jax import DecodeConfig, Model, decode, decode_step
+from retro_jax.compilation import JitForMesh
 from retro_jax.drafts import weight_bytes
 from retro_jax.experiments.bench.bandwidth import read_bandwidth
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.decode_processes import folder_of_processes, torch_step, transformers
+from retro_jax.experiments.bench.limits import dense_kv_bytes, limit_ms
 from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.progress import Progress
@@ -37,7 +38,7 @@ from retro_jax.experiments.pictures.words import counted, shortened
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
 from retro_jax.presets import preset_fields
-from retro_jax.sharding import mesh_of
+from retro_jax.sharding import mesh_of, new_state, to_host
 
 WARM_UP_STEPS = 3
 
@@ -68,13 +69,13 @@ class Contestant(Protocol):
         ...
 
 
-@partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
-def _step(params, model, config, state, tokens):
+def _greedy(params, model, config, state, tokens):
     state, logits = decode_step(params, model, config, state, tokens)
     return state, jnp.argmax(logits, -1).astype(jnp.int32)
 
 
-_scan = jax.jit(decode, static_argnames=("model", "config", "steps"), donate_argnames="state")
+_step = JitForMesh(_greedy, static_argnames=("model", "config"), donate_argnames="state")
+_scan = JitForMesh(decode, static_argnames=("model", "config", "steps"), donate_argnames="state")
 
 
 class Ours:
@@ -99,7 +100,7 @@ class Ours:
         progress: Callable[[str, int, int], None],
     ):
         self.name, self._model, self._config = name, model, config
-        state = init_state(model.config, config, len(ids), capacity)
+        state = new_state(model.config, config, len(ids), capacity)
         self._state, logits = run_prefill(
             model, config, state, list(ids), lambda stage, *counts: progress(f"{name}: {stage}", *counts)
         )
@@ -108,13 +109,13 @@ class Ours:
     @property
     def kv_bytes(self) -> float:
         """As `Contestant`, of the latest step."""
-        return float(np.mean(self._state.metrics.kv_bytes))
+        return float(np.mean(to_host(self._state.metrics.kv_bytes)))
 
     @property
     def expert_bytes(self) -> float | None:
         """As `Contestant`, of the latest step."""
         read = self._state.metrics.expert_bytes
-        return None if read is None else float(np.sum(read))
+        return None if read is None else float(np.sum(to_host(read)))
 
     def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
         """As `Contestant`."""
@@ -124,7 +125,7 @@ class Ours:
             self._state, self._tokens = _step(
                 self._model.params, self._model.config, self._config, self._state, self._tokens
             )
-            values = np.asarray(self._tokens)
+            values = to_host(self._tokens)
             milliseconds.append((time.perf_counter() - start) * 1e3)
             tokens.append(values.tolist())
         return milliseconds, tokens
@@ -147,8 +148,8 @@ class BenchDecode(BenchDecodeFlags):
         configs = self.configurations()
         load = os.getloadavg()[0]
         capacity = self._capacity(max(self.contexts))
-        bandwidth = max(read_bandwidth(self.ceiling_bytes, calls=10, warm_up=2).values())
         model = self.load(list(configs.values()), self.batch, capacity, together=True)
+        bandwidth = max(read_bandwidth(self.ceiling_bytes, calls=10, warm_up=2).values())
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             measured = [
                 self._measure(model, configs, context, bandwidth, progress) for context in self.contexts
@@ -157,6 +158,8 @@ class BenchDecode(BenchDecodeFlags):
             "model": self.model,
             "dtype": model.config.dtype,
             "batch": self.batch,
+            "data_devices": self.data_devices,
+            "model_devices": self.model_devices,
             "configs": {name: asdict(config) for name, config in configs.items()},
             "weight_bytes": int(weight_bytes(model.params, model.config, tokens=0)),
             "ceiling_gb_per_s": bandwidth,
@@ -166,7 +169,7 @@ class BenchDecode(BenchDecodeFlags):
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "provenance": provenance(),
         }
-        if self.out is not None:
+        if self.out is not None and jax.process_index() == 0:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.out, values)
             for name, picture in latency_pictures(values, self.out.stem).items():
@@ -186,6 +189,11 @@ class BenchDecode(BenchDecodeFlags):
         if self.out is not None and self.out.suffix != ".json":
             raise ValueError(f"--out {self.out} is no JSON file; name it *.json")
         check_new(self.out)
+        if self.batch % self.data_devices:
+            over = f"--data-devices {self.data_devices}"
+            raise ValueError(f"--batch {self.batch} does not divide over {over}; use a multiple")
+        if self.data_devices * self.model_devices > 1 and (self.reference or self.torch):
+            raise ValueError("--reference and --torch decode on one device; leave them or the devices out")
         if self.reference and "full" not in self.methods:
             raise ValueError("--reference is compared with full attention; add full to --methods")
         methods = {}
@@ -243,9 +251,8 @@ class BenchDecode(BenchDecodeFlags):
                 bytes_read = dense_kv_bytes(model, capacity)
             row["limit_ms"] = None
             if bytes_read is not None:
-                weights = weight_bytes(model.params, model.config, tokens=0)
-                weights += of_experts[contestant.name] or 0
-                row["limit_ms"] = (weights + self.batch * bytes_read) / bandwidth / 1e6
+                experts = of_experts[contestant.name]
+                row["limit_ms"] = limit_ms(model, self.batch, bytes_read, experts, bandwidth)
         return {
             "context": context,
             "contestants": rows,
@@ -254,13 +261,6 @@ class BenchDecode(BenchDecodeFlags):
             "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
             "milliseconds": milliseconds,
         }
-
-
-def dense_kv_bytes(model: Model, tokens: int) -> int:
-    """Returns the bytes of so many tokens' keys and values."""
-    config = model.config
-    item = jnp.dtype(config.dtype).itemsize
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item * tokens
 
 
 def scan_times(contestants: Sequence[Contestant], rounds: int, steps: int) -> dict[str, float]:
@@ -315,13 +315,13 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 
 def speed_report(values: dict) -> str:
     """Returns the results of every context as Markdown."""
-    parts = []
+    parts, devices = [], values["data_devices"] * values["model_devices"]
     for measured in values["contexts"]:
         chosen = [row["expert_bytes"] for row in measured["contestants"].values() if "expert_bytes" in row]
         parts.append(
             f"{measured['context']} tokens of context; the limit is {values['weight_bytes'] / 1e9:.3g} GB of "
             f"weights{', the chosen experts' * bool(chosen)} and what is read of the cache, at "
-            f"{values['ceiling_gb_per_s']:.4g} GB/s"
+            f"{values['ceiling_gb_per_s']:.4g} GB/s{f' on each of {devices} devices' * (devices > 1)}"
         )
         parts.append(speed_table(measured["contestants"], values["batch"]))
         if measured["reference"]:

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from retro_jax.experiments.io.flags import Command, NoPrefix, common_flags
+from retro_jax.experiments.io.flags import NoPrefix, OverDevices, common_flags
 
 CommonFlags = common_flags("method", "window")
 
 
 @dataclass(kw_only=True)
-class BenchDecodeFlags(Command):
+class BenchDecodeFlags(OverDevices):
     """Measure the speed of decoding: methods take turns in one run, for each length of the context.
 
     Greedy, from a context of random tokens. Times are medians of single steps, ratios medians over rounds.

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Annotated
 
 from retro_jax.experiments.compare.sweep import VARIED, Sweep
-from retro_jax.experiments.io.flags import Flag, NoPrefix, TextCommand, common_flags
+from retro_jax.experiments.io.flags import Flag, NoPrefix, OverDevices, TextCommand, common_flags
 from retro_jax.experiments.io.progress import Progress
 
 CommonFlags = common_flags(*VARIED)
 
 
 @dataclass(kw_only=True)
-class Compare(TextCommand):
+class Compare(OverDevices, TextCommand):
     """Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.
 
     Writes a table, JSON and pictures, and each run's value for every token. Each run is saved when it is
@@ -41,6 +41,8 @@ class Compare(TextCommand):
         name = f"compare-{Path(self.model).name.replace(':', '-')}"
         folder = ComparisonFolder(self.out or Path("runs") / f"{name}-{digest(what)[:8]}", what)
         runs = compare(model, texts, configs, folder, Progress, budgets_together=self.budgets_together)
+        if not runs:
+            return  # another process has them
         report = comparison_report(what, runs, self.bin_tokens)
         values = summary(what, runs, self.bin_tokens)
         pictures = comparison_pictures(what, runs)

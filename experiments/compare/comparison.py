@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 
+import jax
 import numpy as np
 
 from retro_jax import DecodeConfig, Model, score
@@ -66,6 +67,8 @@ def compare(
 ) -> list[Run]:
     """Runs every configuration that the folder does not have yet, and returns all runs in it.
 
+    Of several processes the first alone writes, and returns them; they all see the same folder.
+
     Args:
         model: the model.
         texts: scored together as one batch, so that the weights are read once for all of them.
@@ -74,6 +77,7 @@ def compare(
         progress: given a run's title, makes what shows its progress.
         budgets_together: whether configurations that differ in their budgets only are one batch.
     """
+    first = jax.process_index() == 0
     missing = [config for config in configs if not folder.has(run_name(config))]
     groups: dict[object, list[DecodeConfig]] = {}
     for number, config in enumerate(missing):
@@ -92,11 +96,11 @@ def compare(
                 progress=show,
             )
             seconds = (time.perf_counter() - start) / len(group)
-            for index, config in enumerate(group):
+            for index, config in enumerate(group if first else ()):
                 own = result.of(slice(index * count, (index + 1) * count))
                 folder.save(config, own, seconds, provenance())
         release()  # the next group's programs are other ones
-    return folder.runs()
+    return folder.runs() if first else []
 
 
 def rows(

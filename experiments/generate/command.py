@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Self
 import tyro
 
 from retro_jax.experiments.io.flags import (
-    Command,
     Configured,
     Flag,
+    OverDevices,
     SamplingArguments,
     SamplingFlags,
 )
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Generate(Configured, Command):
+class Generate(Configured, OverDevices):
     """Continue prompts, or chat, with full attention, Quest or RetroAttention.
 
     The text goes to stdout as it is generated (several prompts: when all are finished), a summary to stderr.
@@ -121,6 +121,8 @@ class Generate(Configured, Command):
         from retro_jax.models.formats.checkpoint import check_new
 
         talks = self.chat and not (self.prompt or self.prompt_file or self.token_ids)
+        if self.distributed and (talks or self.prompts):
+            raise ValueError("--distributed can be used with --prompt, --prompt-file and --token-ids only")
         for name, folder in (("--save-state", self.save_state), ("--state", self.state)):
             if folder and (self.prompts or self.out):
                 raise ValueError(f"{name} cannot be given with --prompts, whose command goes on by itself")
@@ -202,7 +204,6 @@ class Generate(Configured, Command):
         before: str = "",
     ) -> "tuple[Generation, Rates]":
         from retro_jax import generate
-        from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.inputs import prompt_ids
         from retro_jax.sizes import batch_rows, cache_capacity
 
@@ -212,7 +213,7 @@ class Generate(Configured, Command):
         if previous is None:
             prompts = [prompt_ids(model, prompt, index, True) for index, prompt in enumerate(prompts)]
             room = capacity or cache_capacity(max(map(len, prompts)) + self.max_new_tokens)
-            check_memory(model.config, [config], batch_rows(len(prompts)), room, loaded=True)
+            self.check_memory(model.config, [config], batch_rows(len(prompts)), room, loaded=True)
         with Progress() as show:
             rates, unshown = Rates(show), iter([before])
 
@@ -245,7 +246,6 @@ class Generate(Configured, Command):
         """Replies to the prompts of a file that its replies' file does not have yet."""
         from retro_jax.experiments.generate.many import Work, check_out, read_prompts, reply_to, token_ids
         from retro_jax.experiments.io.provenance import provenance
-        from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.score_files import score_digest
         from retro_jax.sizes import cache_capacity, newcomer_rows
 
@@ -266,7 +266,7 @@ class Generate(Configured, Command):
         ids = token_ids(model, lines, self.chat, self.capacity)
         needed = max(len(ids[line.id]) + line.max_new_tokens for line in lines)
         capacity = self.capacity or cache_capacity(needed, model.config.max_positions)
-        check_memory(model.config, [config], rows, capacity, loaded=True)
+        self.check_memory(model.config, [config], rows, capacity, loaded=True)
         asked = {
             "model": self.model,
             "dtype": model.config.dtype,

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict, dataclass
 
-from retro_jax.experiments.io.flags import Configured, TextCommand
+from retro_jax.experiments.io.flags import Configured, OverDevices, TextCommand
 from retro_jax.experiments.io.progress import Progress, Rates
 
 
 @dataclass(kw_only=True)
-class Score(Configured, TextCommand):
+class Score(Configured, OverDevices, TextCommand):
     """Measure how likely a model finds a text when one method decodes along it.
 
     Prints mean negative log-likelihood (nats per token), perplexity, and both by position.

@@ -1,11 +1,15 @@
 """Flags that several commands share. Reading and showing them starts no JAX."""
 
 import argparse
+import contextlib
+import functools
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import tyro
 
@@ -15,8 +19,11 @@ from retro_jax.fields import DecodeFields, SamplingFields
 from retro_jax.presets import EARLIER_NAMES, PRESETS, preset_fields
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from retro_jax import DecodeConfig, Model, Sampling
     from retro_jax.experiments.io.text import Texts
+    from retro_jax.models.config import ModelConfig
 
 Flag = tyro.conf.FlagCreatePairsOff
 Hidden = tyro.conf.Suppress
@@ -119,11 +126,17 @@ class Command(Output):
     """Branch, tag or commit of a hub model."""
     learned: Path | None = None
     """Folder that `retro-jax learn` has written for this model; what --score learned selects pages by."""
+    data_devices: ClassVar[int] = 1
+    model_devices: ClassVar[int] = 1
+
+    def mesh(self) -> "Mesh | None":
+        """Returns the devices that the model lies on; None: the default one."""
+        return None
 
     def load(
         self, configs: "Sequence[DecodeConfig]", batch: int, capacity: int, *, together: bool = False
     ) -> "Model":
-        """Reads the model, after downloading it where it is not cached.
+        """Reads the model, after downloading it where it is not cached, onto its devices.
 
         Args:
           configs: how it will decode.
@@ -132,25 +145,99 @@ class Command(Output):
           together: whether the caches of all configurations are held at once.
 
         Raises:
-          ValueError: JAX does not start, or it does not fit the memory; told before the model is read
-            where its name or its config.json tells its size.
+          ValueError: JAX does not start, or the model does not divide over the devices or fit their memory;
+            told before the model is read where its name or its config.json tells its size.
         """
+        import jax
+
         from retro_jax import load_model
         from retro_jax.experiments.io.models import check_learned, known_model, with_score
         from retro_jax.experiments.machine.compile_cache import keep_programs
         from retro_jax.experiments.machine.devices import local_devices
-        from retro_jax.experiments.machine.memory import check_memory
+        from retro_jax.sharding import params_on, shard_params
 
         check_learned(self.learned, configs)
+        mesh = self.mesh()
         local_devices()
+        fits = functools.partial(self.check_memory, together=together)
         if known := known_model(self.model, self.dtype):
-            check_memory(known, configs, batch, capacity, together=together)
-        with Progress() as progress:
-            model = load_model(self.model, dtype=self.dtype, revision=self.revision, progress=progress)
+            fits(known, configs, batch, capacity)
+        late = self.learned is not None  # a score is computed with weights that lie whole
+        host = contextlib.nullcontext()
+        if mesh is not None:
+            host = jax.default_device(jax.local_devices(backend="cpu")[0])
+        with Progress() as progress, host:
+            model = load_model(
+                self.model,
+                dtype=self.dtype,
+                revision=self.revision,
+                progress=progress,
+                shardings=None if mesh is None or late else params_on(mesh),
+            )
+            model = with_score(model, self.learned)
+        if mesh is not None and late:
+            model = replace(model, params=shard_params(model.params, model.config, mesh))
         keep_programs()
         if not known:
-            check_memory(model.config, configs, batch, capacity, loaded=True, together=together)
-        return with_score(model, self.learned)
+            fits(model.config, configs, batch, capacity, loaded=True)
+        return model
+
+    def check_memory(
+        self,
+        model: "ModelConfig",
+        configs: "Sequence[DecodeConfig]",
+        batch: int,
+        capacity: int,
+        *,
+        loaded: bool = False,
+        together: bool = False,
+    ) -> None:
+        """Raises ValueError if it does not fit the memory of the model's devices, or divide over them.
+
+        Args:
+          model: its sizes.
+          configs: how it will decode.
+          batch: rows of the state, which are filled up to a multiple of the devices.
+          capacity: tokens of each that the cache holds.
+          loaded: whether the weights lie in memory already.
+          together: whether the caches of all configurations are held at once.
+        """
+        from retro_jax.experiments.machine.memory import check_memory
+
+        check_memory(
+            model,
+            configs,
+            -(-batch // self.data_devices) * self.data_devices,
+            capacity,
+            loaded=loaded,
+            together=together,
+            data_devices=self.data_devices,
+            model_devices=self.model_devices,
+        )
+
+
+@dataclass(kw_only=True)
+class OverDevices(Command):
+    """A command on one model, which may be spread over several devices."""
+
+    data_devices: int = 1
+    """Devices over which sequences are spread."""
+    model_devices: int = 1
+    """Devices over which KV heads and weights are spread."""
+    distributed: Flag[bool] = False
+    """Spread the model over the devices of all processes in which the command was started (by srun, mpirun,
+    on each host of a TPU slice); the first alone prints and writes."""
+
+    def mesh(self) -> "Mesh | None":
+        """Returns the devices that the flags name; from then on processes but the first print no results."""
+        import jax
+
+        from retro_jax.experiments.machine.mesh import mesh_of_flags
+
+        found = mesh_of_flags(self.data_devices, self.model_devices, distributed=self.distributed)
+        if jax.process_index():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 until the process ends
+        return found
 
 
 @dataclass(kw_only=True)
@@ -205,7 +292,6 @@ class TextCommand(Command):
           ValueError: the texts are not as the flags say, or do not fit the memory.
         """
         from retro_jax.experiments.io.text import Texts, check_sources, read_tokens
-        from retro_jax.experiments.machine.memory import check_memory
         from retro_jax.sizes import batch_rows, cache_capacity
 
         def sizes(texts: int, tokens: int) -> tuple[int, int]:
@@ -217,7 +303,7 @@ class TextCommand(Command):
         model = self.load(configs, *sizes(max(len(self.text), 1), max(least, 1)))
         ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
         texts = Texts(names, ids, self.prompt_tokens)
-        check_memory(model.config, configs, *sizes(*ids.shape), loaded=True)
+        self.check_memory(model.config, configs, *sizes(*ids.shape), loaded=True)
         return model, texts
 
 

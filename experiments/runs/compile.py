@@ -2,7 +2,7 @@
 
 No weights are loaded and no cache is allocated. On simulated devices of a CPU, arguments, outputs and aliases
 are those of any device; temporary memory is that of XLA's compiler for CPUs, and where kernels would run the
-references do, which exchange scores and numbers of pages that kernels keep on their device.
+references do, which exchange as little.
 """
 
 import contextlib

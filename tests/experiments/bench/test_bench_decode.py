@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from retro_jax.experiments.bench.decode import (
     BenchDecode,
     agreement,
     results,
+    speed_report,
     speed_table,
     take_turns,
 )
@@ -116,6 +118,34 @@ def test_the_limit_has_the_weights_of_chosen_experts_only(json_command, monkeypa
     assert row["limit_ms"] == pytest.approx(read / values["ceiling_gb_per_s"] / 1e6)
     table = speed_table({"full": row | {"time_over": {"full": 1.0}}}, batch=2)
     assert "experts GB/step" in table
+
+
+def test_each_of_several_devices_reads_its_part(json_command, monkeypatch):
+    config = ModelConfig("halves", 64, 1, 2, 2, 8, 16, 16, max_positions=128)
+    monkeypatch.setitem(SIZES, "halves", config)
+    flags = ("--methods", "full", "--page-size", 8, "--no-scan", "--batch", 2)
+    values = json_command(
+        "bench", "decode", "random:halves", *SHORT, *flags, "--data-devices", 2, "--model-devices", 2
+    )
+    row = values["contexts"][0]["contestants"]["full"]
+    norms = 4 * 3 * config.width  # of float32, on every device
+    read = norms + (values["weight_bytes"] - norms) / 2 + row["kv_bytes"] / 2
+    assert row["limit_ms"] == pytest.approx(read / values["ceiling_gb_per_s"] / 1e6)
+    assert "GB/s on each of 4 devices" in speed_report(values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    (
+        (("--data-devices", 2), "--batch 1 does not divide over --data-devices 2; use a multiple"),
+        (("--model-devices", 2, "--torch", "python"), "--reference and --torch decode on one device"),
+        (("--model-devices", 4), "num_kv_heads 2 does not divide over 4 devices .* one of 1, 2"),
+        (("--model-devices", 8), "ask for 8 devices, this process has 4"),
+    ),
+)
+def test_devices_that_do_not_fit_are_refused_before_anything_is_loaded(failure, monkeypatch, flags, said):
+    monkeypatch.setattr("retro_jax.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    assert re.search(said, failure("bench", "decode", "random:tiny", *SHORT, *flags))
 
 
 def test_all_methods_and_windows_can_take_turns():

@@ -1,0 +1,84 @@
+"""What devices that share a model exchange in one decode step: two sums a layer, as in any transformer."""
+
+import dataclasses
+import re
+from collections import Counter
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+import retro_jax as rj
+from retro_jax.compilation import SEVERAL_GPUS
+from retro_jax.experiments.machine.programs import not_cached
+from retro_jax.experiments.runs.compile import COLLECTIVES
+from retro_jax.models import ModelConfig
+from retro_jax.sharding import abstract_arguments
+from tests.pallas_kernels.gpu.test_compile import H100
+
+MODEL = ModelConfig(
+    name="two",
+    vocab_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    width=32,
+    hidden_width=64,
+    max_positions=256,
+    dtype="float32",
+)
+PAGES = {"page_size": 8, "budget_tokens": 32}
+EXCHANGED = rf" ({'|'.join(COLLECTIVES)})(?:-start)?\("
+
+
+def exchanged(program: str) -> Counter[str]:
+    """How many collectives of each kind a compiled program has; one may sum arrays of several places."""
+    return Counter(re.findall(EXCHANGED, program))
+
+
+def check(program: str, layers: int) -> None:
+    """Every collective is a sum: two a layer, and one of what the metrics count, which may go along."""
+    found = exchanged(program)
+    assert set(found) == {"all-reduce"}
+    assert 2 * layers <= found["all-reduce"] <= 2 * layers + 1
+
+
+def lowered(model: ModelConfig, config: rj.DecodeConfig, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """A step of two sequences, from shapes alone."""
+    with jax.set_mesh(mesh):
+        params, state = abstract_arguments(model, config, mesh, 2, 256)
+        step = jax.jit(rj.decode_step, static_argnames=("model", "config"), donate_argnames="state")
+        return step.lower(params, model, config, state, jax.ShapeDtypeStruct((2,), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "config"),
+    (
+        ((2, 2), rj.DecodeConfig("retro", group_reduce="mass", anchor_every=2, dense_layers=1, **PAGES)),
+        ((1, 2), rj.preset("mean-key", method="retro", window=3, residual_pages=2, dense_layers=1, **PAGES)),
+    ),
+)
+def test_references_sum_twice_a_layer_and_gather_nothing(mesh, config):
+    check(lowered(MODEL, config, rj.make_mesh(*mesh)).compile().as_text(), MODEL.num_layers)
+
+
+@pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs the packages of cuda-compiler.txt")
+def test_kernels_of_two_gpus_sum_twice_a_layer_and_gather_nothing(monkeypatch):
+    for module in ("dispatch", "update.api"):
+        monkeypatch.setattr(f"pallas_kernels.{module}.kernels_of_device", lambda: "mosaic_gpu")
+    linked = H100.replace("core_count", "device_interconnect_info { active_links: 18 } core_count", 1)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=linked, topology="1x1x2")
+    model = dataclasses.replace(
+        MODEL, num_layers=1, head_dim=128, width=256, hidden_width=256, dtype="bfloat16"
+    )
+    config = rj.DecodeConfig("quest", dense_layers=0, budget_tokens=64)
+    with not_cached():
+        step = lowered(model, config, rj.make_mesh(1, 2, topology.devices))
+        program = step.compile(compiler_options=SEVERAL_GPUS).as_text()
+    assert len(re.findall("mosaic_gpu", program)) > 3
+    # By XLA's own choice it would be KERNEL_STRATEGY_TRITON_ONE_SHOT, which CUDA graphs cannot hold.
+    assert set(re.findall(r"KERNEL_STRATEGY_\w+", program)) == {"KERNEL_STRATEGY_DEFAULT"}
+    check(program, layers=1)
