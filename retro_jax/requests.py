@@ -115,6 +115,8 @@ class Pending:
     def __init__(self, index: int, ids: np.ndarray, max_new_tokens: int, key: np.ndarray | None = None):
         self.index, self.ids, self.max_new_tokens, self.key = index, ids, max_new_tokens, key
         self.logprobs, self.metrics = [], []
+        self.shared, self.ends_run = 0, False
+        """First tokens that it shares with its run (`beginnings.runs`), and whether it is the last of it."""
 
     def begin(self, model: Model, stop_tokens: Sequence[int], stop: Sequence[str]) -> None:
         """Nothing has been generated yet; says what will end it."""

@@ -16,7 +16,7 @@ from retro_jax.experiments.io.text import text_tokens
 from retro_jax.experiments.machine.memory import check_memory
 from retro_jax.experiments.machine.programs import release
 from retro_jax.presets import preset_fields
-from retro_jax.sizes import batch_rows, cache_capacity, newcomer_rows
+from retro_jax.sizes import cache_capacity, held_rows
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class BenchThroughput(BenchThroughputFlags):
     def run(self) -> None:
         """Runs each method with each number of slots, both ways, and prints the table."""
         configs = self.configurations()
-        most, rows = max(self.slots), batch_rows(max(self.slots))
-        rows = max(rows, most + newcomer_rows(most))
+        rows = held_rows(max(self.slots))
         model = self.load(
             list(configs.values()), rows, cache_capacity(self.prompt_tokens[1] + self.reply_tokens[1])
         )

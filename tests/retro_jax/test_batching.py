@@ -57,6 +57,11 @@ def on_two_devices():
     before = [program._cache_size() for program in PROGRAMS]
     found = tuple(rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings))
     assert [program._cache_size() - old for program, old in zip(PROGRAMS, before, strict=True)] == [1, 1, 1]
+    begun = [np.concatenate([np.tile(PROMPTS[1], 2), PROMPTS[index]]) for index in (0, 2)]
+    alike = in_order(rj.generate_many(sharded, begun, CONFIGS["snapkv"], 5, **settings))
+    single = [next(rj.generate_many(sharded, [each], CONFIGS["snapkv"], 5, **settings)) for each in begun]
+    assert [reply.tokens for reply in alike] == [reply.tokens for reply in single]
+    assert [program._cache_size() - old for program, old in zip(PROGRAMS, before, strict=True)] == [1, 1, 1]
     return found
 
 
@@ -112,6 +117,30 @@ def test_a_reply_depends_on_no_other():
     alone = list(many(asked[2:3], config, 5, sampling=DRAWN))
     assert alone[0].tokens == expected[2].tokens
     assert [program._cache_size() for program in PROGRAMS] == compiled
+
+
+def test_what_prompts_begin_with_is_read_once(monkeypatch):
+    head, other = (np.random.default_rng(seed).integers(0, VOCAB, 70) for seed in (1, 2))
+    alike = [np.concatenate([head, end]) for end in ([3], PROMPTS[2], [5, 6])]
+    prompts = [*alike, PROMPTS[0], other, other]
+    keys, config, read = sequence_keys(DRAWN, len(prompts)), CONFIGS["retro"], []
+    requests = [rj.Request(prompt, 7, key) for prompt, key in zip(prompts, keys, strict=True)]
+
+    def spied(*arguments):
+        read.append(int(arguments[5].sum()))
+        return program(*arguments)
+
+    program = batching._read
+    monkeypatch.setattr(batching, "_read", spied)
+    found = in_order(many(requests, config, 5, sampling=DRAWN))
+    assert read == [16, 16, 16, 16, 6, 1, 16, 1, 2, 3, 16, 16, 16, 16, 5, 1, 1]
+    for reply, request in zip(found, requests, strict=True):
+        (alone,) = many([request], config, 5, sampling=DRAWN)
+        assert reply.tokens == alone.tokens and reply.prompt_tokens == alone.prompt_tokens
+        np.testing.assert_allclose(reply.logprobs, alone.logprobs, atol=10 * ATOL)
+    read.clear()
+    list(many(iter(requests[:2]), config, 5, sampling=DRAWN))
+    assert sum(read) == sum(map(len, prompts[:2]))  # an iterator does not tell what comes
 
 
 @pytest.mark.parametrize("bad", ([], [VOCAB], [1] * CAPACITY, "error"))
