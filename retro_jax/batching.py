@@ -16,7 +16,7 @@ from retro_jax.beginnings import runs
 from retro_jax.cache import StepMetrics
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import Decoded, decode
-from retro_jax.inputs import NonFiniteLogits, Prompt, check_stop, check_stop_tokens
+from retro_jax.inputs import NonFiniteLogits, Prompt, check_stop, check_stop_tokens, check_whole
 from retro_jax.models import Model
 from retro_jax.requests import Pending, Reply, Request, check_request
 from retro_jax.sampling import KEY_KIND, Sampling, sequence_keys
@@ -83,7 +83,7 @@ def generate_many(
         positions together with its new tokens. Or a number is below 1, slots do not divide over the mesh,
         `stop` has an empty string or the model no tokenizer for it, the capacity is not within the model's
         positions or not known, or the processes of a mesh disagree.
-      TypeError: prompts are a single one, token ids are not whole numbers, or a key is none.
+      TypeError: prompts are a single one, token ids or numbers are not whole, or a key is none.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Reply up to there.
     """
     _agree(
@@ -96,11 +96,9 @@ def generate_many(
     )
     if isinstance(prompts, str | Request):
         raise TypeError("prompts must be a list or an iterator; put a single prompt in brackets")
-    for name, number in (("slots", slots), ("steps_per_call", steps_per_call)):
-        if number < 1:
-            raise ValueError(f"{name} {number} must be at least 1")
+    check_whole(max_new_tokens=max_new_tokens, slots=slots, capacity=capacity, steps_per_call=steps_per_call)
     positions, chunk = model.config.max_positions, config.prefill_chunk
-    if capacity is not None and not 1 <= capacity <= positions:
+    if capacity is not None and capacity > positions:
         raise ValueError(
             f"capacity {capacity} is not within 1..{positions}, the positions of {model.config.name}"
         )

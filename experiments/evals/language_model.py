@@ -18,6 +18,7 @@ from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
 from retro_jax.experiments.machine.memory import check_memory
+from retro_jax.inputs import check_whole
 from retro_jax.sampling import KEY_KIND
 from retro_jax.sizes import cache_capacity, held_rows
 
@@ -79,9 +80,7 @@ class RetroJaxLM(TemplateLM):
             raise ValueError(
                 f"max_length {max_length} is not within 2..{positions}, the positions of {model.config.name}"
             )
-        for name, number in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
-            if number < 1:
-                raise ValueError(f"{name} {number} must be at least 1")
+        check_whole(batch_size=batch_size, max_gen_toks=max_gen_toks)
         self.model, self.config, self.mode = model, config, mode
         self.batch_size, self.max_gen_toks, self.seed = batch_size, max_gen_toks, seed
         self.max_length = positions if max_length is None else max_length

@@ -81,17 +81,13 @@ def likelihoods(
       mode: "decode": from the last token of the context on, each token is one decode step, so that the method
         decides about every token that is scored; what comes before is read densely, as a prompt is.
         "prefill": everything is read by dense passes, in which no method has a say.
-      batch_size: contexts that are read together, and continuations that are scored together.
+      batch_size: at least 1; contexts that are read together, and continuations that are scored together.
 
     Raises:
       ValueError: a context or a continuation is empty, there are more tokens than the model has positions,
-        the mode is unknown, the batch is empty or does not fit the memory.
+        or the batch does not fit the memory.
       NonFiniteLogits: a logit was NaN or infinite.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
     if not pairs:
         return
     for index, pair in enumerate(pairs):

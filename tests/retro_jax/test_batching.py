@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -186,7 +187,7 @@ def test_logits_that_are_not_finite_end_their_reply_alone(at):
         (
             {"prompts": [[1], rj.Request([1], 0)]},
             ValueError,
-            "max_new_tokens 0 of prompt 1 must be at least 1",
+            "prompt 1: max_new_tokens 0 must be at least 1",
         ),
         (
             {"prompts": [[1], rj.Request([1], 128)]},
@@ -208,11 +209,19 @@ def test_logits_that_are_not_finite_end_their_reply_alone(at):
         ({"capacity": 300}, ValueError, r"capacity 300 is not within 1\.\.256"),
         ({"slots": 0}, ValueError, "slots 0 must be at least 1"),
         ({"steps_per_call": 0}, ValueError, "steps_per_call 0 must be at least 1"),
+        ({"slots": 2.5}, TypeError, r"slots is 2\.5; give a whole number"),
+        ({"capacity": 64.0}, TypeError, r"capacity is 64\.0; give a whole number"),
+        ({"prompts": [rj.Request([1], True)]}, TypeError, "prompt 0: max_new_tokens is True"),
+        ({"prompts": [[1], [2**64]]}, ValueError, "prompt 1 has token id 18446744073709551616, outside"),
+        ({"prompts": [[2**63, -1]]}, ValueError, "prompt 0 has token id 9223372036854775808, outside"),
+        ({"prompts": [[1, [2, 3]]]}, ValueError, "prompt 0 holds rows of different lengths"),
         ({"stop": [""]}, ValueError, "at least one character"),
         ({"stop_tokens": [VOCAB]}, ValueError, "stop token 96 lies outside"),
+        ({"stop_tokens": [7.5]}, TypeError, r"stop token 7\.5 is not a whole number"),
     ),
 )
-def test_what_cannot_be_is_refused_at_the_door(changes, error, match):
+def test_what_cannot_be_is_refused_at_the_door(changes, error, match, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # without the checks of tests
     with pytest.raises(error, match=match):
         many(**{"prompts": [[1]], "config": CONFIGS["snapkv"], "max_new_tokens": 4} | changes)
 
