@@ -27,7 +27,6 @@ from retro_jax.state import DecodeState
 
 _read = jax.jit(read, static_argnames=("model", "config", "sampling"), donate_argnames="state")
 _insert = jax.jit(insert, donate_argnames="state")
-_take = jax.jit(take)
 _decode = jax.jit(decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state")
 _keys = jax.jit(sequence_keys, static_argnames=("sampling", "batch"))
 
@@ -178,6 +177,7 @@ class _Batch:
         self.capacity = capacity
         self.state = new_state(model.config, config, slots, capacity)
         self.beside = new_state(model.config, config, self.rows, capacity)
+        self.take = jax.jit(take, out_shardings=jax.tree.map(lambda array: array.sharding, self.beside))
         self.pending, self.remaining = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
         self.keys = np.zeros((slots, 2), np.uint32)
         self.sequences: dict[int, Pending] = {}
@@ -243,9 +243,8 @@ class _Batch:
             self.shared = self.read_chunk(self.shared, self.heading)
         elif not self.rest.done:
             if not (self.rest.anew or self.rest.first):
-                places = jax.tree.map(lambda array: array.sharding, self.beside)
                 self.beside = None  # its memory is free for the copies
-                self.beside = jax.device_put(_take(self.shared, np.zeros(self.rows, np.int32)), places)
+                self.beside = self.take(self.shared, np.zeros(self.rows, np.int32))
             self.beside = self.read_chunk(self.beside, self.rest)
 
     def read_chunk(self, state: DecodeState, reading: _Reading) -> DecodeState:

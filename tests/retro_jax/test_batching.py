@@ -132,6 +132,8 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch):
         return program(*arguments)
 
     program = batching._read
+    replies()
+    compiled = [each._cache_size() for each in PROGRAMS]
     monkeypatch.setattr(batching, "_read", spied)
     found = in_order(many(requests, config, 5, sampling=DRAWN))
     assert read == [16, 16, 16, 16, 6, 1, 16, 1, 2, 3, 16, 16, 16, 16, 5, 1, 1]
@@ -142,6 +144,7 @@ def test_what_prompts_begin_with_is_read_once(monkeypatch):
     read.clear()
     list(many(iter(requests[:2]), config, 5, sampling=DRAWN))
     assert sum(read) == sum(map(len, prompts[:2]))  # an iterator does not tell what comes
+    assert [each._cache_size() for each in PROGRAMS] == compiled
 
 
 @pytest.mark.parametrize("bad", ([], [VOCAB], [1] * CAPACITY, "error"))
