@@ -20,6 +20,7 @@ from retro_jax.inputs import (
     check_keys,
     check_stop,
     check_stop_tokens,
+    check_whole,
     prompt_ids,
 )
 from retro_jax.metrics import Metrics
@@ -132,7 +133,7 @@ def generate(
         or the model's positions, `previous` does not fit the prompts, `stop` has an empty string or the model
         no tokenizer for it, keys are not one for each prompt, the processes of a mesh disagree, or `config`
         cannot draft, see `verify.check_verify`, or `previous` holds tokens that nothing verified.
-      TypeError: token ids are not whole numbers, or keys are not those of `jax.random.key`.
+      TypeError: token ids or numbers are not whole, or keys are not those of `jax.random.key`.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Generation up to there.
     """
     check_processes_agree(
@@ -145,10 +146,7 @@ def generate(
         previous=previous and previous.turns,
     )
     sampling = sampling or Sampling()
-    if max_new_tokens < 1 or steps_per_call < 1:
-        raise ValueError(
-            f"max_new_tokens {max_new_tokens} and steps_per_call {steps_per_call} must be at least 1"
-        )
+    check_whole(max_new_tokens=max_new_tokens, steps_per_call=steps_per_call)
     ids = _turn_ids(model, prompts, previous)
     stops = check_stop_tokens(model, stop_tokens)
     check_stop(model, stop)

@@ -28,6 +28,26 @@ class NonFiniteLogits(FloatingPointError):
         self.partial = partial
 
 
+def check_whole(least: int = 1, **numbers: int | None) -> None:
+    """Raises if a number is no whole one, or below `least`; None is left out.
+
+    Raises:
+      TypeError: it is not a whole number.
+      ValueError: it is too small.
+    """
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        if not _is_whole(number):
+            raise TypeError(f"{name} is {number!r}; give a whole number")
+        if number < least:
+            raise ValueError(f"{name} {number} must be at least {least}")
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
+
+
 def check_ints(values: Array, shape: tuple[int, ...], what: str, wanted: str) -> Int[Array, "..."]:
     """`values` as int32.
 
@@ -104,17 +124,25 @@ def _known(values: Array) -> np.ndarray | None:
     return np.asarray(values)
 
 
-def check_token_ids(model: ModelConfig, ids: np.ndarray, what: str) -> np.ndarray:
+def check_token_ids(model: ModelConfig, ids: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
     """`ids` as int32.
 
     Raises:
       TypeError: they are not whole numbers.
-      ValueError: there are none, or one lies outside the vocabulary.
+      ValueError: there are none, or they have no shape, or one lies outside the vocabulary.
     """
-    ids = np.asarray(ids)
+    given = ids
+    try:
+        ids = np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{what} holds rows of different lengths; give token ids along one axis") from None
     if ids.size == 0:
         raise ValueError(f"{what} is empty; give at least one token")
     if not np.issubdtype(ids.dtype, np.integer):
+        numbers = np.asarray(given, object)
+        if all(map(_is_whole, numbers.flat)):
+            ids = numbers  # of which NumPy's integers do not hold all
+    if ids.dtype != object and not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"{what} has dtype {ids.dtype}; token ids are whole numbers")
     bad = ids[(ids < 0) | (ids >= model.vocab_size)]
     if bad.size:
@@ -143,10 +171,10 @@ def prompt_ids(model: Model, prompt: Prompt, index: int, first: bool) -> np.ndar
         if not prompt:
             raise ValueError(f"{what} is empty; give at least one character")
         prompt = model.tokenizer.encode(prompt, add_bos=None if first else False)
-    ids = np.asarray(prompt)
+    ids = check_token_ids(model.config, prompt, what)
     if ids.ndim != 1:
         raise ValueError(f"{what} has shape {ids.shape}; give a text, or token ids along one axis")
-    return check_token_ids(model.config, ids, what)
+    return ids
 
 
 def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int:
@@ -154,7 +182,9 @@ def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int
 
     Raises:
       ValueError: more are needed than the capacity or the model's positions.
+      TypeError: the capacity is not a whole number.
     """
+    check_whole(capacity=capacity)
     if needed > model.max_positions:
         raise ValueError(
             f"prompt and new tokens take {needed} positions, {model.name} has {model.max_positions}; "
@@ -175,10 +205,13 @@ def check_stop_tokens(model: Model, stop_tokens: Sequence[int] | None) -> list[i
 
     Raises:
       ValueError: one lies outside the vocabulary.
+      TypeError: one is not a whole number.
     """
     if stop_tokens is None:
         return list(model.tokenizer.stop_ids) if model.tokenizer else []
     for token in stop_tokens:
+        if not _is_whole(token):
+            raise TypeError(f"stop token {token!r} is not a whole number; give token ids")
         if not 0 <= token < model.config.vocab_size:
             raise ValueError(
                 f"stop token {token} lies outside the vocabulary (0..{model.config.vocab_size - 1})"

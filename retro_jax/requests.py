@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from retro_jax.cache import StepMetrics
-from retro_jax.inputs import Prompt, prompt_ids
+from retro_jax.inputs import Prompt, check_whole, prompt_ids
 from retro_jax.metrics import Metrics
 from retro_jax.models import Model
 from retro_jax.sampling import KEY_KIND
@@ -71,13 +71,12 @@ def check_request(
     Raises:
       ValueError: see `prompt_ids`; or prompt and new tokens do not fit, new tokens are below 1, or a key
         draws differently in batches of other sizes.
-      TypeError: see `prompt_ids`; or a key is none.
+      TypeError: see `prompt_ids`; or new tokens are not a whole number, or a key is none.
     """
     request = prompt if isinstance(prompt, Request) else Request(prompt)
     ids = prompt_ids(model, request.prompt, index, True)
     new = max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-    if new < 1:
-        raise ValueError(f"max_new_tokens {new} of prompt {index} must be at least 1")
+    check_whole(**{f"prompt {index}: max_new_tokens": new})
     needed, positions = len(ids) + new, model.config.max_positions
     if needed > positions:
         raise ValueError(
@@ -115,6 +114,8 @@ class Pending:
     def __init__(self, index: int, ids: np.ndarray, max_new_tokens: int, key: np.ndarray | None = None):
         self.index, self.ids, self.max_new_tokens, self.key = index, ids, max_new_tokens, key
         self.logprobs, self.metrics = [], []
+        self.shared, self.ends_run = 0, False
+        """First tokens that it shares with its run (`beginnings.runs`), and whether it is the last of it."""
 
     def begin(self, model: Model, stop_tokens: Sequence[int], stop: Sequence[str]) -> None:
         """Nothing has been generated yet; says what will end it."""

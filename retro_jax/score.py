@@ -12,7 +12,7 @@ from retro_jax.compilation import JitForMesh
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.generate import Progress, run_prefill
-from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids
+from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids, check_whole
 from retro_jax.metrics import Metrics
 from retro_jax.models import Model
 from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
@@ -73,7 +73,7 @@ def score(
       ValueError: token ids out of the vocabulary or of another shape, a prompt that leaves nothing to
         score, a text that does not fit the capacity or the model's positions, configurations that are not one
         for each text or differ in more than their budgets, or processes of a mesh that disagree.
-      TypeError: token ids are not whole numbers.
+      TypeError: token ids or numbers are not whole.
       NonFiniteLogits: a logit was NaN or infinite; its `partial` is the Score up to there.
     """
     check_processes_agree(
@@ -83,8 +83,7 @@ def score(
         limits=(capacity, steps_per_call),
     )
     rows, prompts = _rows(model, token_ids, prompt_tokens)
-    if steps_per_call < 1:
-        raise ValueError(f"steps_per_call {steps_per_call} must be at least 1")
+    check_whole(steps_per_call=steps_per_call)
     batch, lengths = len(rows), np.array([len(row) for row in rows])
     capacity = check_capacity(model.config, int(lengths.max()), capacity)
 
@@ -167,12 +166,14 @@ def _rows(
     if isinstance(token_ids, list) and len({np.shape(row) for row in token_ids}) > 1:
         rows = [check_token_ids(model.config, row, f"text {index}") for index, row in enumerate(token_ids)]
     else:
-        rows = list(np.atleast_2d(check_token_ids(model.config, np.asarray(token_ids), "token_ids")))
+        rows = list(np.atleast_2d(check_token_ids(model.config, token_ids, "token_ids")))
     if any(row.ndim != 1 for row in rows):
         raise ValueError(
             f"token_ids has shape {np.shape(token_ids)}; give [T], [B, T] or a list of [T] of any lengths"
         )
-    given = np.atleast_1d(np.asarray(prompt_tokens, int))
+    given = np.atleast_1d(np.asarray(prompt_tokens))
+    if not np.issubdtype(given.dtype, np.integer):
+        raise TypeError(f"prompt_tokens is {prompt_tokens!r}; give a whole number, or one for each text")
     if given.shape not in ((1,), (len(rows),)):
         raise ValueError(f"prompt_tokens has {given.size} numbers for {len(rows)} texts; give one for each")
     prompts = np.broadcast_to(given, (len(rows),))

@@ -59,6 +59,11 @@ def newcomer_rows(slots: int) -> int:
     return batch_rows(max(slots // 8, 1))
 
 
+def held_rows(slots: int) -> int:
+    """Rows of all states that `generate_many` holds: of the slots, of newcomers, of what these begin with."""
+    return batch_rows(slots) + newcomer_rows(slots) + batch_rows(1)
+
+
 def program_length(count: int, smallest: int, largest: int) -> int:
     """The power of two that holds `count`, at least `smallest`; `largest` if it is less."""
     return min(max(1 << (count - 1).bit_length(), smallest), largest)

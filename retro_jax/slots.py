@@ -2,6 +2,7 @@
 
 The prompts of newcomers are read into a small state of their own, beside the one that decodes; a newcomer
 that is whole takes a free slot, with all that its state holds. So nothing is left there of who came before.
+What newcomers begin with in common is read into the state of one sequence, of which each takes a copy.
 """
 
 import flax.struct
@@ -80,3 +81,8 @@ def insert(state: DecodeState, newcomers: DecodeState, slots: Int[Array, " R"]) 
       slots: of each newcomer, none of them twice; B, which is no slot, leaves it out.
     """
     return jax.tree.map(lambda kept, new: kept.at[slots].set(new, mode="drop"), state, newcomers)
+
+
+def take(state: DecodeState, rows: Int[Array, " R"]) -> DecodeState:
+    """Some sequences of a state, as often as they are named."""
+    return jax.tree.map(lambda array: array[rows], state)

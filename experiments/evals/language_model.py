@@ -13,13 +13,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from retro_jax import DecodeConfig, Model, Request, generate_many, load_model
 from retro_jax.experiments.evals.arguments import read_arguments
 from retro_jax.experiments.evals.generation import read_options
-from retro_jax.experiments.evals.scoring import MODES, Pair, likelihoods
+from retro_jax.experiments.evals.scoring import MODES, Pair, heads, likelihoods
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
 from retro_jax.experiments.machine.memory import check_memory
+from retro_jax.inputs import check_whole
 from retro_jax.sampling import KEY_KIND
-from retro_jax.sizes import batch_rows, cache_capacity, newcomer_rows
+from retro_jax.sizes import cache_capacity, held_rows
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -79,9 +80,7 @@ class RetroJaxLM(TemplateLM):
             raise ValueError(
                 f"max_length {max_length} is not within 2..{positions}, the positions of {model.config.name}"
             )
-        for name, number in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
-            if number < 1:
-                raise ValueError(f"{name} {number} must be at least 1")
+        check_whole(batch_size=batch_size, max_gen_toks=max_gen_toks)
         self.model, self.config, self.mode = model, config, mode
         self.batch_size, self.max_gen_toks, self.seed = batch_size, max_gen_toks, seed
         self.max_length = positions if max_length is None else max_length
@@ -238,12 +237,14 @@ class RetroJaxLM(TemplateLM):
         self._log_cut(cut[1:])
         # All groups share programs.
         slots, capacity = min(self.batch_size, len(requests)), cache_capacity(max(needed), self.max_length)
-        rows = batch_rows(slots) + newcomer_rows(slots)
-        check_memory(self.model.config, [self.config], rows, capacity, loaded=True)
+        check_memory(self.model.config, [self.config], held_rows(slots), capacity, loaded=True)
         texts, done = [""] * len(requests), 0
         with Progress() as progress:
             for (sampling, stop, stop_tokens), members in groups.items():
-                members.sort(key=lambda member: -len(member[1].prompt))
+                # Side by side what begins alike, which is then read once; the longest first.
+                begin = heads([asked.prompt.tolist() for _, asked in members], 2)
+                order = sorted(range(len(members)), key=lambda at: (begin[at], -len(members[at][1].prompt)))
+                members = [members[at] for at in order]
                 replies = generate_many(
                     self.model,
                     [asked for _, asked in members],

@@ -1,13 +1,14 @@
 """How likely given continuations of given contexts are: by decode steps, or by a dense pass.
 
-Contexts are read once however many continuations they have, and what all contexts of a batch begin with is
-read once for all of them. Then each continuation goes on from a copy of its context's state.
+Contexts are read once however many continuations they have, and what many contexts begin with, such as the
+same examples, is read once for all of them. Each continuation goes on from a copy of its context's state.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from retro_jax import DecodeConfig, DecodeState, Model, NonFiniteLogits
+from retro_jax.beginnings import LEAST, common_tokens
 from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.dense import dense_hidden
 from retro_jax.experiments.machine.memory import check_memory
@@ -23,14 +25,15 @@ from retro_jax.models import ModelConfig, transformer
 from retro_jax.models.transformer import Params
 from retro_jax.sharding import new_state, to_host, under_mesh_of_weights
 from retro_jax.sizes import MIN_CHUNK, MIN_STEPS, batch_rows, cache_capacity, program_length
+from retro_jax.slots import take
 
 MODES = ("decode", "prefill")
-HEAD = 64
-"""Contexts that share so many first tokens are read together, if they fill a batch."""
 MOST_STEPS = 64
 """Decode steps of one compiled call."""
 LOGITS_BLOCK = 16
 """Tokens of each sequence whose logits a dense pass holds at once."""
+
+_take = jax.jit(take)
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,13 @@ def likelihoods(
       mode: "decode": from the last token of the context on, each token is one decode step, so that the method
         decides about every token that is scored; what comes before is read densely, as a prompt is.
         "prefill": everything is read by dense passes, in which no method has a say.
-      batch_size: contexts that are read together, and continuations that are scored together.
+      batch_size: at least 1; contexts that are read together, and continuations that are scored together.
 
     Raises:
       ValueError: a context or a continuation is empty, there are more tokens than the model has positions,
-        the mode is unknown, the batch is empty or does not fit the memory.
+        or the batch does not fit the memory.
       NonFiniteLogits: a logit was NaN or infinite.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1")
     if not pairs:
         return
     for index, pair in enumerate(pairs):
@@ -105,34 +104,73 @@ def likelihoods(
     for index, pair in enumerate(pairs):
         members.setdefault(pair.context, []).append(index)
     size = min(batch_size, len(pairs))
-    # The states of the contexts, and of the continuations that go on from them.
-    check_memory(model.config, [config], 2 * batch_rows(size), cache_capacity(longest), loaded=True)
-    for contexts in batches(list(members), size):
-        asked = [[(index, pairs[index]) for index in members[context]] for context in contexts]
-        yield from _score(model, config, asked, mode, size)
-
-
-def batches(contexts: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    """Contexts that are read together: those that begin alike where they fill a batch, longest first."""
-    heads = Counter(context[:HEAD] for context in contexts)
-
-    def head(context: tuple[int, ...]) -> tuple[int, ...]:
-        return context[:HEAD] if heads[context[:HEAD]] >= size else ()
-
-    for _, group in groupby(sorted(contexts, key=lambda each: (head(each), -len(each))), head):
-        alike = list(group)
+    # The states of what contexts begin with, of these, and of the continuations that go on from them.
+    rows = batch_rows(1) + 2 * batch_rows(size)
+    check_memory(model.config, [config], rows, cache_capacity(longest), loaded=True)
+    for alike in groups(list(members), size):
+        needed = max(pairs[index].tokens for context in alike for index in members[context])
+        capacity = cache_capacity(needed, positions)
+        shared = _shared([context[:-1] for context in alike])
+        begun = _begin(model, config, shared, capacity) if len(shared) >= LEAST else None
         for start in range(0, len(alike), size):
-            yield alike[start : start + size]
+            asked = [
+                [(index, pairs[index]) for index in members[context]]
+                for context in alike[start : start + size]
+            ]
+            yield from _score(model, config, begun, asked, mode, size, capacity)
+
+
+def heads(contexts: Sequence[Sequence[int]], least: int) -> list[tuple[int, ...]]:
+    """The first `LEAST` tokens of each context, or nothing where fewer than `least` contexts have them."""
+    found = [tuple(context[:LEAST]) for context in contexts]
+    counts = Counter(found)
+    return [head if counts[head] >= least else () for head in found]
+
+
+def groups(contexts: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Contexts that begin alike, where they fill a batch; of the others each batch. The longest are first."""
+    ordered = sorted(
+        zip(heads(contexts, size), contexts, strict=True), key=lambda pair: (pair[0], -len(pair[1]))
+    )
+    for head, pairs in groupby(ordered, lambda pair: pair[0]):
+        alike = [context for _, context in pairs]
+        length = len(alike) if head else size
+        for start in range(0, len(alike), length):
+            yield alike[start : start + length]
+
+
+class Begun(NamedTuple):
+    """What several contexts begin with: how many tokens, and the state of one sequence that has read them."""
+
+    tokens: int
+    state: DecodeState
+
+
+@under_mesh_of_weights
+def _begin(model: Model, config: DecodeConfig, shared: tuple[int, ...], capacity: int) -> Begun:
+    state = new_state(model.config, config, batch_rows(1), capacity)
+    state, _ = run_prefill(model, config, state, [np.array(shared)])
+    return Begun(len(shared), state)
 
 
 @under_mesh_of_weights
 def _score(
-    model: Model, config: DecodeConfig, asked: Sequence[Sequence[tuple[int, Pair]]], mode: str, size: int
+    model: Model,
+    config: DecodeConfig,
+    begun: Begun | None,
+    asked: Sequence[Sequence[tuple[int, Pair]]],
+    mode: str,
+    size: int,
+    capacity: int,
 ) -> list[Likelihood]:
     """The likelihoods of the continuations of some contexts, a list for each."""
-    tokens = max(pair.tokens for requests in asked for _, pair in requests)
-    capacity = cache_capacity(tokens, model.config.max_positions)
-    contexts = _read(model, config, [requests[0][1].context[:-1] for requests in asked], size, capacity)
+    rows = batch_rows(size)
+    if begun is None:
+        contexts = new_state(model.config, config, rows, capacity)
+    else:
+        contexts = _take(begun.state, np.zeros(rows, np.int32))
+    rest = [requests[0][1].context[begun.tokens if begun else 0 : -1] for requests in asked]
+    contexts, _ = run_prefill(model, config, contexts, [np.array(tokens, int) for tokens in rest])
     waiting = [(row, *request) for row, requests in enumerate(asked) for request in requests]
     waiting.sort(key=lambda request: len(request[2].continuation))
     found = []
@@ -141,29 +179,12 @@ def _score(
     return found
 
 
-def _read(
-    model: Model, config: DecodeConfig, heads: Sequence[tuple[int, ...]], size: int, capacity: int
-) -> DecodeState:
-    """The state after the contexts, what all of them begin with read once."""
-    shared = _shared(heads)
-    if len(shared) < HEAD:
-        shared, state = (), new_state(model.config, config, batch_rows(size), capacity)
-    else:
-        state = new_state(model.config, config, batch_rows(1), capacity)
-        state, _ = run_prefill(model, config, state, [np.array(shared)])
-        state = _take(state, np.zeros(batch_rows(size), np.int32))
-    state, _ = run_prefill(model, config, state, [np.array(head[len(shared) :], int) for head in heads])
-    return state
-
-
 def _shared(heads: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What all of several contexts begin with; nothing of a single one."""
     first, last = min(heads), max(heads)
     if len(heads) == 1:
         return ()
-    return first[
-        : next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    ]
+    return first[: common_tokens(np.array(first, int), np.array(last, int))]
 
 
 def _continue(
@@ -206,12 +227,6 @@ def _continue(
         logprob = -float(nll[row, :count].astype(np.float64).sum())
         results.append(Likelihood(index, logprob, bool(hits[row, :count].all())))
     return results
-
-
-@jax.jit
-def _take(state: DecodeState, rows: Int[Array, " R"]) -> DecodeState:
-    """Some sequences of a state, as often as they are named."""
-    return jax.tree.map(lambda array: array[rows], state)
 
 
 def _decode(

@@ -247,7 +247,7 @@ class Generate(Configured, OverDevices):
         from retro_jax.experiments.generate.many import Work, check_out, read_prompts, reply_to, token_ids
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.score_files import score_digest
-        from retro_jax.sizes import cache_capacity, newcomer_rows
+        from retro_jax.sizes import cache_capacity, held_rows
 
         if not (self.prompts and self.out):
             raise ValueError("--prompts FILE.jsonl and --out FILE.jsonl belong together; give both")
@@ -261,7 +261,7 @@ class Generate(Configured, OverDevices):
         config, sampling = self.config.config(), self.sampling.sampling()
         lines = read_prompts(self.prompts, self.max_new_tokens)
         check_out(self.prompts, self.out)
-        rows = self.slots + newcomer_rows(self.slots)
+        rows = held_rows(self.slots)
         model = self.load([config], rows, self.capacity or cache_capacity(1))
         ids = token_ids(model, lines, self.chat, self.capacity)
         needed = max(len(ids[line.id]) + line.max_new_tokens for line in lines)

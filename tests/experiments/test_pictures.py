@@ -13,6 +13,7 @@ from retro_jax.experiments.analyses.distances_shown import IN_CACHE, QUANTITIES,
 from retro_jax.experiments.analyses.overlap import overlap_pictures
 from retro_jax.experiments.bench.decode import latency_pictures
 from retro_jax.experiments.bench.roofline import roofline_pictures
+from retro_jax.experiments.bench.throughput_report import throughput_pictures
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.pictures import comparison_pictures, ladder_pictures, position_pictures
 from retro_jax.experiments.compare.sweep import Sweep, run_name
@@ -320,6 +321,30 @@ def test_latency(drawn, contexts, names):
     ]
     assert len(drawn[0].axes) == 1  # no traffic is known
     assert "n = 6 steps of each" in drawn[0].get_supxlabel()
+
+
+@pytest.mark.parametrize(("contexts", "slots"), [([64], (8,)), ([64, 1024, 131072], (1, 8, 32, 64, 256))])
+def test_throughput(drawn, contexts, slots):
+    def row(number, name, size):
+        many = None if "verified" in name else 90.0 * size**0.8 / (1 + number)
+        limit = None if many is None else 2 * many
+        row = {"context": number, "name": name, "slots": size, "fixed_tokens_per_s": 40.0 * size}
+        return row | {"many_seconds": many, "many_tokens_per_s": many, "limit_tokens_per_s": limit}
+
+    names = ["full", "quest", "preset paper", "preset mean-key", "preset mean-key, verified"]
+    values = {
+        "model": PATH,
+        "dtype": "bfloat16",
+        "replies": [16, 1024],
+        "contexts": [{"prompts": [context, context + number]} for number, context in enumerate(contexts)],
+        "rows": [
+            row(number, *each) for number in range(len(contexts)) for each in itertools.product(names, slots)
+        ],
+        "provenance": {"device": "cpu: " + "c" * 90},
+    }
+    assert list(throughput_pictures(values)) == ["throughput.png"]
+    assert len(drawn[0].axes) == len(contexts) and len(drawn[0].axes[0].get_lines()) == 9
+    assert "n = 2 replies of 16 to 1024 tokens" in " ".join(drawn[0].get_supxlabel().split())
 
 
 @pytest.mark.parametrize(("chips", "files"), [(1, 1), (8, 2)])

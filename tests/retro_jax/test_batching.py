@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -56,6 +57,11 @@ def on_two_devices():
         rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings | {"slots": 3})
     before = [program._cache_size() for program in PROGRAMS]
     found = tuple(rj.generate_many(sharded, REQUESTS, CONFIGS["snapkv"], 5, **settings))
+    assert [program._cache_size() - old for program, old in zip(PROGRAMS, before, strict=True)] == [1, 1, 1]
+    begun = [np.concatenate([np.tile(PROMPTS[1], 2), PROMPTS[index]]) for index in (0, 2)]
+    alike = in_order(rj.generate_many(sharded, begun, CONFIGS["snapkv"], 5, **settings))
+    single = [next(rj.generate_many(sharded, [each], CONFIGS["snapkv"], 5, **settings)) for each in begun]
+    assert [reply.tokens for reply in alike] == [reply.tokens for reply in single]
     assert [program._cache_size() - old for program, old in zip(PROGRAMS, before, strict=True)] == [1, 1, 1]
     return found
 
@@ -114,6 +120,33 @@ def test_a_reply_depends_on_no_other():
     assert [program._cache_size() for program in PROGRAMS] == compiled
 
 
+def test_what_prompts_begin_with_is_read_once(monkeypatch):
+    head, other = (np.random.default_rng(seed).integers(0, VOCAB, 70) for seed in (1, 2))
+    alike = [np.concatenate([head, end]) for end in ([3], PROMPTS[2], [5, 6])]
+    prompts = [*alike, PROMPTS[0], other, other]
+    keys, config, read = sequence_keys(DRAWN, len(prompts)), CONFIGS["retro"], []
+    requests = [rj.Request(prompt, 7, key) for prompt, key in zip(prompts, keys, strict=True)]
+
+    def spied(*arguments):
+        read.append(int(arguments[5].sum()))
+        return program(*arguments)
+
+    program = batching._read
+    replies()
+    compiled = [each._cache_size() for each in PROGRAMS]
+    monkeypatch.setattr(batching, "_read", spied)
+    found = in_order(many(requests, config, 5, sampling=DRAWN))
+    assert read == [16, 16, 16, 16, 6, 1, 16, 1, 2, 3, 16, 16, 16, 16, 5, 1, 1]
+    for reply, request in zip(found, requests, strict=True):
+        (alone,) = many([request], config, 5, sampling=DRAWN)
+        assert reply.tokens == alone.tokens and reply.prompt_tokens == alone.prompt_tokens
+        np.testing.assert_allclose(reply.logprobs, alone.logprobs, atol=10 * ATOL)
+    read.clear()
+    list(many(iter(requests[:2]), config, 5, sampling=DRAWN))
+    assert sum(read) == sum(map(len, prompts[:2]))  # an iterator does not tell what comes
+    assert [each._cache_size() for each in PROGRAMS] == compiled
+
+
 @pytest.mark.parametrize("bad", ([], [VOCAB], [1] * CAPACITY, "error"))
 def test_what_an_iterator_cannot_give_comes_after_the_replies(bad):
     def prompts():
@@ -157,7 +190,7 @@ def test_logits_that_are_not_finite_end_their_reply_alone(at):
         (
             {"prompts": [[1], rj.Request([1], 0)]},
             ValueError,
-            "max_new_tokens 0 of prompt 1 must be at least 1",
+            "prompt 1: max_new_tokens 0 must be at least 1",
         ),
         (
             {"prompts": [[1], rj.Request([1], 128)]},
@@ -179,11 +212,19 @@ def test_logits_that_are_not_finite_end_their_reply_alone(at):
         ({"capacity": 300}, ValueError, r"capacity 300 is not within 1\.\.256"),
         ({"slots": 0}, ValueError, "slots 0 must be at least 1"),
         ({"steps_per_call": 0}, ValueError, "steps_per_call 0 must be at least 1"),
+        ({"slots": 2.5}, TypeError, r"slots is 2\.5; give a whole number"),
+        ({"capacity": 64.0}, TypeError, r"capacity is 64\.0; give a whole number"),
+        ({"prompts": [rj.Request([1], True)]}, TypeError, "prompt 0: max_new_tokens is True"),
+        ({"prompts": [[1], [2**64]]}, ValueError, "prompt 1 has token id 18446744073709551616, outside"),
+        ({"prompts": [[2**63, -1]]}, ValueError, "prompt 0 has token id 9223372036854775808, outside"),
+        ({"prompts": [[1, [2, 3]]]}, ValueError, "prompt 0 holds rows of different lengths"),
         ({"stop": [""]}, ValueError, "at least one character"),
         ({"stop_tokens": [VOCAB]}, ValueError, "stop token 96 lies outside"),
+        ({"stop_tokens": [7.5]}, TypeError, r"stop token 7\.5 is not a whole number"),
     ),
 )
-def test_what_cannot_be_is_refused_at_the_door(changes, error, match):
+def test_what_cannot_be_is_refused_at_the_door(changes, error, match, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # without the checks of tests
     with pytest.raises(error, match=match):
         many(**{"prompts": [[1]], "config": CONFIGS["snapkv"], "max_new_tokens": 4} | changes)
 

@@ -145,13 +145,16 @@ def test_sampling(fields, message):
         ([[-1]], {}, ValueError, r"token id -1, outside the vocabulary"),
         ([np.array([1.5])], {}, TypeError, "prompt 0 has dtype float64; token ids are whole numbers"),
         ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens 0 .* at least 1"),
+        ([[1]], {"max_new_tokens": 1.5}, TypeError, r"max_new_tokens is 1\.5; give a whole number"),
+        ([[1]], {"capacity": "64"}, TypeError, "capacity is '64'; give a whole number"),
         ([[1] * 250], {}, ValueError, "take 260 positions, tiny-group-3 has 256; shorten the prompt"),
         ([[1] * 25], {"capacity": 30}, ValueError, "take 35 positions, the cache holds 30"),
         ([[1]], {"capacity": 300}, ValueError, r"capacity 300 is not within 1\.\.256, the positions"),
         ([[1]], {"stop_tokens": [96]}, ValueError, r"stop token 96 lies outside the vocabulary \(0\.\.95\)"),
     ),
 )
-def test_generate(prompts, options, error, message):
+def test_generate(prompts, options, error, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # without the checks of tests
     options = {"max_new_tokens": 10} | options
     with pytest.raises(error, match=message):
         rj.generate(tiny(3), prompts, CONFIG, **options)
@@ -185,9 +188,12 @@ def test_a_next_turn():
         (np.zeros(300, int), {}, ValueError, "take 300 positions, tiny-group-3 has 256"),
         (np.zeros(20, int), {"capacity": 16}, ValueError, "take 20 positions, the cache holds 16"),
         (np.zeros(20, int), {"steps_per_call": 0}, ValueError, "steps_per_call 0 must be at least 1"),
+        (np.zeros(20, int), {"prompt_tokens": 2.5}, TypeError, r"prompt_tokens is 2\.5; give a whole number"),
+        ([2**70, 1], {}, ValueError, "token_ids has token id 1180591620717411303424, outside"),
     ),
 )
-def test_score(tokens, options, error, message):
+def test_score(tokens, options, error, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     options = {"prompt_tokens": 8} | options
     with pytest.raises(error, match=message):
         rj.score(tiny(3), tokens, CONFIG, **options)

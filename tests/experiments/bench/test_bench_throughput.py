@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from retro_jax.experiments.bench.throughput import Asked, Made, parted, spread, throughput_report
+from retro_jax.experiments.bench.throughput import Asked, spread
+from retro_jax.experiments.bench.throughput_report import Bytes, Made, compared, parted, throughput_report
 
 SHORT = ("--prompts", 5, "--prompt-tokens", 3, 9, "--reply-tokens", 2, 12, "--slots", 2, "--page-size", 8)
 
@@ -25,11 +26,27 @@ def test_where_replies_part():
     assert parted(fixed, many) == [{"reply": 0, "after": 1, "gap": 0.25}] and parted(fixed, fixed) == []
 
 
+def test_what_the_bytes_allow():
+    asked = Asked([np.zeros(3)] * 4, (6, 2, 2, 2))
+    fixed, many = Made([], [], 6.0), Made([], [], 3.0, kv_bytes=4e9)
+    row = compared("full", 2, asked, fixed, many, Bytes(weights=2 * 10**9, gb_per_s=8.0))
+    # Twelve tokens of two slots: six times the weights.
+    assert row["limit_tokens_per_s"] == 12 / (6 * 2 + 4) * 8 and row["cache_share"] == 4 / 16
+    assert (row["gain"], row["most_gain"], row["many_tokens_per_s"]) == (2.0, 8 / 6, 4.0)
+    assert compared("full", 2, asked, fixed, None, Bytes(1, 1.0))["gain"] is None
+
+
 def test_bench_throughput(json_command, failure, tmp_path):
     out = tmp_path / "throughput"
-    values = json_command("bench", "throughput", "random:tiny", *SHORT, "--dtype", "float32", "--out", out)
+    flags = ["--methods", "quest", "--contexts", 9, "--verify", 2, "--dense-layers", 0]
+    values = json_command(
+        "bench", "throughput", "random:tiny", *SHORT, *flags, "--dtype", "float32", "--out", out
+    )
     assert values == json.loads((out / "results.json").read_text())
-    (row,) = values["rows"]
+    row, verified = values["rows"]
+    assert verified["name"] == "quest, verified" and verified["gain"] is None
+    assert values["contexts"][0]["prompts"] == [9] * 5 and 0 < row["cache_share"] < 1
+    assert (out / "throughput.png").stat().st_size
     assert row["tokens"] == sum(values["replies"]) and sorted(values["replies"])[::4] == [2, 12]
     assert row["gain"] == pytest.approx(row["many_tokens_per_s"] / row["fixed_tokens_per_s"])
     assert all(each["gap"] < 1e-4 for each in row["parted"])
@@ -46,6 +63,8 @@ def test_bench_throughput(json_command, failure, tmp_path):
         (("--prompts", 0), "--slots, --prompts and --steps-per-call must be 1 or more"),
         (("--reply-tokens", 9, 3), "--reply-tokens 9 3 must rise from 1 or more"),
         (("--prompt-tokens", 0, 3), "--prompt-tokens 0 3 must rise from 1 or more"),
+        (("--contexts", 8, 0), "--contexts and --ceiling-bytes must be 1 or more"),
+        (("--methods", "tova", "--verify", 4), "evicts pages that the check needs"),
         (("--text", "nowhere.txt"), "there is no file nowhere.txt"),
         (("--text", __file__), "random:tiny has no tokenizer; leave --text out"),
     ),

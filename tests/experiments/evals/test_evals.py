@@ -21,7 +21,7 @@ from retro_jax.experiments.evals.arguments import read_arguments
 from retro_jax.experiments.evals.command import Eval
 from retro_jax.experiments.evals.generation import read_options
 from retro_jax.experiments.evals.language_model import RetroJaxLM
-from retro_jax.experiments.evals.scoring import batches
+from retro_jax.experiments.evals.scoring import groups
 from retro_jax.models import ModelConfig, Tokenizer
 from tests.models.byte_tokenizer import byte_backend
 
@@ -130,13 +130,17 @@ def test_contexts_are_read_once_and_what_they_share_once(monkeypatch):
     dense_model().loglikelihood(requests("loglikelihood", pairs))
     # A space is shared too; the last token is left to what goes on from it.
     assert read == [[2 + len(SHARED)], [5, 3]]
+    read.clear()
+    more = [(f"{SHARED} Is {n}", " no") for n in "abc"]
+    dense_model().loglikelihood(requests("loglikelihood", more))
+    assert read == [[5 + len(SHARED)], [0, 0], [0]]  # for both batches
 
 
-def test_contexts_that_begin_alike_fill_batches_longest_first():
+def test_contexts_that_begin_alike_are_groups_longest_first():
     alike = [(1,) * 64 + (7,) * n for n in (2, 9, 5)]
     others = [(n,) * n for n in (3, 8, 70)]
-    assert list(batches([*others, *alike], 3)) == [others[::-1], [alike[1], alike[2], alike[0]]]
-    assert list(batches(alike[:2], 3)) == [[alike[1], alike[0]]]
+    assert list(groups([*others, *alike], 2)) == [others[:0:-1], others[:1], [alike[1], alike[2], alike[0]]]
+    assert list(groups([*alike[:2], *others], 3)) == [[alike[1], others[2], alike[0]], others[1::-1]]
 
 
 def test_whole_texts_in_windows():
