@@ -1,5 +1,6 @@
 """Aggregation: which words of a list, or of a coded text, come most often."""
 
+import functools
 import math
 import string
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class WordList:
 
     def __call__(self, count: int) -> str:
         """The prompt with `count` words that are not common."""
-        others = self._pool()[self.start + COMMON :][:count]
+        others = _shuffled(self.seed)[self.start + COMMON :][:count]
         words = [*self.common * self.often, *others * self.seldom]
         seeded("ruler", self.seed, "order").shuffle(words)
         listed = " ".join(f"{place}. {word}" for place, word in enumerate(words, 1))
@@ -57,10 +58,13 @@ class WordList:
     @property
     def common(self) -> tuple[str, ...]:
         """The words that are asked for."""
-        return tuple(self._pool()[self.start :][:COMMON])
+        return _shuffled(self.seed)[self.start :][:COMMON]
 
-    def _pool(self) -> list[str]:
-        return seeded("ruler", self.seed).sample(PAIRS, len(PAIRS))
+
+@functools.lru_cache(maxsize=1)  # an example is made several times, until its length is right
+def _shuffled(seed: str) -> tuple[str, ...]:
+    """All words there are, in an order of the seed."""
+    return tuple(seeded("ruler", seed).sample(PAIRS, len(PAIRS)))
 
 
 def frequent_words(seed: str, length: int, essay: tuple[str, ...]) -> Made:
