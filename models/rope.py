@@ -84,8 +84,17 @@ def apply_rope(
     """
     frequencies, attention_factor = rope_frequencies(rope, x.shape[-1], max_positions)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
-    half = len(frequencies)
+    return rotate(x, jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor)
+
+
+def rotate(
+    x: Float[Array, "*B D"], cos: Float[Array, "*#B half"], sin: Float[Array, "*#B half"]
+) -> Float[Array, "*B D"]:
+    """Turns pairs of channels by the angles of these cosines and sines, in float32, result in x's dtype.
+
+    Channels past the first 2 * half stay as they are.
+    """
+    half = cos.shape[-1]
     rotated, kept = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     first, second = jnp.split(rotated, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -38,18 +38,35 @@ class OutputCache:
 
 
 @flax.struct.dataclass
+class Moments:
+    """Of the queries of a prompt, without their rotary embedding.
+
+    Attributes:
+      count: how many there were.
+      mean: of each head.
+      scatter: sum of the outer products of what each differs by from the mean.
+    """
+
+    count: Int[Array, " B"] = spread(SEQUENCES)
+    mean: Float[Array, "B N D"] = spread(SEQUENCES, HEADS)
+    scatter: Float[Array, "B N D D"] = spread(SEQUENCES, HEADS)
+
+
+@flax.struct.dataclass
 class Prompt:
     """What is kept of a prompt until its end is known.
 
     Attributes:
-      queries: the last queries of the prompt, oldest first.
-      at: their positions, -1 for none.
       fresh: whether no token has been decoded since the prompt.
+      queries: the last queries of the prompt, oldest first; None where the rule asks for none.
+      at: their positions, -1 for none.
+      moments: of all its queries; None where the rule does not ask.
     """
 
-    queries: Float[Array, "B observed N D"] = spread(SEQUENCES, None, HEADS)
-    at: Int[Array, "B observed"] = spread(SEQUENCES)
     fresh: Bool[Array, " B"] = spread(SEQUENCES)
+    queries: Float[Array, "B observed N D"] | None = spread(SEQUENCES, None, HEADS, default=None)
+    at: Int[Array, "B observed"] | None = spread(SEQUENCES, default=None)
+    moments: Moments | None = None
 
 
 @flax.struct.dataclass

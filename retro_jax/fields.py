@@ -15,8 +15,9 @@ class DecodeFields:
     """What attention past the dense layers does: "full" (every page), "quest" (the pages that score best
     for the newest query), "retro" (Quest, and every loaded page also revises the last queries); or what
     remains after evicting pages for good: "streaming" (sink pages and recent ones), "tova" (what the newest
-    query attends to least goes), "h2o" (what all queries attended to most stays, and recent pages) or
-    "snapkv" (the end of the prompt decides what stays of it; then the cache grows)."""
+    query attends to least goes), "h2o" (what all queries attended to most stays, and recent pages),
+    "snapkv" (the end of the prompt decides what stays of it; then the cache grows) or "expected" (what
+    later queries are expected to attend to stays of the prompt; then the cache grows)."""
     window: int | None = None
     """Queries that one step serves, the newest included. None: the method's own, 4 for "retro" and 1
     for the others, which take no other."""

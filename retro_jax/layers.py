@@ -7,6 +7,7 @@ compiles is the same.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -138,7 +139,7 @@ def dense_layer(
         alive = cache.kept.alive
         o = attend_pages(q, pages, positions, alive, layer.sinks, implementation=implementation)
         if config.eviction.observe:
-            rules = _rules(model, config, cache)
+            rules = _rules(model, kind, config, cache)
             cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
     x = transformer.attention_output(layer, model, x, o)
     x, experts = mlp(layer, model, x, valid, implementation)
@@ -200,7 +201,7 @@ def sparse_layer(
     newest, score = q[:, -1], learned_score(layer, config)
     scored = newest if score is None else learned_queries(score, model, kind, newest, positions[:, -1])
     query = Query(newest, positions[:, -1], slots.budgets, index, scored, layer.sinks)
-    selection, kept = choose(config, _rules(model, config, cache), cache, query, below)
+    selection, kept = choose(config, _rules(model, kind, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
     attending, last_loaded = None, cache.last_loaded
     if positions.shape[1] > 1:
@@ -246,7 +247,7 @@ def sparse_layer(
     x = transformer.attention_output(layer, model, x, attention)
     x, experts = mlp(layer, model, x, slots.valid, config.implementation)
     cache = cache.replace(last_loaded=last_loaded, outputs=OutputCache(*outputs), kept=kept)
-    seen = watch and watch(_rules(model, config, cache), cache, query, Window(q, attention))
+    seen = watch and watch(_rules(model, kind, config, cache), cache, query, Window(q, attention))
     return x, cache, selection, attending, seen, experts
 
 
@@ -280,8 +281,9 @@ def _written(
     return cache.replace(pages=pages, statistics=statistics)
 
 
-def _rules(model: ModelConfig, config: DecodeConfig, cache: LayerState) -> Rules:
-    return rules_of(config, cache.pages.shape[2], model.head_dim, jnp.dtype(model.dtype).itemsize)
+def _rules(model: ModelConfig, kind: LayerKind, config: DecodeConfig, cache: LayerState) -> Rules:
+    rules = rules_of(config, cache.pages.shape[2], model.head_dim, jnp.dtype(model.dtype).itemsize)
+    return replace(rules, rope=kind.rope, max_positions=model.max_positions)
 
 
 def settle(

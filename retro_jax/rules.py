@@ -6,6 +6,7 @@ import flax.struct
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import choose_pages
+from retro_jax.models.config import Rope
 
 
 @flax.struct.dataclass
@@ -31,7 +32,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Rules:
-    """How pages are chosen in a cache of a given size. Static.
+    """How pages are chosen in a layer whose cache has a given size. Static.
 
     Attributes:
       page_size: tokens of a page.
@@ -44,6 +45,8 @@ class Rules:
       group_reduce: how the query heads of a KV head become one.
       observation: last queries of a prompt that a rule may ask.
       implementation: of the operations on pages.
+      rope: how the layer turns queries and keys; None where it does not.
+      max_positions: of the model.
     """
 
     page_size: int
@@ -56,6 +59,8 @@ class Rules:
     group_reduce: str
     observation: int
     implementation: str | None
+    rope: Rope | None = None
+    max_positions: int = 0
 
     def choose(
         self,

@@ -63,7 +63,7 @@ def choose(
         return below.replace(fresh=jnp.zeros_like(below.fresh)), cache.kept
     if cache.kept is None:
         return _select(config, rules, cache, query, None), None
-    kept, page_ids, counts = evict(config.eviction, rules, cache.kept, query)
+    kept, page_ids, counts = evict(config.eviction, rules, cache, query)
     selection = Selection(page_ids, counts, query.positions >= 0)
     if config.attention.select:
         selection = _select(config, rules, cache, query, kept.alive)

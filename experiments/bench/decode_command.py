@@ -21,7 +21,7 @@ class BenchDecodeFlags(OverDevices):
     batch: int = 1
     """Sequences that are decoded together."""
     methods: tuple[str, ...] = ("full", "quest", "retro")
-    """Any of full, quest, retro, streaming, tova, h2o, snapkv."""
+    """Any of full, quest, retro, streaming, tova, h2o, snapkv, expected."""
     presets: tuple[str, ...] = ()
     """Presets beside them: any of quest, paper, mean-key, at the same budget."""
     windows: tuple[int, ...] = (4,)

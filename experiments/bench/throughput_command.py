@@ -35,7 +35,7 @@ class BenchThroughputFlags(Command):
     slots: tuple[int, ...] = (8,)
     """Sequences that are decoded together, in batches of that size or one replaced by the next."""
     methods: tuple[str, ...] = ("full",)
-    """Any of full, quest, retro, streaming, tova, h2o, snapkv."""
+    """Any of full, quest, retro, streaming, tova, h2o, snapkv, expected."""
     presets: tuple[str, ...] = ()
     """Presets beside them: any of quest, paper, mean-key."""
     verify: int | None = None

@@ -22,6 +22,7 @@ NAMES = {
     "tova": "TOVA",
     "h2o": "H2O",
     "snapkv": "SnapKV",
+    "expected": "Expected",
 }
 
 
@@ -166,7 +167,7 @@ class Sweep:
     """How keys and values are kept, int8 or float8_e4m3fn: everything, full attention included, also runs so.
     Excess is over full attention with a cache in the model's dtype."""
     methods: tuple[str, ...] = ()
-    """Further methods: streaming, tova, h2o, snapkv."""
+    """Further methods: streaming, tova, h2o, snapkv, expected."""
     presets: tuple[str, ...] = ()
     """Presets of the library (quest, paper, mean-key) at every budget; those that revise past queries with
     every window."""

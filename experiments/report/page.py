@@ -13,6 +13,7 @@ from retro_jax.experiments.report.data import (
     read_runs,
     run_values,
 )
+from retro_jax.experiments.report.leaderboard import leaderboard_values, leaderboards, sections
 from retro_jax.experiments.report.paper import PAPER_NOTE, paper_rows
 from retro_jax.experiments.report.pictures import (
     budget_plot,
@@ -52,6 +53,7 @@ class Report(ReportFlags):
             write_bytes(self.out.parent / name, contents)
         write_bytes(self.out, page.encode())
         values = {"page": str(self.out), "runs": [run_values(run) for run in runs], "paper": paper_rows(runs)}
+        values["leaderboards"] = leaderboard_values(leaderboards(runs))
         self.show(values, page)
 
 
@@ -64,6 +66,7 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
         "*Exposure*: pages that a query has attended to in the end over those of its own step. *KV MB/step*: "
         "keys, values and page statistics that a step reads for a sequence.",
     ]
+    parts += sections(leaderboards(runs))
     pictures = {}
     if groups := questions_groups(runs):
         parts.append("## By number of questions")

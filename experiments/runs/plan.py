@@ -1,5 +1,6 @@
 """What a run takes: examples, tokens, steps, and memory by device, before anything is loaded or compiled."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -8,7 +9,7 @@ from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.machine.memory import check_memory, gigabytes, memory
 from retro_jax.experiments.runs.config import RunConfig
-from retro_jax.experiments.tasks import Asked, Passage, describe
+from retro_jax.experiments.tasks import Asked, Example, Filled, Passage, describe
 from retro_jax.models.config import ModelConfig
 from retro_jax.sizes import batch_rows, cache_capacity
 
@@ -26,6 +27,7 @@ class Plan:
       batches: of each method.
       prompt_tokens: of the longest prompt.
       new_tokens: that a reply may take.
+      positions: that the longest example takes, its reply included.
       steps: decode steps of each method, at most.
       prefill_tokens: tokens of all prompts of each method.
       capacity: tokens per sequence of the longest batch's cache, None where the model's size is not known.
@@ -38,6 +40,7 @@ class Plan:
     batches: int
     prompt_tokens: int
     new_tokens: int
+    positions: int
     steps: int
     prefill_tokens: int
     capacity: int | None
@@ -55,32 +58,25 @@ def make_plan(config: RunConfig) -> Plan:
     task = config.task
     if task.local:
         found = task.examples(config.sampling.seed, config.limit)
-        prompts = [
-            example.prompt_tokens if isinstance(example, Passage) else len(example.prompt) // CHARS_PER_TOKEN
-            for example in found
-        ]
-        news = [
-            sum(map(len, example.cues + example.answers)) // CHARS_PER_TOKEN
-            if isinstance(example, Asked)
-            else example.max_new_tokens
-            for example in found
-        ]
+        prompts, news = zip(*map(_tokens, found), strict=True)
         examples, longest, new, prefill = len(found), max(prompts), max(news), sum(prompts)
+        positions = max(map(sum, zip(prompts, news, strict=True)))
+        limits = Counter(example.max_new_tokens for example in found).values()
     else:
         nominal = task.nominal()
         examples = min(nominal.examples, config.limit or nominal.examples)
         longest, new = nominal.prompt_chars // CHARS_PER_TOKEN, nominal.new_tokens
-        prefill = examples * longest
-    batches = -(-examples * config.samples // config.batch)
+        prefill, positions, limits = examples * longest, longest + new, [examples]
+    batches = sum(-(-count * config.samples // config.batch) for count in limits)
     model = known_model(config.model, config.dtype)
     capacity, weights, caches = None, None, {}
     if model:
-        if longest + new > model.max_positions:
+        if positions > model.max_positions:
             raise ValueError(
-                f"an example takes about {longest + new} positions, {model.name} has {model.max_positions}; "
+                f"an example takes about {positions} positions, {model.name} has {model.max_positions}; "
                 "make the task's examples or replies shorter"
             )
-        capacity = cache_capacity(longest + new, model.max_positions)
+        capacity = cache_capacity(positions, model.max_positions)
         rows = batch_rows(config.batch, config.data_devices)
         parts = {
             label: memory(model, decode, rows, capacity, config.data_devices, config.model_devices)
@@ -97,12 +93,25 @@ def make_plan(config: RunConfig) -> Plan:
         batches=batches,
         prompt_tokens=longest,
         new_tokens=new,
+        positions=positions,
         steps=batches * new,
         prefill_tokens=prefill * config.samples,
         capacity=capacity,
         weights=weights,
         caches=caches,
     )
+
+
+def _tokens(example: Example) -> tuple[int, int]:
+    """Tokens of an example's prompt and of its reply, by its characters unless it says how many."""
+    if isinstance(example, Filled):
+        return example.length - example.max_new_tokens, example.max_new_tokens
+    if isinstance(example, Passage):
+        return example.prompt_tokens, example.max_new_tokens
+    prompt = len(example.prompt) // CHARS_PER_TOKEN
+    if isinstance(example, Asked):
+        return prompt, sum(map(len, example.cues + example.answers)) // CHARS_PER_TOKEN
+    return prompt, example.max_new_tokens
 
 
 def check_memory_of(config: RunConfig, model: ModelConfig, tokens: int, loaded: bool = False) -> None:

@@ -42,13 +42,13 @@ class Run(RunFlags):
         local_devices()
         plan = make_plan(self.config)
         examples = self.config.task.examples(self.config.sampling.seed, self.config.limit)
-        told = digest([asdict(example) for example in examples])
+        told = digest([example.told() for example in examples])
         identity = run_identity(self.name, self.config.identity(), self.config.configurations(), told)
         code = digest(identity)
         out = self.out or Path("runs") / f"{self.name}-{code}"
         RunFolder.check(out, identity)
         if known := known_model(self.config.model, self.config.dtype):
-            check_memory_of(self.config, known, plan.prompt_tokens + plan.new_tokens)
+            check_memory_of(self.config, known, plan.positions)
         with stop_on_sigterm() as stopping, _mesh(self.config):
             model = _load(self.config)
             rows = [

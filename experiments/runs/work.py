@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from retro_jax import DecodeConfig, Metrics, Sampling, generate, score
-from retro_jax.experiments.tasks import Asked, Example, Passage, Task
+from retro_jax.experiments.tasks import Asked, Example, Filled, Passage, Task
 from retro_jax.experiments.tasks.base import THINK
 from retro_jax.models import Model, Tokenizer
 from retro_jax.models.config import ModelConfig
@@ -50,8 +50,10 @@ def encode(tokenizer: Tokenizer, example: Example, sample: int = 0) -> Row:
     """An example as token ids.
 
     Raises:
-      ValueError: a passage is shorter than it should be.
+      ValueError: a passage is shorter than it should be, or an example cannot be filled up to its length.
     """
+    if isinstance(example, Filled):
+        example = example.fitted(lambda filled: len(_prompt(tokenizer, filled)[0]))
     if isinstance(example, Passage):
         ids = tokenizer.encode(example.prompt)
         wanted = example.prompt_tokens + example.max_new_tokens
@@ -60,12 +62,7 @@ def encode(tokenizer: Tokenizer, example: Example, sample: int = 0) -> Row:
         return Row(
             example, sample, tuple(ids[: example.prompt_tokens]), tuple(ids[example.prompt_tokens : wanted])
         )
-    reasoning = False
-    if example.chat and tokenizer.chat_template is not None:
-        text = tokenizer.chat([{"role": "user", "content": example.prompt}]) + example.reply
-        prompt, reasoning = tokenizer.encode(text, add_bos=False), text.rstrip().endswith(THINK)
-    else:
-        prompt = tokenizer.encode(example.prompt + example.reply)
+    prompt, reasoning = _prompt(tokenizer, example)
     forced, spans = [], []
     if isinstance(example, Asked):
         for cue, answer in zip(example.cues, example.answers, strict=True):
@@ -76,10 +73,20 @@ def encode(tokenizer: Tokenizer, example: Example, sample: int = 0) -> Row:
     return Row(example, sample, tuple(prompt), tuple(forced), tuple(spans), reasoning)
 
 
+def _prompt(tokenizer: Tokenizer, example: Example) -> tuple[list[int], bool]:
+    """The ids of an example's prompt, and whether it begins the reply's reasoning."""
+    if example.chat and tokenizer.chat_template is not None:
+        text = tokenizer.chat([{"role": "user", "content": example.prompt}]) + example.reply
+        return tokenizer.encode(text, add_bos=False), text.rstrip().endswith(THINK)
+    return tokenizer.encode(example.prompt + example.reply), False
+
+
 def make_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """Rows of similar length together, the longest first, so that too little memory shows at once."""
-    ordered = sorted(rows, key=lambda row: (-row.tokens, row.example.id, row.sample))
-    return [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+    """Rows of one reply limit and of similar length together, the longest first: too little memory shows."""
+    limits: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (-row.tokens, row.example.id, row.sample)):
+        limits.setdefault(row.example.max_new_tokens, []).append(row)
+    return [alike[start : start + size] for alike in limits.values() for start in range(0, len(alike), size)]
 
 
 def check_positions(model: ModelConfig, rows: Sequence[Row]) -> None:
@@ -116,7 +123,15 @@ def decode_batch(
     capacity = cache_capacity(max(row.tokens for row in batch), model.config.max_positions)
     results = _force if batch[0].forced else _generate
     found = results(model, config, task, filled, capacity, sampling, progress)
-    return [{"prompt_tokens": len(row.prompt)} | result for row, result in zip(batch, found, strict=False)]
+    return [
+        {"prompt_tokens": len(row.prompt)} | _part(row) | result
+        for row, result in zip(batch, found, strict=False)
+    ]
+
+
+def _part(row: Row) -> dict:
+    """The part of the task that a row belongs to; nothing in a task without parts."""
+    return {"part": row.example.part} if isinstance(row.example, Filled) else {}
 
 
 def _generate(model, config, task, rows, capacity, sampling, progress) -> list[dict]:

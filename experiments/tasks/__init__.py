@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Union
 
 from retro_jax.experiments.tasks.aime24 import AIME24
-from retro_jax.experiments.tasks.base import Asked, Example, Nominal, Passage, Task, describe
+from retro_jax.experiments.tasks.base import Asked, Example, Filled, Nominal, Passage, Task, describe
 from retro_jax.experiments.tasks.gpqa import GPQA
 from retro_jax.experiments.tasks.livecodebench import LiveCodeBench
 from retro_jax.experiments.tasks.longbench import LongBench
@@ -17,6 +17,7 @@ from retro_jax.experiments.tasks.longgenbench import LongGenBench
 from retro_jax.experiments.tasks.needles import Needles
 from retro_jax.experiments.tasks.pg19 import PG19
 from retro_jax.experiments.tasks.recall import Recall
+from retro_jax.experiments.tasks.ruler import RULER
 
 TASKS: Mapping[str, type] = {
     "aime24": AIME24,
@@ -27,9 +28,10 @@ TASKS: Mapping[str, type] = {
     "needles": Needles,
     "pg19": PG19,
     "recall": Recall,
+    "ruler": RULER,
 }
 
 AnyTask = Union[tuple(TASKS.values())]  # noqa: UP007 (made from the registry)
 """Any of `TASKS`, for flags."""
 
-__all__ = ["TASKS", "AnyTask", "Asked", "Example", "Nominal", "Passage", "Task", "describe"]
+__all__ = ["TASKS", "AnyTask", "Asked", "Example", "Filled", "Nominal", "Passage", "Task", "describe"]

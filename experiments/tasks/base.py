@@ -2,8 +2,8 @@
 
 import random
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 Item = TypeVar("Item")
@@ -29,6 +29,10 @@ class Example:
     chat: bool = False
     reply: str = ""
 
+    def told(self) -> dict:
+        """What the folder of a run knows the example by, as JSON values."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asked(Example):
@@ -52,6 +56,75 @@ class Passage(Example):
     """
 
     prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filled(Example):
+    """Made to measure: as much lies around what is asked as a number of tokens has room for.
+
+    Until the tokenizer is known, `prompt` is the shortest that there is; see `fitted`.
+
+    Attributes:
+      part: the part of the task that it belongs to, which reports tell apart.
+      length: tokens of prompt and reply, at most.
+      fill: the prompt with so many pieces; the same number always gives the same one, a larger one a longer.
+      least: pieces that the shortest prompt has.
+      most: pieces that there are; None: any number.
+      data: digest of the data that `fill` takes pieces from; empty if they are made by code.
+    """
+
+    part: str
+    length: int
+    fill: Callable[[int], str]
+    least: int = 0
+    most: int | None = None
+    data: str = ""
+
+    def told(self) -> dict:
+        """As in `Example`: what it is filled with follows from the other fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "fill"}
+
+    def fitted(self, tokens: Callable[[Example], int]) -> "Filled":
+        """The example with the longest prompt that has room.
+
+        Args:
+          tokens: of an example's prompt.
+
+        Raises:
+          ValueError: even the shortest prompt is too long, or there is too little to fill it with.
+        """
+        room = self.length - self.max_new_tokens
+
+        def measured(pieces: int) -> tuple[int, int]:
+            return pieces, tokens(replace(self, prompt=self.fill(pieces)))
+
+        low, high = measured(self.least), None
+        if low[1] > room:
+            raise ValueError(
+                f"{self.id} takes {low[1] + self.max_new_tokens} tokens at least, over task.length "
+                f"{self.length}; raise it"
+            )
+        # Lengths are nearly linear in the number of pieces: a line through two of them finds the one between.
+        step = 8
+        while high is None or high[0] - low[0] > 1:
+            if high is None:
+                pieces = low[0] + step
+                if self.most is not None and low[0] == self.most:
+                    raise ValueError(
+                        f"{self.id} takes {low[1] + self.max_new_tokens} tokens with all {self.most} pieces "
+                        f"that can fill it, below task.length {self.length}; lower it, or give more data"
+                    )
+                pieces = pieces if self.most is None else min(pieces, self.most)
+            else:
+                share = (room - low[1]) / (high[1] - low[1])
+                pieces = min(low[0] + max(int(share * (high[0] - low[0])), 1), high[0] - 1)
+            found = measured(pieces)
+            if found[1] > room:
+                high = found
+            else:
+                rate = max(found[1] - low[1], 1) / (found[0] - low[0])
+                step, low = int((room - found[1]) / rate * 1.1) + 8, found
+        return replace(self, prompt=self.fill(low[0]))
 
 
 @dataclass(frozen=True)
@@ -135,10 +208,22 @@ def check_at_least(task: Task, low: int, *names: str) -> None:
 
 def check_one_of(task: Task, name: str, known: Sequence[str]) -> None:
     """Raises ValueError if this field of a task is not one of the known values."""
-    if getattr(task, name) not in known:
+    _check_known(name, getattr(task, name), known)
+
+
+def check_each_of(task: Task, name: str, known: Sequence[str]) -> None:
+    """Raises ValueError if this field of a task is empty, or has an unknown value, or one twice."""
+    values = getattr(task, name)
+    if len(set(values)) < max(len(values), 1):
+        raise ValueError(f"task.{name} {', '.join(values) or 'is empty'}: name at least one, and each once")
+    for value in values:
+        _check_known(name, value, known)
+
+
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
         from retro_jax.models.names import nearest
 
-        value = getattr(task, name)
         raise ValueError(
             f"task.{name} {value!r} is unknown{nearest(value, known)}; use one of {', '.join(known)}"
         )

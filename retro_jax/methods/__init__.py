@@ -6,6 +6,7 @@ it up from there. `register_method` takes one from outside. Those that evict sha
 
 from retro_jax.methods.base import Method
 from retro_jax.methods.eviction import Eviction
+from retro_jax.methods.expected import EXPECTED
 from retro_jax.methods.full import FULL
 from retro_jax.methods.h2o import H2O
 from retro_jax.methods.quest import QUEST
@@ -15,7 +16,7 @@ from retro_jax.methods.streaming import STREAMING
 from retro_jax.methods.tova import TOVA
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (FULL, QUEST, RETRO, STREAMING, TOVA, H2O, SNAPKV)
+    method.name: method for method in (FULL, QUEST, RETRO, STREAMING, TOVA, H2O, SNAPKV, EXPECTED)
 }
 
 

@@ -24,8 +24,9 @@ class Eviction:
 
     Attributes:
       init: (rules, model, B, P) -> what the rule carries, before any token.
-      priority: (rules, kept, newest query, limits in pages[B]) -> finite[B, K, P]; the least are evicted, of
-        equal ones the later.
+      priority: (rules, layer state with the newest keys written, newest query, limits in pages[B]) ->
+        finite[B, K, P]; the least are evicted, of equal ones the later. Of a rule that `grows` it counts in
+        the first step after a prompt only.
       observe: (rules, layer state with the keys written, prompt queries[B, T, N, D], their positions[B, T],
         -1 for none, the layer's sinks[N] or None) -> kept, called for each chunk of a prompt. None: the
         prompt's attention does not matter.
@@ -37,7 +38,7 @@ class Eviction:
     """
 
     init: Callable[[Rules, ModelConfig, int, int], Kept]
-    priority: Callable[[Rules, Kept, Query, Int[Array, " B"]], Float[Array, "B K P"]]
+    priority: Callable[[Rules, LayerState, Query, Int[Array, " B"]], Float[Array, "B K P"]]
     observe: Callable[[Rules, LayerState, Array, Array, Array | None], Kept] | None = None
     attended: Callable[[Array, Array], Array] | None = None
     grows: bool = False
@@ -56,14 +57,14 @@ def all_alive_with_mass(rules: Rules, model: ModelConfig, batch: int, pages: int
 
 
 def evict(
-    eviction: Eviction, rules: Rules, kept: Kept, query: Query
+    eviction: Eviction, rules: Rules, layer: LayerState, query: Query
 ) -> tuple[Kept, Int[Array, "B K left"], Int[Array, "B K"]]:
     """Evict down to the limit; returns what is kept, and the pages that are left, as `select_pages` does."""
-    P = kept.alive.shape[2]
+    kept, P = layer.kept, layer.kept.alive.shape[2]
     limits = query.budgets
     if rules.left_pages is not None:
         limits = jnp.full_like(limits, rules.left_pages)
-    priority = eviction.priority(rules, kept, query, limits)
+    priority = eviction.priority(rules, layer, query, limits)
     if eviction.grows:
         active = query.positions >= 0
         limits = jnp.where(kept.prompt.fresh, limits, jnp.where(active, P, 0))

@@ -15,8 +15,9 @@ from retro_jax.methods.base import Method
 from retro_jax.methods.eviction import Eviction, all_alive_with_mass
 
 
-def heavy_or_recent(rules, kept, query, limits):
+def heavy_or_recent(rules, layer, query, limits):
     """The attention that a page got so far; recent pages come before any other."""
+    kept = layer.kept
     page, newest = jnp.arange(kept.alive.shape[2]), query.positions // rules.page_size
     recent = jnp.minimum(limits // 2, limits - rules.sink_pages)
     recent = page > (newest - recent)[:, None, None]

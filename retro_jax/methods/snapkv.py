@@ -29,8 +29,9 @@ def init(rules, model, batch, pages):
     return all_alive_with_mass(rules, model, batch, pages).replace(prompt=prompt)
 
 
-def votes(rules, kept, query, limits):
+def votes(rules, layer, query, limits):
     """The votes for a page; the pages of the voters themselves come before any other."""
+    kept = layer.kept
     page = jnp.arange(kept.alive.shape[2])
     first = jnp.min(jnp.where(kept.prompt.at >= 0, kept.prompt.at, jnp.iinfo(jnp.int32).max), axis=1)
     voters = page >= (first // rules.page_size)[:, None, None]

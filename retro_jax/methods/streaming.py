@@ -12,9 +12,10 @@ from retro_jax.methods.base import Method
 from retro_jax.methods.eviction import Eviction, all_alive
 
 
-def recency(rules, kept, query, limits):
+def recency(rules, layer, query, limits):
     """A page's number: the first ones are evicted first."""
-    return jnp.broadcast_to(jnp.arange(kept.alive.shape[2], dtype=jnp.float32), kept.alive.shape)
+    shape = layer.kept.alive.shape
+    return jnp.broadcast_to(jnp.arange(shape[2], dtype=jnp.float32), shape)
 
 
 STREAMING = Method(

@@ -13,9 +13,9 @@ from retro_jax.methods.base import Method
 from retro_jax.methods.eviction import Eviction, all_alive_with_mass
 
 
-def latest_mass(rules, kept, query, limits):
+def latest_mass(rules, layer, query, limits):
     """The attention that the query before the newest gave."""
-    return kept.mass
+    return layer.kept.mass
 
 
 def observe(rules, layer, q, positions, sinks):

@@ -18,6 +18,7 @@ from tests.retro_jax.tiny import CENTROIDS, tiny
 
 MESH = AbstractMesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2)
 SNAPKV = rj.DecodeConfig("snapkv", page_size=8, budget_tokens=48, dense_layers=1, observation=8)
+EXPECTED = rj.DecodeConfig("expected", page_size=8, budget_tokens=48, dense_layers=1)
 CENTROIDS = rj.DecodeConfig("retro", page_size=8, dense_layers=1, rectify_every=3, **CENTROIDS)
 
 
@@ -25,7 +26,7 @@ def state_of(config):
     return jax.eval_shape(functools.partial(rj.init_state, tiny(3).config, config, 4, 64))
 
 
-@pytest.mark.parametrize("config", (SNAPKV, CENTROIDS), ids=lambda config: config.method)
+@pytest.mark.parametrize("config", (SNAPKV, EXPECTED, CENTROIDS), ids=lambda config: config.method)
 def test_each_array_is_spread_over_its_sequences_and_heads(config):
     state = state_of(config)
     shardings = jax.tree_util.tree_leaves_with_path(state_shardings(state, MESH))
@@ -33,9 +34,16 @@ def test_each_array_is_spread_over_its_sequences_and_heads(config):
     assert len(found) == len(jax.tree.leaves(state))
     by_heads = {"pages", "values", "scales", "block_values", "last_loaded", "alive", "mass"}
     by_query_heads = {"o", "lse", "queries"}
+    by_query_heads_first = {"mean", "scatter"}
     for path, spec in found.items():
         name = path.rpartition(".")[2]
-        axes = ("model",) if name in by_heads else (None, "model") if name in by_query_heads else ()
+        axes = (
+            ("model",)
+            if name in by_heads | by_query_heads_first
+            else (None, "model")
+            if name in by_query_heads
+            else ()
+        )
         assert spec == ("data", *axes), path
 
 

@@ -1,4 +1,4 @@
-"""Named runs: one file for each table of the paper and model, and runs of SmolLM2 for a CPU.
+"""Named runs: one file for each table of the paper and model, RULER, and runs of SmolLM2 for a CPU.
 
 A file has `CONFIGS`, names to `RunConfig`s; add it to the list below. Every field is a flag of
 `retro-jax run NAME`, so a variant needs no new name.
@@ -15,6 +15,7 @@ from retro_jax.experiments.runs.configs import (
     longgenbench_qwen2_5_32b,
     pg19_llama3_1_8b,
     reasoning_deepseek_r1_llama_8b,
+    ruler,
     smollm2,
 )
 
@@ -26,6 +27,7 @@ _FILES = (
     longbench_llama3_1_8b,
     reasoning_deepseek_r1_llama_8b,
     pg19_llama3_1_8b,
+    ruler,
     experts,
 )
 

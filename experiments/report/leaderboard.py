@@ -1,0 +1,244 @@
+"""Leaderboards: methods by tasks, a block for each budget, of all runs of one model."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from retro_jax import DecodeConfig
+from retro_jax.experiments.compare.sweep import run_name
+from retro_jax.experiments.io.budgets import budget_value
+from retro_jax.experiments.io.estimates import Interval, bootstrap
+from retro_jax.experiments.io.tables import markdown
+from retro_jax.experiments.report.data import Measured
+from retro_jax.experiments.tasks import TASKS
+from retro_jax.fields import DecodeFields
+from retro_jax.presets import PRESETS
+
+NOTE = (
+    "By task, with its length in tokens where it has one, and the number of examples. Bold is the best of a "
+    "block beside full attention; where intervals overlap, that decides nothing. *Mean*: of the columns with "
+    "scores, each counting the same. Of unfinished runs, what is there."
+)
+_BUDGET = {"budget": DecodeFields.budget, "budget_tokens": DecodeFields.budget_tokens}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task, or a part of one, as one run has measured it.
+
+    Attributes:
+      title: the task or its part, and what tells it from other columns.
+      metric: what its values are.
+      run: that measured it.
+      part: of the task; None: all of it.
+    """
+
+    title: str
+    metric: str
+    run: Measured
+    part: str | None = None
+
+    def values(self, method: str | None) -> list[float]:
+        """A method's values, one for each example; none where the run does not have it."""
+        if method is None:
+            return []
+        parts = _parts(self.run)
+        found = self.run.by_example(method)
+        return [value for name, value in found.items() if self.part is None or parts[name] == self.part]
+
+    @property
+    def examples(self) -> int:
+        """How many examples the fullest method has."""
+        return max(len(self.values(method)) for method in self.run.methods)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget.
+
+    Attributes:
+      method: its name without the budget.
+      values: by column; None where there is none.
+      counts: examples of each.
+      best: by column, whether no other sparse method of its block is better.
+      mean: over the columns with scores; None where one is missing, or there is one only.
+      kv_bytes: that a step reads, the mean over runs.
+    """
+
+    method: str
+    values: Sequence[Interval | None]
+    counts: Sequence[int]
+    best: Sequence[bool]
+    mean: Interval | None
+    kv_bytes: float
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """All runs of a model.
+
+    Attributes:
+      model: its name.
+      columns: tasks.
+      blocks: rows by budget, full attention first; None is the budget where no method has one.
+    """
+
+    model: str
+    columns: Sequence[Column]
+    blocks: Mapping[float | None, Sequence[Row]]
+
+
+def leaderboards(runs: Sequence[Measured]) -> list[Leaderboard]:
+    """One for each model of which there is more than one column."""
+    by_model: dict[str, list[Measured]] = {}
+    for run in runs:
+        by_model.setdefault(run.config["model"], []).append(run)
+    found = [(model, _columns(of_model)) for model, of_model in by_model.items()]
+    return [Leaderboard(model, columns, _blocks(columns)) for model, columns in found if len(columns) > 1]
+
+
+def sections(boards: Sequence[Leaderboard]) -> list[str]:
+    """Leaderboards as parts of a page; nothing if there is none."""
+    parts = ["## Leaderboard", NOTE] if boards else []
+    for board in boards:
+        metrics = dict.fromkeys(column.metric for column in board.columns)
+        parts.append(f"### {board.model}\n\nValues: {' or '.join(metrics)}.")
+        parts += [_block(board, budget, rows) for budget, rows in board.blocks.items()]
+    return parts
+
+
+def leaderboard_values(boards: Sequence[Leaderboard]) -> list[dict]:
+    """Leaderboards as JSON values."""
+    return [
+        {
+            "model": board.model,
+            "columns": [
+                {"title": column.title, "metric": column.metric, "examples": column.examples}
+                for column in board.columns
+            ],
+            "blocks": [
+                {"budget": budget, "rows": [asdict(row) for row in rows]}
+                for budget, rows in board.blocks.items()
+            ],
+        }
+        for board in boards
+    ]
+
+
+def _parts(run: Measured) -> dict[str, str | None]:
+    """The part of the task that each example belongs to."""
+    return {line["example"]: line.get("part") for line in run.lines}
+
+
+def _columns(runs: Sequence[Measured]) -> list[Column]:
+    """The columns of one model's runs, in their order."""
+    columns = []
+    for run in runs:
+        task, alike = run.config["task"], [other.config["task"] for other in runs]
+        alike = [other for other in alike if other["name"] == task["name"]]
+        # Which parts there are, and how many examples, the columns tell themselves.
+        about = [str(task["length"])] if "length" in task else []
+        about += [
+            f"{key} {value}"
+            for key, value in task.items()
+            if key not in ("length", "count")
+            and not isinstance(value, list)
+            and any(other.get(key) != value for other in alike)
+        ]
+        metric = "NLL" if run.is_likelihood else TASKS[task["name"]].metric
+        order = [name for value in task.values() if isinstance(value, list) for name in value]
+        parts = dict.fromkeys(_parts(run).values())
+        parts = [*(part for part in order if part in parts), *(part for part in parts if part not in order)]
+        columns += [Column(", ".join([part or task["name"], *about]), metric, run, part) for part in parts]
+    titles = Counter(column.title for column in columns)
+    return [
+        replace(column, title=f"{column.title}, {column.run.paths[0].name}")
+        if titles[column.title] > 1
+        else column
+        for column in columns
+    ]
+
+
+def _blocks(columns: Sequence[Column]) -> dict[float | None, list[Row]]:
+    configs = [config for column in columns for config in column.run.configs.values()]
+    sparse = [config for config in configs if not config.attention.dense]
+    # Tokens before shares.
+    budgets = sorted(set(map(budget_value, sparse)), key=lambda budget: (isinstance(budget, float), budget))
+    dense = dict.fromkeys(_name(config) for config in configs if config.attention.dense)
+    blocks = {}
+    for budget in budgets or [None]:
+        names = dict.fromkeys(_name(config) for config in sparse if budget_value(config) == budget)
+        above, rows = (
+            [row for name in of_kind if any((row := _row(name, budget, columns)).counts)]
+            for of_kind in (dense, names)
+        )
+        blocks[budget] = [*above, *(_marked(row, rows, columns) for row in rows)]
+    return blocks
+
+
+def _name(config: DecodeConfig) -> str:
+    """A method's name without its budget, of a preset by that of the preset."""
+    name = run_name(DecodeFields(**asdict(config) | _BUDGET))
+    for preset, fields in PRESETS.items():
+        if name == run_name(DecodeFields(**fields, window=config.window)):
+            return f"preset {preset}{'' if config.window is None else f', w = {config.window}'}"
+    return name
+
+
+def _row(name: str, budget: float | None, columns: Sequence[Column]) -> Row:
+    labels = [_label(column.run, name, budget) for column in columns]
+    found = [column.values(label) for column, label in zip(columns, labels, strict=True)]
+    values = [bootstrap(values) if values else None for values in found]
+    scored = [values for column, values in zip(columns, found, strict=True) if not column.run.is_likelihood]
+    read = {
+        id(column.run): column.run.mean(label, "kv_bytes")
+        for column, label in zip(columns, labels, strict=True)
+        if label
+    }
+    return Row(
+        method=name,
+        values=values,
+        counts=list(map(len, found)),
+        best=[False] * len(columns),
+        mean=bootstrap(*scored) if len(scored) > 1 and all(scored) else None,
+        kv_bytes=float(np.mean(list(read.values()))) if read else float("nan"),
+    )
+
+
+def _label(run: Measured, name: str, budget: float | None) -> str | None:
+    """What a run calls a method at a budget; None if it has no results of it."""
+    for label in run.methods:
+        config = run.configs[label]
+        if _name(config) == name and (config.attention.dense or budget_value(config) == budget):
+            return label
+    return None
+
+
+def _marked(row: Row, rows: Sequence[Row], columns: Sequence[Column]) -> Row:
+    """A sparse row, with the columns told in which it is the best of the sparse `rows`."""
+    best = []
+    for place, column in enumerate(columns):
+        means = [other.values[place].mean for other in rows if other.values[place] is not None]
+        own = row.values[place]
+        best.append(own is not None and own.mean == (min if column.run.is_likelihood else max)(means))
+    return replace(row, best=best)
+
+
+def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str:
+    """A block as a table with its heading."""
+    heads = [f"{column.title} (n = {column.examples})" for column in board.columns]
+    means = any(row.mean for row in rows)
+    body = []
+    for row in rows:
+        cells = [row.method]
+        for column, value, count, best in zip(board.columns, row.values, row.counts, row.best, strict=True):
+            text = "" if value is None else value.text(2)
+            fewer = f" (of {count})" if value is not None and count < column.examples else ""
+            cells.append((f"**{text}**" if best else text) + fewer)
+        cells += [row.mean.text(2) if row.mean else ""] if means else []
+        body.append([*cells, f"{row.kv_bytes / 1e6:.2f}"])
+    what = "tokens" if budget is not None and budget > 1 else "of the context"
+    told = "" if budget is None else f"Budget {budget:g} {what}:\n\n"
+    return told + markdown(["method", *heads, *(["mean"] if means else []), "KV MB/step"], body)
