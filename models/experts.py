@@ -86,13 +86,16 @@ def apply_experts(
         The sums, and how many experts are read, shared equally by the sequences that have valid tokens.
     """
     tokens = h.reshape(-1, h.shape[-1])
-    routed = route(params, experts, tokens, valid.ravel())
     if products is None or len(tokens) > FEW_TOKENS:
-        out = _in_turn(params, experts, parts, tokens, routed)
+        routed = route(params, experts, tokens, valid.ravel())
+        out, read = _in_turn(params, experts, parts, tokens, routed), jnp.sum(routed.sizes > 0)
     else:
-        out = _at_once(params, experts, parts, tokens, routed, products)
+        # Once for all products. The router's of a single row, XLA would not leave to the matrix unit.
+        padded = jnp.pad(tokens, ((0, -len(tokens) % 8), (0, 0)))
+        routed = route(params, experts, padded, valid.ravel())
+        out, read = _at_once(params, experts, parts, padded, routed, products)
     active = jnp.any(valid, axis=1)
-    read = jnp.sum(routed.sizes > 0) / jnp.maximum(jnp.sum(active), 1)
+    read = read / jnp.maximum(jnp.sum(active), 1)
     return out.astype(h.dtype).reshape(h.shape), jnp.where(active, read, 0.0)
 
 
@@ -111,14 +114,19 @@ def experts_read(experts: Experts, tokens: int | float) -> float:
     return experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
 
 
-def route(params: ExpertParams, experts: Experts, h: Float[Array, "T M"], valid: Bool[Array, " T"]) -> Routed:
-    """Chooses the experts of each token."""
+def route(
+    params: ExpertParams, experts: Experts, h: Float[Array, "rows M"], valid: Bool[Array, " T"]
+) -> Routed:
+    """Chooses the experts of each token; there may be more rows than tokens."""
     logits = jnp.einsum("tm,me->te", h, params.router, preferred_element_type=jnp.float32)
     if params.router_bias is not None:
         logits += params.router_bias.astype(jnp.float32)
-    chosen, ids = lax.top_k(logits, experts.per_token)
-    over = chosen if experts.normalized else logits
-    shares = jnp.exp(chosen - jax.nn.logsumexp(over, axis=-1, keepdims=True))
+    chosen, ids = (array[: len(valid)] for array in lax.top_k(logits, experts.per_token))
+    if experts.normalized:  # term by term: a sum over an axis would be launched by itself
+        weights = jnp.exp(chosen - chosen[:, :1])
+        shares = weights / sum(weights[:, j, None] for j in range(experts.per_token))
+    else:
+        shares = jnp.exp(chosen - jax.nn.logsumexp(logits[: len(valid)], axis=-1, keepdims=True))
     ids = jnp.where(valid[:, None], ids, experts.count)
     return Routed(ids, shares, jnp.sum(ids[..., None] == jnp.arange(experts.count), axis=(0, 1)))
 
@@ -149,30 +157,49 @@ def _at_once(
     params: ExpertParams,
     experts: Experts,
     parts: int,
-    h: Float[Array, "T M"],
+    h: Float[Array, "rows M"],
     routed: Routed,
     products: ChosenProducts,
-) -> Float[Array, "T M"]:
-    """All chosen experts for all tokens, most of which have no share in most of their outputs."""
-    # By comparisons, and with gaps: a sort or a compaction would take launches of its own.
-    chosen, number = routed.ids.ravel(), jnp.arange(routed.ids.size)
-    if experts.count < routed.ids.size:
+) -> tuple[Float[Array, "T M"], Int[Array, ""] | int]:
+    """All chosen experts for all tokens, most of which have no share in most of their outputs.
+
+    By comparisons, and with gaps: a sort or a compaction would take launches of its own.
+
+    Returns:
+        The sums, and how many experts are read; of a single token, whose experts differ, at most.
+    """
+    tokens, per_token = routed.ids.shape
+    if tokens == 1:
+        chosen = jnp.where(routed.ids[0] == experts.count, -1, routed.ids[0])
+    elif experts.count < routed.ids.size:
         chosen = jnp.where(routed.sizes > 0, jnp.arange(experts.count), -1)
     else:
-        again = jnp.any((chosen == chosen[:, None]) & (number < number[:, None]), axis=1)
-        chosen = jnp.where(again | (chosen == experts.count), -1, chosen)
+        chosen = _without_repetition(routed.ids.ravel(), experts.count)
 
-    tokens = len(h)
-    h = jnp.pad(h, ((0, -tokens % 8), (0, 0)))  # once, and not for each product
     gate_up = products(h[None], params.gate_up, chosen, dtype=h.dtype)
     if params.gate_up_bias is not None:
         gate_up += params.gate_up_bias[chosen][:, None]
     out = products(gated(experts, parts, gate_up), params.down, chosen, dtype=jnp.float32)[:, :tokens]
     if params.down_bias is not None:
         out += params.down_bias[chosen][:, None].astype(jnp.float32)
-    mine = routed.ids == chosen[:, None, None]  # [C, T, k]
-    shares = jnp.sum(jnp.where(mine, routed.shares, 0.0), axis=2)[..., None]
-    return jnp.sum(jnp.where(shares > 0, shares * out, 0.0), axis=0)  # the others have no meaning
+
+    # Term by term, as in `route`. What has no share has no meaning.
+    if tokens == 1:
+        terms = [jnp.where(chosen[j] >= 0, routed.shares[:, j] * out[j], 0.0) for j in range(per_token)]
+        return sum(terms), per_token
+    shares = sum(
+        jnp.where(routed.ids[:, j] == chosen[:, None], routed.shares[:, j], 0.0) for j in range(per_token)
+    )[..., None]
+    return jnp.sum(jnp.where(shares > 0, shares * out, 0.0), axis=0), jnp.sum(chosen >= 0)
+
+
+def _without_repetition(ids: Int[Array, " C"], nothing: int) -> Int[Array, " C"]:
+    """The ids, and -1 for `nothing` and for what was there before, in one reduction."""
+    number = jnp.arange(ids.size)
+    before = (ids == ids[:, None]) & (number < number[:, None])
+    itself = jnp.where(ids == nothing, -1, ids)
+    found = jnp.where(before, -1, jnp.where(number == number[:, None], itself, nothing))
+    return jnp.min(found, axis=1)
 
 
 def _expert(

@@ -209,7 +209,7 @@ def _refusal(chip, function, leaves, structure, options) -> str | None:
         except Accepted:
             return None
         except NotImplementedError as error:
-            return str(error.__cause__ or error).partition(" (xla);")[0]
+            return str(error.__cause__ or error).partition(" (xla")[0]
     raise AssertionError(f"{function.__name__} neither took its arguments nor refused them")
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import dense_attention
+from pallas_kernels.attention.gpu import kernels as mosaic_gpu
 from pallas_kernels.dispatch import BY_HEAD, by_sequence, dispatch
 from pallas_kernels.pages import Pages, QuantizedPages, check_pages
 from pallas_kernels.sliding import reference
@@ -30,7 +31,7 @@ def window_attention(
     """Attention of a step's queries to the latest `window` keys of each, float32.
 
     For one query and a ring of as many places as the window has tokens, that is dense attention over the
-    places that were written, and runs through its kernels. There are none for more.
+    places that were written, and runs through its kernels. More have one on Hopper GPUs.
 
     Args:
       q: queries of the window's slots, oldest first, rotary embedding applied.
@@ -52,7 +53,7 @@ def window_attention(
     return dispatch(
         "sliding-window attention in a ring of more places than its window",
         implementation,
-        {"xla": reference.window_attention},
+        {"xla": reference.window_attention, "mosaic_gpu": mosaic_gpu.window_attention},
         ((*by_sequence(2, 1, None), BY_HEAD), *by_sequence(2)),
         q,
         pages,

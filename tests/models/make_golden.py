@@ -128,8 +128,9 @@ def random_model(config, seed: int = 0, dtype: torch.dtype = torch.float32):
     return model
 
 
-def logits_of(model, vocab_size: int) -> dict[str, np.ndarray]:
-    tokens = torch.randint(vocab_size, (1, 48), generator=torch.Generator().manual_seed(1))
+def logits_of(model, vocab_size: int, length: int = 73) -> dict[str, np.ndarray]:
+    """Of random tokens: a prompt of 9 and 64 decode steps, or as many as are asked for."""
+    tokens = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return {"tokens": tokens.numpy().astype(np.int32), "logits": model(tokens).logits.numpy()}
 
@@ -229,7 +230,7 @@ def make_gguf(name: str, config, architecture: str, write_tokenizer) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    np.savez_compressed(GOLDEN / f"{name}.npz", **logits_of(model, config.vocab_size))
+    np.savez_compressed(GOLDEN / f"{name}.npz", **logits_of(model, config.vocab_size, 48))
 
 
 def make_both_formats(architecture: str, config) -> None:

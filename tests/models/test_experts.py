@@ -94,6 +94,30 @@ def test_only_the_experts_of_valid_tokens_are_read():
     np.testing.assert_array_equal(read, np.array([len(chosen) / 2, 0, len(chosen) / 2], np.float32))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_each_expert_of_few_tokens_is_asked_for_once(tokens):
+    """Of fewer choices than there are experts, some of them the same, and of a single token."""
+    experts = dataclasses.replace(PLAIN, count=9)
+    config = dataclasses.replace(CONFIG, experts=experts)
+    params = random_params(config, jax.random.key(5)).layers[0].experts
+    h = jax.random.normal(jax.random.key(6), (tokens, 1, 8))
+    for valid in (jnp.ones((tokens, 1), bool), jnp.zeros((tokens, 1), bool)):
+        asked = []
+
+        def counted(x, matrices, ids, dtype):
+            asked.append([*map(int, ids)])  # noqa: B023
+            return products(x, matrices, ids, dtype)
+
+        inputs = experts, config.parts, h, valid
+        expected, read = apply_experts(params, *inputs)
+        out, read_at_once = apply_experts(params, *inputs, counted)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        np.testing.assert_array_equal(read, read_at_once)
+        once = [expert for expert in asked[0] if expert >= 0]
+        assert len({*once}) == len(once) == int(read.sum() + 0.5)
+        assert asked[0] == asked[1] and len(asked[0]) == 2 * tokens
+
+
 def test_experts_that_are_read_are_those_of_even_choices():
     """Two tokens: all but those that neither chose."""
     assert [round(experts_read(Experts(4, 1, 2), tokens), 6) for tokens in (0, 1, 2)] == [0, 1, 1.75]

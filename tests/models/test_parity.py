@@ -1,10 +1,12 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import retro_jax as rj
 from retro_jax import models
 from retro_jax.models.formats.weights import separate_weights
 from retro_jax.models.presets import SIZES
@@ -13,6 +15,8 @@ from tests.models import golden
 
 SOURCES = [*golden.FAMILIES, *golden.GGUF_FILES]
 BOTH_FORMATS = [path for path in golden.GGUF_FILES if path.with_suffix("").is_dir()]
+ONCE = [path for path in SOURCES if path not in BOTH_FORMATS]
+"""Without the files that hold the weights of a folder, bit for bit."""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -24,7 +28,34 @@ def test_logits_equal_transformers(path):
     np.testing.assert_allclose(logits, expected.logits[:, fit], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@functools.partial(jax.jit, static_argnames=("model", "config", "prompt"))
+def decoded(params, model, config, tokens, prompt):
+    """Logits [steps, V] of steps along the tokens after a prompt."""
+    prompts, lengths = tokens[:, :prompt], jnp.array([prompt])
+    state, _ = rj.prefill(params, model, config, prompts, lengths, capacity=tokens.shape[1])
+
+    def step(state, token):
+        state, logits = rj.decode_step(params, model, config, state, token[None])
+        return state, logits[0]
+
+    return jax.lax.scan(step, state, tokens[0, prompt:])[1]
+
+
+@pytest.mark.parametrize("path", golden.FAMILIES, ids=lambda path: path.name)
+def test_steps_equal_transformers(path):
+    """Prefill of 9 tokens and 64 decode steps, beyond every window; rings serve the past query, too."""
+    model, expected = models.load_model(str(path), dtype="float32"), golden.tiny(path)
+    windows = [kind.window for kind in model.config.layers if kind.window is not None]
+    config = rj.DecodeConfig("full", page_size=8)
+    if windows:
+        assert max(windows) < 32
+        config = rj.DecodeConfig("retro", window=2, page_size=8, budget_tokens=128, dense_layers=0)
+    logits = decoded(model.params, model.config, config, jnp.asarray(expected.tokens), 9)
+    assert len(logits) == 64
+    np.testing.assert_allclose(logits, expected.logits[0, 9:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ONCE, ids=lambda path: path.name)
 def test_bfloat16_stays_near_float32(path):
     model, expected = models.load_model(str(path), dtype="bfloat16"), golden.tiny(path)
     dtypes = {name: weight.dtype for name, weight in separate_weights(model.params, model.config).items()}
@@ -35,16 +66,6 @@ def test_bfloat16_stays_near_float32(path):
     logits = models.forward(model.params, model.config, jnp.asarray(expected.tokens[:, fit]))
     # Rounding to 8 bits in each of some 20 operations, on logits of order one.
     assert np.abs(logits - expected.logits[:, fit]).mean() < 0.05
-
-
-def test_gemma3_beyond_its_window():
-    path = golden.FOLDER / "gemma3"
-    model, expected = models.load_model(str(path), dtype="float32"), golden.tiny(path)
-    local, full = model.config.layers
-    kinds = (dataclasses.replace(local, window=20), full)
-    config = dataclasses.replace(model.config, layer_kinds=kinds, max_positions=256)
-    logits = models.forward(model.params, config, jnp.asarray(expected.tokens))
-    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", BOTH_FORMATS, ids=lambda path: path.name)

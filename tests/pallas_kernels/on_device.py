@@ -25,6 +25,7 @@ from pallas_kernels.experts.gpu import kernels as experts
 from pallas_kernels.scores import GROUP_REDUCE
 from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
+from pallas_kernels.sliding import reference as sliding_reference
 from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
 from retro_jax.experiments.io.provenance import provenance
@@ -32,9 +33,11 @@ from tests.pallas_kernels.equality import FUSED, SCORED
 from tests.pallas_kernels.inputs import (
     dtype_beside,
     pages_as,
+    random_cache,
     random_retro_inputs,
     random_statistics,
     random_update,
+    window_positions,
 )
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
 
@@ -119,6 +122,30 @@ class Dense(Attention):
     def inputs(self, rng):
         q, pages, _, _, _, positions, _, _ = super().inputs(rng)
         return q, pages, positions
+
+    def errors(self, inputs, got, expected):
+        return relative(got, expected), True
+
+
+class Window(Attention):
+    """Attention of a step's queries to a sliding window, in a ring of some more places."""
+
+    def __init__(self, dim, page_size, window, group, dtype):
+        super().__init__(dim, page_size, window, group, dtype)
+        self.name = f"window_attention D={dim} S={page_size} W={window} G={group} {jnp.dtype(dtype).name}"
+        self.ring = 500 + window - 1
+        sizes = {"window": 500, "ring": self.ring}
+        self.kernel = jax.jit(functools.partial(attention.window_attention, **sizes))
+        self.reference = jax.jit(functools.partial(sliding_reference.window_attention, **sizes))
+
+    def inputs(self, rng):
+        dim, page_size, window, group = self.sizes
+        newest = rng.integers(-1, 4 * self.ring, B)
+        filled = np.minimum(newest + 1, self.ring)
+        pages = random_cache(rng, filled, page_size, K, dim, -(-self.ring // page_size))
+        q = jnp.asarray(rng.standard_normal((B, window, K * group, dim)), dtype_beside(self.dtype))
+        positions = jnp.asarray(window_positions(newest + 1, window))
+        return q, pages_as(pages, self.dtype), positions, jnp.asarray(rng.standard_normal(K * group))
 
     def errors(self, inputs, got, expected):
         return relative(got, expected), True
@@ -249,6 +276,9 @@ def configurations():
         return
     for dim, group, reduce in zip(SUPPORTED.HEAD_DIMS, (9, 16, 12), ("mean", "mass", "max"), strict=True):
         yield Select(dim, 16, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
+    windows = itertools.product((64, 128), SUPPORTED.PAGE_SIZES, (jnp.bfloat16, *CODES))
+    for dim, page_size, dtype in [*windows, (256, 16, jnp.bfloat16)]:
+        yield Window(dim, page_size, *next(rows), dtype)
     for rows, (depth, width) in itertools.product((1, 4, 33, 64), ((2048, 1536), (768, 2048), (64, 64))):
         yield Products(rows % 2, rows, depth, width, next(dtypes))
 

@@ -14,7 +14,6 @@ from retro_jax import models
 from retro_jax.mlp import mlp
 from retro_jax.models import Experts, LayerKind, ModelConfig
 from retro_jax.models.experts import expert_bytes
-from tests.models import golden
 from tests.retro_jax.tiny import ATOL, VOCAB, begin, force, token_ids
 
 MODEL = ModelConfig(
@@ -111,16 +110,6 @@ def test_metrics_tell_the_bytes_of_experts(model):
     assert metrics.summary()["expert_bytes"] == pytest.approx(metrics.expert_bytes.sum() / 6)
     assert BYTES <= metrics.summary()["expert_bytes"] <= 3 * BYTES
     np.testing.assert_array_equal(metrics.of(slice(1)).expert_bytes, metrics.expert_bytes[:, :1])
-
-
-def test_gpt_oss_decodes_as_transformers_computes():
-    """Windows, sinks and experts: prefill of few tokens, then steps far beyond the window of 11."""
-    folder = golden.FOLDER / "gpt-oss"
-    model, expected = models.load_model(str(folder), dtype="float32"), golden.tiny(folder)
-    config = rj.DecodeConfig("retro", window=2, page_size=8, budget_tokens=64, dense_layers=0)
-    state, _ = begin(model, config, expected.tokens, [9], 48)
-    _, logits = force(model, config, state, expected.tokens, 39)
-    np.testing.assert_allclose(logits[:, 0], expected.logits[0, 9:], atol=1e-4)
 
 
 def test_a_mesh_that_does_not_divide_experts_is_refused(model):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.gpu.blocks import Blocks, choose_blocks
 from pallas_kernels.attention.gpu.merging import merge_splits
-from pallas_kernels.attention.gpu.thread_block import attend_to_split
+from pallas_kernels.attention.gpu.thread_block import Ring, attend_to_split
 from pallas_kernels.attention.reference import merge_sinks
 from pallas_kernels.gpu import TILE_ROWS, check_support, kernel, matrix
 from pallas_kernels.operation import operation
@@ -100,6 +100,26 @@ def dense_attention(
     return merge_sinks(o, lse, sinks).astype(dtype)
 
 
+@operation
+def window_attention(
+    q: Float[Array, "B W N D"],
+    pages: Pages,
+    positions: Int[Array, "B W"],
+    sinks: Float[Array, " N"] | None = None,
+    *,
+    window: int,
+    ring: int,
+    blocks: Blocks | None = None,
+    interpret: Any = None,
+) -> Float[Array, "B W N D"]:
+    """See `pallas_kernels.sliding.api.window_attention`."""
+    check(q, pages)
+    blocks = blocks or choose_blocks(q, pages, pages.shape[2])
+    o, lse = _attend(q, pages, positions, None, blocks, interpret, Ring(window, ring))
+    o, lse = merge_splits(o, lse, None, None, q.shape, jnp.float32, interpret)
+    return merge_sinks(o, lse, sinks)
+
+
 def check(q: Array, pages: Pages) -> None:
     """Raises `NotImplementedError` for what the kernels do not support."""
     eight = isinstance(pages, QuantizedPages)
@@ -125,7 +145,7 @@ def check(q: Array, pages: Pages) -> None:
         )
 
 
-def _attend(q, pages, positions, selection, blocks, interpret):
+def _attend(q, pages, positions, selection, blocks, interpret, ring=None):
     """Attention over each split of the pages.
 
     Args:
@@ -135,6 +155,7 @@ def _attend(q, pages, positions, selection, blocks, interpret):
       selection: page_ids, counts and a Ref to last_loaded, or None for all pages.
       blocks: how to cut the work.
       interpret: see `pallas_kernels.gpu.kernel`.
+      ring: what the pages are; None: they begin with position 0.
 
     Returns:
       o[B, K, splits, R8, D] and its base-2 log-sum-exp[B, K, splits, 64]; R8 is W * G rounded up to 8.
@@ -148,9 +169,14 @@ def _attend(q, pages, positions, selection, blocks, interpret):
     converted = [matrix((tokens, D), q.dtype)] * (2 * blocks.warpgroups)
     launch = kernel(
         functools.partial(
-            attend_to_split, blocks=blocks, dense=dense, eight=eight, interpret=interpret is not None
+            attend_to_split,
+            blocks=blocks,
+            dense=dense,
+            eight=eight,
+            ring=ring,
+            interpret=interpret is not None,
         ),
-        name="dense_attention" if dense else "retro_attention",
+        name="window_attention" if ring else "dense_attention" if dense else "retro_attention",
         out_type=[
             jax.ShapeDtypeStruct((B, K, blocks.splits, -(-W * N // K // 8) * 8, D), jnp.float32),
             jax.ShapeDtypeStruct((B, K, blocks.splits, TILE_ROWS), jnp.float32),

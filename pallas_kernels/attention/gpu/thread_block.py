@@ -6,7 +6,8 @@ one matrix tile of 64, so that a page is loaded once for all of them.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -32,9 +33,23 @@ LOWEST = -1e30
 _NOWHERE = 1 << 30  # the position of a page that is not there
 
 
-def attend_to_split(*refs: Any, blocks: Blocks, dense: bool, eight: bool, interpret: bool) -> None:
+class Ring(NamedTuple):
+    """A sliding window over pages in which position p lies at place p mod `places`.
+
+    Attributes:
+      window: positions that a query attends to, its own included.
+      places: at least `window` and as many as the oldest query lies behind the newest.
+    """
+
+    window: int
+    places: int
+
+
+def attend_to_split(
+    *refs: Any, blocks: Blocks, dense: bool, eight: bool, ring: Ring | None, interpret: bool
+) -> None:
     """The kernel's body; `_attend` in `kernels.py` lists the references."""
-    block = ThreadBlock(refs, blocks, dense, eight, interpret)
+    block = ThreadBlock(refs, blocks, dense, eight, ring, interpret)
     warpgroup = lax.axis_index("warpgroup")
     for turn in range(blocks.warpgroups):
 
@@ -60,10 +75,13 @@ class ThreadBlock:
       blocks: how the work is cut.
       dense: attend to all pages, without a selection.
       eight: pages are kept in 8 bits.
+      ring: the pages are one, beside `dense`; None: they begin with position 0.
       interpret: run in the interpreter.
     """
 
-    def __init__(self, refs: tuple, blocks: Blocks, dense: bool, eight: bool, interpret: bool):
+    def __init__(
+        self, refs: tuple, blocks: Blocks, dense: bool, eight: bool, ring: Ring | None, interpret: bool
+    ):
         # Arguments: q[B, W, K, G, D], pages[B, K, P * 2 * S, D], positions[B, W]; scales[B, K, P * 2 * S];
         # page_ids[B, K, C], counts[B, K], last_loaded[B, K, P].
         self.q, self.pages, self.positions, *refs = refs
@@ -79,7 +97,7 @@ class ThreadBlock:
             self.scale_stages, *refs = refs
             self.converted = [(refs.pop(0), refs.pop(0)) for _ in range(blocks.warpgroups)]
         self.q_loaded, self.q_ready, self.ready, self.free, self.other_done = refs
-        self.blocks, self.dense, self.eight, self.interpret = blocks, dense, eight, interpret
+        self.blocks, self.dense, self.eight, self.ring, self.interpret = blocks, dense, eight, ring, interpret
         self.b, self.head, self.split = (lax.axis_index(axis) for axis in ("sequence", "head", "split"))
         self.W, _, self.G, self.D = self.q.shape[1:]
         self.page_rows = self.stages.shape[1] // blocks.pages  # keys, then values
@@ -88,6 +106,8 @@ class ThreadBlock:
 
         slots = [self.positions[self.b, slot] for slot in range(self.W)]
         self.newest = functools.reduce(jnp.maximum, slots)
+        if ring:  # the last place that was written
+            self.newest = jnp.minimum(self.newest, jnp.int32(ring.places - 1))
         if dense:
             self.count = lax.div(self.newest + self.S, jnp.int32(self.S))
         else:
@@ -208,23 +228,40 @@ class ThreadBlock:
         ids = self.page_ids(step)
         return ids, ids if self.dense else [self.last_loaded[self.b, self.head, page] for page in ids]
 
-    def _rows_position(self):
-        """The position of each row's slot; -1 for rows without one."""
+    def _by_row(self, of_position: Callable = lambda position: position):
+        """What `of_position` makes of the position of each row's slot; -1 for rows without one."""
         row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=PER_ROW)
         slot_of_row = lax.div(row, jnp.int32(self.G))
-        position = plgpu.layout_cast(jnp.full((TILE_ROWS,), -1, jnp.int32), PER_ROW)
+        found = plgpu.layout_cast(jnp.full((TILE_ROWS,), -1, jnp.int32), PER_ROW)
         for slot in range(self.W):
-            position = jnp.where(slot_of_row == slot, self.positions[self.b, slot], position)
-        return position
+            found = jnp.where(slot_of_row == slot, of_position(self.positions[self.b, slot]), found)
+        return found
 
     def _attend(self, turn):
         """One step of flash attention, for `fori_loop`."""
         scale, S = self.D**-0.5 * LOG2E, self.S
-        position = self._rows_position()
+        if self.ring:
+            # A row sees all that was written, but for the places behind its own, which hold what is newer
+            # than its query or older than its window.
+            position = self._by_row(lambda position: jnp.where(position >= 0, self.newest, -1))
+            behind = self._by_row(lambda position: lax.rem(position + 1, jnp.int32(self.ring.places)))
+        else:
+            position = self._by_row()
         offset = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS, S), 1, layout=plgpu.Layout.WGMMA)
 
         def per_column(rows, shape):
             return lax.broadcast_in_dim(rows, shape, [0])
+
+        def visible(room, page):
+            seen = offset <= per_column(room, offset.shape)
+            if not self.ring:
+                return seen
+            first = behind - page * S
+            end = first + (self.ring.places - self.ring.window)
+            first, end, wrapped = (
+                per_column(rows, offset.shape) for rows in (first, end, end - self.ring.places)
+            )
+            return seen & (offset >= wrapped) & ((offset < first) | (offset >= end))
 
         def attend(index, carry):
             acc, highest, norm, ids, loads = carry
@@ -246,8 +283,8 @@ class ThreadBlock:
             else:
                 scores = times_keys(self.q_tile, stage, self.blocks.pages)
             scores = [
-                jnp.where(offset <= per_column(room, offset.shape), part, -jnp.inf)
-                for room, part in zip(rooms, scores, strict=True)
+                jnp.where(visible(room, page), part, -jnp.inf)
+                for room, page, part in zip(rooms, here, scores, strict=True)
             ]
             before = highest
             highest = jnp.maximum(highest, functools.reduce(jnp.maximum, scores).max(axis=1))

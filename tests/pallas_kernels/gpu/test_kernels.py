@@ -17,6 +17,7 @@ from pallas_kernels.attention.gpu.blocks import Blocks
 from pallas_kernels.gpu import kernel
 from pallas_kernels.selection import reference as selection_reference
 from pallas_kernels.selection.gpu import kernels as selection
+from pallas_kernels.sliding import reference as sliding_reference
 from pallas_kernels.update.gpu import kernels as update
 from tests.pallas_kernels.equality import (
     FUSED,
@@ -154,6 +155,28 @@ def test_dense_attention_equals_the_reference(page_size, dtype, blocks):
     positions = jnp.asarray(lengths, jnp.int32)[:, None] - 1
     o = run(attention.dense_attention, q, pages, positions, blocks=blocks)
     assert_close(o, jax.jit(attention_reference.dense_attention)(q, pages, positions), 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("window", "slots", "ring", "page_size", "dtype", "blocks"),
+    [
+        (43, 3, 45, 16, jnp.bfloat16, Blocks(2, 2, 2)),  # what is hidden goes around the end of a ring
+        (9, 1, 16, 8, jnp.int8, Blocks(8, 2, 1, warpgroups=1)),
+    ],
+)
+def test_window_attention_equals_the_reference(window, slots, ring, page_size, dtype, blocks):
+    """In rings that were written over, that are not full yet, and with slots that have no query."""
+    rng = np.random.default_rng(0)
+    newest = np.array([2 * ring + 1, 5 * ring, ring - 2, -1])
+    filled = np.minimum(newest + 1, ring)
+    pages = random_cache(rng, filled, page_size, dim=64, num_pages=-(-ring // page_size))
+    positions = newest[:, None] + np.arange(1 - slots, 1)
+    positions = np.where((positions < 0) | (positions == 5 * ring - 1), -1, positions)
+    q = jnp.asarray(rng.standard_normal((len(newest), slots, 4, 64)), jnp.bfloat16)
+    arguments = q, pages_as(pages, dtype), jnp.asarray(positions, jnp.int32), jnp.linspace(-2, 2, 4)
+    o = run(attention.window_attention, *arguments, window=window, ring=ring, blocks=blocks)
+    expected = functools.partial(sliding_reference.window_attention, window=window, ring=ring)
+    assert_close(o, jax.jit(expected)(*arguments), 5e-3)
 
 
 @pytest.mark.parametrize(("page_size", "num_pages", "dtype"), [(16, 1, jnp.bfloat16), (8, 3, jnp.int8)])
