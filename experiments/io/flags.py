@@ -122,7 +122,7 @@ class Command(Output):
         from retro_jax.experiments.machine.devices import local_devices
         from retro_jax.experiments.machine.memory import check_memory
 
-        check_learned(self.learned, configs)
+        check_learned(self.learned, configs, self.model)
         local_devices()
         if known := known_model(self.model, self.dtype):
             check_memory(known, configs, batch, capacity, together=together)
