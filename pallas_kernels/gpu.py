@@ -26,12 +26,12 @@ SHARED_MEMORY = 227 * 1024
 LOG2E = math.log2(math.e)
 
 
-def check_support(dtype: Any, head_dim: int, page_size: int) -> None:
+def check_support(dtype: Any, head_dim: int, page_size: int, head_dims: Sequence[int] = HEAD_DIMS) -> None:
     """Raises `NotImplementedError` for what no kernel here supports."""
     check_supported(
         "Mosaic GPU",
         dtype=(dtype, DTYPES),
-        head_dim=(head_dim, HEAD_DIMS),
+        head_dim=(head_dim, tuple(head_dims)),
         page_size=(page_size, PAGE_SIZES),
     )
 

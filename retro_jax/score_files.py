@@ -17,6 +17,7 @@ from retro_jax.models.config import ModelConfig
 from retro_jax.models.fingerprint import fingerprint, named_arrays
 from retro_jax.models.learned_score import SCORE_ARRAYS
 from retro_jax.models.transformer import Params
+from retro_jax.sharding import mesh_of, shard_params
 
 ABOUT, WEIGHTS = "score.json", "score.safetensors"
 """The files of a folder. `ABOUT` is written last: where it is, the other is whole."""
@@ -109,21 +110,21 @@ def load_score(model: Model, folder: str | Path) -> Model:
     `read_about` tells.
 
     Args:
-      model: from `load_model`, the one that the score was trained on; in any dtype. Load the score before
-        `shard_params`, which then places it with the other weights.
+      model: from `load_model`, the one that the score was trained on; in any dtype, and on any mesh of this
+        process's devices, on which the score is placed too.
       folder: written by `retro-jax learn`.
 
     Raises:
       FileNotFoundError: there is no such folder.
       ValueError: it holds no finished score, a damaged one, or one of another model; or the model's weights
-        lie on several devices.
+        lie on devices of several processes.
     """
     folder = Path(folder)
     about = read_about(folder)
-    if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(model.params)[:1]):
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model.params)[:1]):
         raise ValueError(
-            "the model lies on several devices already; load it without shardings and call load_score before "
-            "shard_params, or write it with its score by save_model"
+            "the model lies on devices of several processes; let one of them write it with its score by "
+            "save_model, and load that folder"
         )
     own = model_identity(model.params, model.config)
     if different := [name for name in own if about["model"].get(name) != own[name]]:
@@ -145,7 +146,10 @@ def load_score(model: Model, folder: str | Path) -> Model:
         )
     except KeyError as error:
         raise ValueError(f"{folder / WEIGHTS} has no {error}; restore it, or train again") from None
-    return dataclasses.replace(model, params=model.params.replace(layers=layers))
+    params, mesh = model.params.replace(layers=layers), mesh_of(model.params)
+    if mesh.size > 1:
+        params = shard_params(params, model.config, mesh)
+    return dataclasses.replace(model, params=params)
 
 
 def _read_tensors(file: Path, digest: str) -> dict[str, np.ndarray]:

@@ -223,7 +223,7 @@ def scored_by() -> Iterator[dict[str, Any]]:
     for (score, kind), reduce, residual in itertools.product(kinds, GROUP_REDUCE, (0, 8)):
         fields = {"score": score, "statistics": kind, "group_reduce": reduce, "residual_pages": residual}
         if score == LEARNED:
-            fields["score_channels"] = 64  # fewer have no kernel of selection
+            fields["score_channels"] = 64  # other numbers have a table of their own
         try:
             config = DecodeConfig(**fields)
         except ValueError:
@@ -247,6 +247,21 @@ def tables() -> dict[str, list[tuple[dict[str, str], Case]]]:
         )
         for fields in scored_by()
         for page_size in PAGE_SIZES
+    ]
+    learned = [
+        (
+            {"score_channels": str(channels), "page_size": str(page_size)},
+            Case(
+                DecodeConfig(
+                    page_size=page_size,
+                    dense_layers=1,
+                    score=LEARNED,
+                    score_channels=channels,
+                    group_reduce="mass",
+                )
+            ),
+        )
+        for channels, page_size in itertools.product((16, 32, 48, 64, 128), PAGE_SIZES)
     ]
     config = DecodeConfig(dense_layers=1)
     windows = [
@@ -294,6 +309,7 @@ def tables() -> dict[str, list[tuple[dict[str, str], Case]]]:
     ]
     return {
         "Scores, statistics, reductions, residuals and page sizes": selections,
+        "Channels of learned scores": learned,
         "Windows and groups of query heads": windows,
         "Dtypes and head_dim": heads,
         "Pages of the cache and sequences": caches,

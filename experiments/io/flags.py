@@ -156,7 +156,7 @@ class Command(Output):
         from retro_jax.experiments.machine.devices import local_devices
         from retro_jax.sharding import params_on, shard_params
 
-        check_learned(self.learned, configs)
+        check_learned(self.learned, configs, self.model)
         mesh = self.mesh()
         local_devices()
         fits = functools.partial(self.check_memory, together=together)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from retro_jax.experiments.io.files import read_json
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.formats.checkpoint import is_checkpoint
-from retro_jax.models.formats.converted import converted_config
+from retro_jax.models.formats.converted import converted_config, converted_score
 from retro_jax.models.formats.huggingface import config_from_json
 from retro_jax.models.load import local_path
 from retro_jax.models.presets import SIZES
@@ -33,30 +33,36 @@ def known_model(name: str, dtype: str | None) -> ModelConfig | None:
     return found and replace(found, name=name, dtype=dtype or found.dtype)
 
 
-def check_learned(folder: Path | None, configs: "Sequence[DecodeConfig]") -> None:
+def check_learned(folder: Path | None, configs: "Sequence[DecodeConfig]", model: str) -> None:
     """Refuses, before a model is read, a learned score that is not there or that nothing uses.
 
     Args:
       folder: of --learned; None: it was not given.
       configs: that the command decodes by.
+      model: the model's name; a folder of `save_model` may hold a score, which --learned takes the place of.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: a configuration selects by a learned score and no folder was given, or the reverse; it holds
-        no finished score, or one for other pages or channels.
+      ValueError: a configuration selects by a learned score and there is none, or a folder was given and none
+        does; it holds no finished score, or one for other pages or channels.
     """
     using = [config for config in configs if config.selects_by_learned]
-    if folder is None:
-        if using:
-            raise ValueError(
-                "--score learned needs --learned FOLDER, which `retro-jax learn` has written for the model"
-            )
+    if folder is not None:
+        about = read_about(folder)
+        if not using:
+            raise ValueError(f"--learned {folder} was given and nothing selects by it; add --score learned")
+        trained = about["page_size"], about["channels"]
+    elif not using:
         return
-    about = read_about(folder)
-    if not using:
-        raise ValueError(f"--learned {folder} was given and nothing selects by it; add --score learned")
+    else:
+        written = bool(model) and is_checkpoint(folder := local_path(model))
+        if not written or (trained := converted_score(folder)) is None:
+            raise ValueError(
+                "--score learned needs --learned FOLDER, or a model that was written with a score: "
+                "`retro-jax learn` trains one for a model"
+            )
     for config in using:
-        for field, has in (("page_size", about["page_size"]), ("score_channels", about["channels"])):
+        for field, has in zip(("page_size", "score_channels"), trained, strict=True):
             if getattr(config, field) != has:
                 flag = f"--{field.replace('_', '-')}"
                 raise ValueError(

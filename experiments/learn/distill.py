@@ -36,9 +36,14 @@ class Selected:
 def dense_layer(
     layer: LayerParams, model: ModelConfig, kind: LayerKind, x: Float[Array, "T M"]
 ) -> tuple[Float[Array, "T M"], Float[Array, "T N D"], Float[Array, "T K D"]]:
-    """A layer with full attention over a chunk, by blocks of queries: its output, queries and keys."""
+    """A layer with full attention over a chunk: its output, queries and keys."""
     T = x.shape[0]
     q, k, v = (part[0] for part in transformer.qkv(layer, model, kind, x[None], jnp.arange(T)[None]))
+    if jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and kind.window is None:
+        # Which keeps no row of weights in memory.
+        o = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, implementation="cudnn")
+        x = transformer.attention_output(layer, model, x[None], o)
+        return transformer.mlp(layer, model, x)[0], q, k
     rows = min(QUERIES_AT_ONCE, T)
     blocks = -(-T // rows)
     padded = jnp.pad(q, ((0, blocks * rows - T), (0, 0), (0, 0)))

@@ -83,7 +83,7 @@ class RunConfig:
         if self.batch % self.data_devices:
             raise ValueError(f"batch {self.batch} does not divide over data_devices {self.data_devices}")
         self.sampling.sampling()
-        check_learned(self.learned, list(self.configurations().values()))
+        check_learned(self.learned, list(self.configurations().values()), self.model)
         self.task.check()
 
     def configurations(self) -> "dict[str, DecodeConfig]":

@@ -5,12 +5,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
 
-from retro_jax import Model, load_model, make_mesh, params_on, shard_params
+from retro_jax import Model, load_model, make_mesh, params_on
 from retro_jax.experiments.io.folders import digest
 from retro_jax.experiments.io.models import known_model, with_score
 from retro_jax.experiments.io.progress import Progress, Rates
@@ -160,8 +160,8 @@ def _mesh(config: RunConfig) -> contextlib.AbstractContextManager:
 def _load(config: RunConfig) -> Model:
     """The model, its weights on the current mesh.
 
-    From other folders than those of `retro-jax convert`, and with a learned score, they are read into the
-    host's memory first, for their size.
+    From other folders than those of `retro-jax convert` they are read into the host's memory first, for
+    their size.
 
     Raises:
       ValueError: it has no tokenizer, or does not divide over the mesh.
@@ -175,11 +175,8 @@ def _load(config: RunConfig) -> Model:
             dtype=config.dtype,
             revision=config.revision,
             progress=progress,
-            shardings=None if mesh.empty or config.learned else params_on(mesh),  # a score comes before them
+            shardings=None if mesh.empty else params_on(mesh),
         )
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
-    if config.learned is None:
-        return model
-    model = with_score(model, config.learned)
-    return model if mesh.empty else replace(model, params=shard_params(model.params, model.config, mesh))
+    return with_score(model, config.learned)

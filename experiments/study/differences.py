@@ -19,10 +19,14 @@ from retro_jax.experiments.study.data import Cell, Result, load
 from retro_jax.experiments.study.tables import text_error
 from retro_jax.experiments.study.variants import PRESET, SINK, WINDOW, revised
 
+SCORED = (PRESET, f"{PRESET}, pages of 8")
+CHOSEN = {"learned score": "Learned scores", "exact selection": "Exact selection"}
+"""Rows of scores made by hand; how the names of rows of others begin, and what they are called."""
 COMPARED = (
     ("Forms of revision", SINK, revised(WINDOW, sink=True)),
     ("Pages chosen or loaded otherwise", SINK, SINK),
     (f"Beside {PRESET}", PRESET, PRESET),
+    *((f"{words}, beside {base}", base, start) for base in SCORED for start, words in CHOSEN.items()),
 )
 """Title, base, and what the names of the rows begin with."""
 WORDS = (

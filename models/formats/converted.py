@@ -80,6 +80,21 @@ def converted_config(folder: Path, dtype: str | None = None) -> ModelConfig:
     return _config(folder, read_about(folder, KIND), dtype)
 
 
+def converted_score(folder: Path) -> tuple[int, int] | None:
+    """Page size and channels of the learned score that a model was written with; None: it has none.
+
+    Raises:
+        ValueError: see `load_converted`.
+    """
+    about = read_about(folder, KIND)
+    sizes = about.get("score_page_sizes", [])
+    index = next((index for index, size in enumerate(sizes) if size is not None), None)
+    if index is None:
+        return None
+    _, shape = about["arrays"][f"layers.{index}.page_score.query"]
+    return sizes[index], shape[-1]
+
+
 def load_converted(folder: Path, dtype: str | None = None, shardings: Shardings | None = None) -> Model:
     """Reads a model that `save_model` wrote, each weight to where it belongs and nowhere else.
 

@@ -25,6 +25,7 @@ from pallas_kernels.experts.gpu import kernels as experts
 from pallas_kernels.scores import GROUP_REDUCE
 from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
+from pallas_kernels.selection.gpu.kernels import CHANNELS
 from pallas_kernels.sliding import reference as sliding_reference
 from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
@@ -279,6 +280,8 @@ def configurations():
     windows = itertools.product((64, 128), SUPPORTED.PAGE_SIZES, (jnp.bfloat16, *CODES))
     for dim, page_size, dtype in [*windows, (256, 16, jnp.bfloat16)]:
         yield Window(dim, page_size, *next(rows), dtype)
+    for dim, group, reduce in zip(CHANNELS, (3, 4), ("mass", "mass"), strict=True):
+        yield Select(dim, 8, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
     for rows, (depth, width) in itertools.product((1, 4, 33, 64), ((2048, 1536), (768, 2048), (64, 64))):
         yield Products(rows % 2, rows, depth, width, next(dtypes))
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gpu import SHARED_MEMORY, TILE_ROWS, check_support
+from pallas_kernels.gpu import HEAD_DIMS, SHARED_MEMORY, TILE_ROWS, check_support
 from pallas_kernels.operation import check_supported, operation
 from pallas_kernels.scores import check_linear
 from pallas_kernels.selection.gpu.choice import CHUNK, choose_pages
 from pallas_kernels.selection.gpu.scoring import score_pages, stages
 from pallas_kernels.statistics import Statistics
 
+CHANNELS = (16, 32)
+"""Of vectors in 8 bits that are no mean keys but fewer numbers."""
 MAX_HEADS_OF_SHARES = 32
 """Query heads of a group whose logits of a tile fit the registers together."""
 
@@ -38,8 +40,10 @@ def select_pages(
     """See `pallas_kernels.selection.api.select_pages`."""
     check_linear("Mosaic GPU", score)
     K, P, Z, D = statistics.values.shape[1:]
-    check_support(q.dtype if statistics.scales is not None else statistics.values.dtype, D, page_size)
-    if statistics.scales is not None:
+    eight = statistics.scales is not None
+    dims = (*CHANNELS, *HEAD_DIMS) if eight else HEAD_DIMS
+    check_support(q.dtype if eight else statistics.values.dtype, D, page_size, dims)
+    if eight:
         check_supported("Mosaic GPU", vectors_in_8_bits=(Z, (1,)))
     if P % 8:
         raise NotImplementedError(

@@ -20,9 +20,13 @@ from pallas_kernels.statistics import Statistics
 LOWEST = -1e30
 """The logit of what is no page before the newest: finite, so that its difference to itself is not NaN."""
 _MAX_STAGES = 4
-_EIGHT_ROWS = plgpu.Layout.TILED(  # of 64 columns or more: two to a warp, four neighbours to a thread
-    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
+
+
+def _eight_rows(columns: int) -> Any:
+    """The layout of vectors of 16, 32 or a multiple of 64 elements: two to a warp, 16 threads to each."""
+    width = min(columns, 64)
+    tiling = plgpu.Tiling(((8, width), (2, width), (width // 16,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def page_of(position, page_size):
@@ -113,7 +117,7 @@ def score_pages(
         column = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS, heads), 1, layout=plgpu.Layout.WGMMA)
 
         plgpu.barrier_wait(q_ready)
-        for z, values in enumerate(coefficients(plgpu.load(q_smem, layout=_EIGHT_ROWS, optimized=False))):
+        for z, values in enumerate(coefficients(plgpu.load(q_smem, layout=_eight_rows(D), optimized=False))):
             c_smem[:, pl.ds(z * D, D)] = values
         plgpu.commit_smem()
 
@@ -189,7 +193,10 @@ def score_pages(
     scratch = [
         plgpu.SMEM((heads, D), dtype),
         matrix((heads, Z * D), dtype),
-        matrix((depth, TILE_ROWS, Z * D), statistics.values.dtype),
+        # Rows of 16 bytes, which go to registers only, are too short to be swizzled.
+        (matrix if Z * D * statistics.values.dtype.itemsize > 16 else plgpu.SMEM)(
+            (depth, TILE_ROWS, Z * D), statistics.values.dtype
+        ),
         *([plgpu.SMEM((depth, TILE_ROWS), jnp.float32)] if eight else []),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=1 + eight, num_barriers=depth),

@@ -1,6 +1,5 @@
 """A decode step ends on no chip in anything but kernels, or refusals in words that the log tells once."""
 
-import dataclasses
 import logging
 from pathlib import Path
 
@@ -40,10 +39,24 @@ def test_a_whole_step_of_the_best_preset_logs_each_refusal_once(chip, residual, 
     assert sorted(record.message for record in caplog.records) == expected
 
 
-@pytest.mark.parametrize(("chip", "kernels"), (("H100, H200", "mosaic_gpu"), ("v5e", "mosaic_tpu")))
-def test_a_learned_score_of_64_channels_selects_through_kernels(chip, kernels):
-    config = preset("mean-key", score="learned", score_channels=64, dense_layers=1)
-    summaries = f"refresh_statistics of 'mean_key_int8' has no {kernels!r} implementation"
-    assert refusals(Case(config), chip) == {"summaries": summaries}
-    fewer = refusals(Case(dataclasses.replace(config, score_channels=32)), chip)
-    assert fewer.keys() == {"summaries", "selection"} and "head_dim 32 has no" in fewer["selection"]
+@pytest.mark.parametrize(
+    ("chip", "kernels", "channels", "page_size", "selects"),
+    (
+        ("H100, H200", "mosaic_gpu", 64, 16, True),
+        ("H100, H200", "mosaic_gpu", 32, 8, True),
+        ("H100, H200", "mosaic_gpu", 16, 8, True),
+        ("H100, H200", "mosaic_gpu", 48, 16, False),
+        ("v5e", "mosaic_tpu", 64, 16, True),
+        ("v5e", "mosaic_tpu", 32, 16, False),
+    ),
+)
+def test_a_learned_score_selects_through_kernels(chip, kernels, channels, page_size, selects):
+    learned = {"score": "learned", "score_channels": channels, "page_size": page_size}
+    found = refusals(Case(preset("mean-key", **learned, dense_layers=1)), chip)
+    assert (
+        found.pop("summaries") == f"refresh_statistics of 'mean_key_int8' has no {kernels!r} implementation"
+    )
+    if selects:
+        assert not found
+    else:
+        assert found.keys() == {"selection"} and f"head_dim {channels} has no" in found["selection"]

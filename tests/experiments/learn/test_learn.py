@@ -1,5 +1,6 @@
 """`retro-jax learn`: it learns, goes on after kills to the same numbers, and what it writes decodes."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -16,10 +17,11 @@ import pytest
 import retro_jax as rj
 from retro_jax.experiments.learn import command as learn_command
 from retro_jax.experiments.learn import training
-from retro_jax.experiments.learn.distill import Selected, loss_and_gradient, page_shares, recalls
+from retro_jax.experiments.learn.distill import Selected, dense_layer, loss_and_gradient, page_shares, recalls
 from retro_jax.learned import initial_score
 from retro_jax.models import LayerKind, Rope
 from retro_jax.models.presets import SIZES
+from retro_jax.models.transformer import random_params
 
 # Orbax leaves coroutines behind where it cannot read a checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -258,3 +260,25 @@ def test_the_order_of_chunks_takes_turns():
     assert sorted(order[:5]) == sorted(order[5:]) == [*range(5)] and order[:5] != order[5:]
     at = plan.positions(3, 64)
     assert len(set(at.tolist())) == 8 and min(at) >= 4 and at.tolist() == plan.positions(3, 64).tolist()
+
+
+def test_fused_attention_of_a_gpu_takes_the_place_of_blocks(monkeypatch):
+    """What a GPU computes, by XLA here: the layer's output is that of blocks, up to rounding."""
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    layer = random_params(config, jax.random.key(0)).layers[0]
+    x = jax.random.normal(jax.random.key(1), (40, config.width), jnp.bfloat16)
+    by_blocks = dense_layer(layer, config, config.layers[0], x)
+    dense_layer.clear_cache()
+    fused, asked = jax.nn.dot_product_attention, []
+
+    def by_xla(*arrays, is_causal, implementation):
+        asked.append(implementation)
+        return fused(*arrays, is_causal=is_causal, implementation="xla")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    at_once = dense_layer(layer, config, config.layers[0], x)
+    dense_layer.clear_cache()
+    assert asked == ["cudnn"]
+    for one, other in zip(by_blocks, at_once, strict=True):
+        np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=0.05, rtol=0.02)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retro_jax.experiments.analyses.distances_shown import distances_report
-from retro_jax.experiments.io.estimates import Estimate, estimate
+from retro_jax.experiments.io.estimates import Estimate, estimate, ratio
 from retro_jax.experiments.io.tables import markdown, number
 from retro_jax.experiments.study import data, differences
 from retro_jax.experiments.study.variants import (
@@ -23,6 +23,7 @@ from retro_jax.experiments.study.variants import (
 RESULTS = Path(__file__).resolve().parents[3] / "docs" / "results"
 REVISION = RESULTS / "revision"
 FOLDERS = (REVISION, REVISION / "held-out", REVISION / "library")
+LEARNED = RESULTS / "learned"
 FORM = revised(4, sink=True)
 LOWER_HALF = partly_revised(FORM)
 
@@ -47,7 +48,7 @@ def rows_of(page):
     return {" ".join(line.split()) for line in page.splitlines() if line.startswith("| ")}
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", (*FOLDERS, LEARNED), ids=lambda folder: folder.name)
 def test_the_committed_tables_are_those_of_the_committed_data(folder):
     assert differences.page(data.load(folder)) == (folder / "tables.md").read_text()
 
@@ -147,3 +148,30 @@ def test_tables_are_written_where_the_data_is(tmp_path):
     data.save(tmp_path, [a_cell(**{SINK: 1, FORM: 0.5})])
     differences.Differences(folders=(tmp_path,)).run()
     assert (tmp_path / "tables.md").read_text() == differences.page(data.load(tmp_path))
+
+
+SCORES = ("preset mean-key", "preset mean-key, pages of 8")
+LEAST = "learned score, 32 channels, pages of 8"
+
+
+def test_excess_shown_of_learned_scores_is_that_of_the_data():
+    cells, shown = data.load(LEARNED), (LEARNED / "README.md").read_text()
+    for one in cells:
+        for name in dict.fromkeys(run.variant for run in one.results):
+            found = [estimate(one.result(name, budget).excess, block=1) for budget in (128, 256, 512, 0.15)]
+            values = " | ".join(f"{1e3 * at.mean:.1f} ± {1e3 * at.error:.1f}" for at in found)
+            label = name.replace(f"{LEAST}, ", "")
+            assert f"| {one.name}: {label} | {values} |" in shown
+        for run in (run for run in one.results if run.variant == LEAST):
+            best = min((one.result(name, run.budget).excess for name in SCORES), key=np.mean)
+            assert (run.excess - best).mean(axis=1).max() < 0
+            left = ratio(run.excess, best, block=1)
+            assert f"{left.mean:.2f} ± {left.error:.2f}" in shown
+
+
+def test_recall_shown_of_learned_scores_is_that_of_the_lists():
+    found = json.loads((LEARNED / "recall.json").read_text())
+    shown = (LEARNED / "README.md").read_text()
+    for name in SCORES + tuple(key for key in found if key.startswith("learned")):
+        values = " | ".join(f"{sum(hits) / 30 / len(hits):.3f}" for hits in found[name].values())
+        assert f"| {name} | {values} |" in shown

@@ -182,6 +182,8 @@ def test_window_attention(compiled, dim, heads, slots, ring, dtype):
         (128, 8192, "bounds", "min_max", "mean", 4),
         (256, 680, "mean_key", "mean_key", "mean", 9),
         (256, 2048, "bounds", "min_max", "max", 16),
+        (16, 2048, "mean_key", "mean_key_int8", "mass", 3),
+        (32, 4096, "mean_key", "mean_key_int8", "mass", 4),
         (64, 40, "mean_key", "mean_key_int8", "mass", 16),
         (128, 8192, "mean_key", "mean_key_int8", "mass", 4),
         (256, 680, "mean_key", "mean_key_int8", "max", 9),
