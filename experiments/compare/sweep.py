@@ -291,3 +291,16 @@ def label(config: "DecodeConfig") -> str:
     parts = [axis.words(axis.value(config)) for axis in told]
     about = ", ".join([*parts, *([] if config.overwrite else ["no overwriting"])])
     return config.attention.title + (f" ({about})" if about else "")
+
+
+def settings(config: "DecodeConfig") -> dict[str, object]:
+    """Returns what tells a run from others on a page: the method, its window, settings that have a column.
+
+    Full attention has none but its name, and methods of one query a step have no window.
+    """
+    found = {"method": label(config)}
+    if config.method == "full":
+        return found
+    if config.slots > 1:
+        found["window"] = config.slots
+    return found | {axis.column: axis.value(config) for axis in AXES if axis.column}
