@@ -166,7 +166,7 @@ COMMANDS: Mapping[str, Entry | Group] = {
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(
         "retro_jax.experiments.report.page:Report",
-        "Make one Markdown page with tables and plots from the folders of one or more runs.",
+        "Make one page, as Markdown and for a browser, from the folders of one or more runs.",
         "retro_jax.experiments.report.command:ReportFlags",
     ),
 }
