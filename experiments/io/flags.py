@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
 import tyro
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from retro_jax.experiments.io.text import Texts
 
 Flag = tyro.conf.FlagCreatePairsOff
-Hidden = tyro.conf.Suppress
+_T = TypeVar("_T")
+Hidden = tyro.conf.Fixed[tyro.conf.Suppress[_T]]
+"""A field that is no flag: in no help (suppressed), and in no completion (fixed)."""
 
 
 @dataclass(frozen=True)
