@@ -5,14 +5,16 @@ Nothing but the chosen command is imported, and that within `main`, where stoppi
 
 import argparse
 import contextlib
+import io
 import os
+import re
 import select
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -24,6 +26,8 @@ DESCRIPTION = """Decode language models with full attention, Quest and RetroAtte
 
 Start with: retro-jax generate smollm2-135m --prompt "Once upon a time" --budget-tokens 64
 """
+SHELLS = ("bash", "zsh", "fish")
+"""For which completion can be printed."""
 LEAST_COLUMNS = 40
 """Below this width tyro does not come to an end."""
 IN_WORDS = ValueError, TypeError, OSError, NotImplementedError, FloatingPointError
@@ -166,7 +170,7 @@ COMMANDS: Mapping[str, Entry | Group] = {
     "run": Group("Run a named configuration: a model, a task, and methods.", _runs),
     "report": Entry(
         "retro_jax.experiments.report.page:Report",
-        "Make one Markdown page with tables and plots from the folders of one or more runs.",
+        "Make one page, as Markdown and for a browser, from the folders of one or more runs.",
         "retro_jax.experiments.report.command:ReportFlags",
     ),
 }
@@ -215,6 +219,9 @@ def _read(arguments: Sequence[str]) -> "Output":
 
         print(f"retro-jax {version('retro-jax')}, jax {version('jax')}")
         sys.exit()
+    if list(arguments[:1]) == ["--print-completion"]:
+        print(_completion(*arguments[1:]))
+        sys.exit()
     while True:
         word, *arguments = arguments or [""]
         if word in ("-h", "--help"):
@@ -229,6 +236,53 @@ def _read(arguments: Sequence[str]) -> "Output":
         if isinstance(entry, Entry):
             return entry.read(prog, arguments)
         about, entries = entry.summary, entry.entries()
+
+
+def _completion(shell: str = "", *rest: str) -> str:
+    """Returns the script by which a shell completes commands, names of runs, flags and their values.
+
+    Raises:
+      ValueError: it is not one shell of `SHELLS`.
+    """
+    import tyro
+
+    if shell not in SHELLS or rest:
+        raise ValueError(
+            f"--print-completion has {' '.join([shell, *rest])!r}; it needs one of {', '.join(SHELLS)}"
+        )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            tyro.cli(_as_one(COMMANDS), prog="retro-jax", args=["--tyro-print-completion", shell])
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    # Candidates are lines, so that an explanation of two lines would give a second one; some shells have two
+    # backslashes for one.
+    lines = printed.getvalue().splitlines()
+    return "\n".join(
+        re.sub(r"\\+n", " ", line) if line.startswith("COMPLETION_SPEC = ") else line for line in lines
+    )
+
+
+def _as_one(entries: Mapping[str, Entry | Group]) -> object:
+    """All commands as one type that tyro reads, for what it can do with a whole command line only."""
+    from typing import Annotated, Union
+
+    import tyro
+
+    kinds = []
+    for name, entry in entries.items():
+        options = {}
+        if isinstance(entry, Group):
+            next_words = Annotated[_as_one(entry.entries()), tyro.conf.arg(name="")]
+            kind = make_dataclass("Commands", [("command", next_words)])
+        else:
+            kind = _find(entry.flags or entry.place)
+            options = {"default": kind(**entry.default)} if entry.default else {}
+        about = tyro.conf.subcommand(name=name, description=entry.summary, **options)
+        kinds.append(Annotated[kind, about])
+    return Union[tuple(kinds)]  # noqa: UP007 (of a list)
 
 
 @contextlib.contextmanager
@@ -260,6 +314,9 @@ def _show_help(prog: str, about: str, entries: Mapping[str, Entry | Group]) -> N
     )
     if entries is COMMANDS:
         parser.add_argument("--version", action="store_true", help="show the version and exit")
+        parser.add_argument(
+            "--print-completion", choices=SHELLS, help="print what completes commands and flags in a shell"
+        )
     commands = parser.add_subparsers(title="commands; each has a --help", metavar="COMMAND")
     for name, entry in entries.items():
         commands.add_parser(name, help=entry.summary.replace("%", "%%"))

@@ -13,7 +13,7 @@ heads, G = N/K, D head_dim, P pages, C selected pages, S page_size, M model widt
 """
 
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -125,6 +125,8 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
+        from importlib import metadata  # reads zip files and mail: five times what the rest of this takes
+
         value = metadata.version("retro-jax")
     elif name in _MODULES:
         value = getattr(import_module(_MODULES[name]), name)

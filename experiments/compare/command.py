@@ -15,8 +15,9 @@ CommonFlags = common_flags(*VARIED)
 class Compare(OverDevices, TextCommand):
     """Run full attention, Quest, RetroAttention and others over the same text, and show what each loses.
 
-    Writes a table, JSON and pictures, and each run's value for every token. Each run is saved when it is
-    finished: the same command continues where it was stopped, and further values and methods add rows.
+    Writes a table, JSON, pictures, a page for a browser, and each run's value for every token. Each run is
+    saved when it is finished: the same command continues where it was stopped, and further values and methods
+    add rows.
     """
 
     sweep: Annotated[Sweep, NoPrefix] = field(default_factory=Sweep)
@@ -30,7 +31,8 @@ class Compare(OverDevices, TextCommand):
         """Runs what the folder does not have yet, then writes and prints the comparison."""
         from retro_jax.experiments.compare.comparison import compare, identity, summary
         from retro_jax.experiments.compare.folder import ComparisonFolder
-        from retro_jax.experiments.compare.pictures import comparison_pictures
+        from retro_jax.experiments.compare.html_page import comparison_page
+        from retro_jax.experiments.compare.pictures import PAGE, comparison_pictures
         from retro_jax.experiments.compare.tables import comparison_report
         from retro_jax.experiments.io.folders import digest, write_results
 
@@ -45,7 +47,7 @@ class Compare(OverDevices, TextCommand):
             return  # another process has them
         report = comparison_report(what, runs, self.bin_tokens)
         values = summary(what, runs, self.bin_tokens)
-        pictures = comparison_pictures(what, runs)
-        write_results(folder.path, values, report, pictures)
-        files = "\n".join(str(folder.path / name) for name in pictures)
-        self.show(values, f"{report}\nTable, JSON, pictures and raw values: {folder.path}\n{files}")
+        shown = {PAGE: comparison_page(values, runs)} | comparison_pictures(what, runs)
+        write_results(folder.path, values, report, shown)
+        files = "\n".join(str(folder.path / name) for name in shown)
+        self.show(values, f"{report}\nTable, JSON, page, pictures and raw values: {folder.path}\n{files}")

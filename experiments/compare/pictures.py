@@ -1,6 +1,7 @@
 """The pictures of a comparison: excess against position and each setting that varies, and exposure."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,13 @@ from retro_jax.experiments.pictures.words import counted, listed, shortened
 
 SPAN = 8
 """Blocks in the running mean; texts of fewer blocks have so many points, and no errors."""
+MOST_PANELS, MOST_LINES = 6, 12
+"""Of a picture, at most: more cannot be read. What is left out is said, and on the page of the comparison."""
+PAGE = "comparison.html"
+"""The file of the page, beside the pictures."""
 EXCESS = Scale("excess NLL (nats per token)", shown=(0.0,))
+LATER_STEPS = Scale("later decode steps (a window of w has w - 1)", whole=True)
+EXPOSURE = Scale("exposure (pages attended to / loaded)")
 SWEPT = {
     "budget": (
         "tokens loaded by a step, per layer and KV head",
@@ -38,8 +45,8 @@ def comparison_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]
 
     Returns:
       PNG files by name: comparison.png (excess against position), excess-SETTING.png for settings that vary,
-      exposure.png, and ladder.png where the ladder was run; a number is added to the names of further files
-      where there are too many panels for one. What has nothing to show is left out.
+      exposure.png, and ladder.png where the ladder was run. What has nothing to show is left out; of what
+      cannot be read in one picture the rest is told.
     """
     found = position_pictures(identity, runs) | exposure_pictures(identity, runs)
     for setting in SWEPT:
@@ -50,49 +57,67 @@ def comparison_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]
 def position_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
     """Draws excess negative log-likelihood against position, as running means over blocks of tokens.
 
-    Budgets, page sizes and other settings that differ have a panel for each combination. Texts of fewer than
-    `SPAN` blocks are cut into `SPAN` parts, as far as there are tokens.
+    Budgets, page sizes and other settings that differ have a panel for each combination.
     """
     full, others = _split(runs)
-    tokens, first = full.nll.shape[1], identity["prompt_tokens"]
-    block = min(BLOCK, max(1, tokens // SPAN))
-    span = max(1, min(SPAN, tokens // block // 4)) if block == BLOCK else 1
-    line_looks = _looks(map(_name, others))
+    first = identity["prompt_tokens"]
+    panels, rest = _readable(others, columns([run.config for run in others]), _name)
+    line_looks = _looks(_name(run) for chosen in panels.values() for run in chosen)
 
     def line(run: Run) -> Line:
-        centres, mean, error = running_mean(run.nll - full.nll, span, block)
+        centres, mean, error = running_excess(run, full)
         return Line(_name(run), line_looks[_name(run)], first + centres, mean, mean - error, mean + error)
 
-    across = Scale(f"position (tokens), mean of {counted(span * block, 'token')} around it", whole=True)
-    panels = [
-        Curves([line(run) for run in chosen], across, EXCESS, title)
-        for title, chosen in _panels(others, columns([run.config for run in others])).items()
-    ]
+    across = Scale(f"position (tokens), mean of {counted(smoothed(full), 'token')} around it", whole=True)
+    drawn = [Curves(list(map(line, chosen)), across, EXCESS, title) for title, chosen in panels.items()]
     title = f"{_model(identity)}: excess NLL over full attention against position"
-    return pictures("comparison", panels, title, _notes(identity, runs), Layout(share_y=True), ERROR)
+    return pictures("comparison", drawn, title, [*_notes(identity, runs), rest], Layout(share_y=True), ERROR)
+
+
+def running_excess(run: Run, full: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns centres (tokens from the prompt's end), means over blocks around them, and standard errors.
+
+    Texts of fewer than `SPAN` blocks are cut into `SPAN` parts, as far as there are tokens, without errors.
+    """
+    block, span = _smoothing(full)
+    return running_mean(run.nll - full.nll, span, block)
+
+
+def smoothed(run: Run) -> int:
+    """Returns the tokens in a mean of `running_excess`."""
+    return math.prod(_smoothing(run))
+
+
+def _smoothing(run: Run) -> tuple[int, int]:
+    """Tokens of a block, and blocks of a mean."""
+    tokens = run.nll.shape[1]
+    block = min(BLOCK, max(1, tokens // SPAN))
+    return block, max(1, min(SPAN, tokens // block // 4)) if block == BLOCK else 1
 
 
 def exposure_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
     """Draws exposure: a line for all windows that differ in nothing else, from the widest of them."""
     _, others = _split(runs)
     wide = [run for run in others if run.config.attention.scored and run.config.slots > 1]
-    line_looks = looks(map(_any_window, wide))
+    panels, rest = _readable(wide, columns([run.config for run in wide]), any_window)
+    line_looks = looks(any_window(run) for chosen in panels.values() for run in chosen)
 
     def line(name: str, chosen: Sequence[Run]) -> Line:
-        widest = max((run for run in chosen if _any_window(run) == name), key=lambda run: run.config.slots)
+        widest = max((run for run in chosen if any_window(run) == name), key=lambda run: run.config.slots)
         name = f"{name}, w = {widest.config.slots}"
-        return Line(name, line_looks[_any_window(widest)], range(len(widest.exposure)), widest.exposure)
+        return Line(name, line_looks[any_window(widest)], range(len(widest.exposure)), widest.exposure)
 
-    steps = Scale("later decode steps (a window of w has w - 1)", whole=True)
-    exposure = Scale("exposure (pages attended to / loaded)")
-    panels = [
+    drawn = [
         Curves(
-            [line(name, chosen) for name in dict.fromkeys(map(_any_window, chosen))], steps, exposure, title
+            [line(name, chosen) for name in dict.fromkeys(map(any_window, chosen))],
+            LATER_STEPS,
+            EXPOSURE,
+            title,
         )
-        for title, chosen in _panels(wide, columns([run.config for run in wide])).items()
+        for title, chosen in panels.items()
     ]
     title = f"{_model(identity)}: what a query has attended to in the end"
-    return pictures("exposure", panels, title, _notes(identity, runs), Layout(share_y=True))
+    return pictures("exposure", drawn, title, [*_notes(identity, runs), rest], Layout(share_y=True))
 
 
 def sweep_pictures(identity: dict, runs: Sequence[Run], setting: str) -> dict[str, bytes]:
@@ -110,8 +135,9 @@ def sweep_pictures(identity: dict, runs: Sequence[Run], setting: str) -> dict[st
     if not varies:
         return {}
     words, value = SWEPT[setting]
-    name = _any_window if setting == "window" else _name
-    line_looks = _looks(map(name, others))
+    name = any_window if setting == "window" else _name
+    panels, rest = _readable(others, [axis for axis in varying if axis.column != setting], name)
+    line_looks = _looks(name(run) for chosen in panels.values() for run in chosen)
 
     def lines(chosen: Sequence[Run]) -> list[Line]:
         found = []
@@ -124,13 +150,13 @@ def sweep_pictures(identity: dict, runs: Sequence[Run], setting: str) -> dict[st
             found.append(Line(known, line_looks[known], x, mean, mean - error, mean + error))
         return found
 
-    panels = [
+    drawn = [
         Curves(lines(chosen), Scale(words, log=True, at_values=True), EXCESS, title)
-        for title, chosen in _panels(others, [axis for axis in varying if axis.column != setting]).items()
+        for title, chosen in panels.items()
     ]
     stem = f"excess-{setting.replace(' ', '-')}"
     title = f"{_model(identity)}: excess NLL over full attention against {setting}"
-    return pictures(stem, panels, title, _notes(identity, runs), Layout(share_y=True), ERROR)
+    return pictures(stem, drawn, title, [*_notes(identity, runs), rest], Layout(share_y=True), ERROR)
 
 
 def ladder_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
@@ -177,10 +203,49 @@ def _split(runs: Sequence[Run]) -> tuple[Run, list[Run]]:
     return full, [run for run in runs if run.config.method != "full" and run.config.overwrite]
 
 
+def _readable(
+    runs: Sequence[Run], apart: Sequence[Axis], name: Callable[[Run], str]
+) -> tuple[dict[str, list[Run]], str]:
+    """Panels of so many runs as can be read, and in words what is left out; "" if nothing is.
+
+    Of too many panels, settings are held at one value each, the last first: at the default if it is there.
+    Of too many values of the first setting, some from the lowest to the highest are kept.
+
+    Args:
+      runs: all that there are.
+      apart: settings that have panels of their own.
+      name: of the line that a run is in.
+    """
+    shown, apart, told = list(runs), list(apart), []
+    while len(panels := _panels(shown, apart)) > MOST_PANELS:
+        axis = apart[-1]
+        values = list(dict.fromkeys(axis.value(run.config) for run in sorted(shown, key=_order)))
+        if len(apart) > 1:
+            kept = [axis.default if axis.default in values else values[0]]
+            apart.pop()
+        else:
+            kept = [values[round(place)] for place in np.linspace(0, len(values) - 1, MOST_PANELS)]
+        shown = [run for run in shown if axis.value(run.config) in kept]
+        told.append(f"{axis.column} {', '.join(map(str, kept))}")
+    names = list(dict.fromkeys(name(run) for chosen in panels.values() for run in chosen))
+    if len(names) > MOST_LINES:
+        told.append(f"{MOST_LINES} of {len(names)} lines")
+        kept = set(names[:MOST_LINES])
+        panels = {title: [run for run in chosen if name(run) in kept] for title, chosen in panels.items()}
+    if not told:
+        return panels, ""
+    count = sum(map(len, panels.values()))
+    return panels, f"Shown are {count} of {len(runs)} runs ({'; '.join(told)}); {PAGE} has all"
+
+
+def _order(run: Run) -> tuple:
+    return order(run.config)
+
+
 def _panels(runs: Sequence[Run], apart: Sequence[Axis]) -> dict[str, list[Run]]:
     """Runs by the settings that have panels of their own, in words."""
     panels: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: order(run.config)):
+    for run in sorted(runs, key=_order):
         panels.setdefault(_settings(run, apart), []).append(run)
     return panels
 
@@ -213,6 +278,6 @@ def _name(run: Run) -> str:
     return label(config) if config.slots == 1 else f"{label(config)}, w = {config.slots}"
 
 
-def _any_window(run: Run) -> str:
+def any_window(run: Run) -> str:
     """The name of a run of Quest or RetroAttention without its window."""
     return label(replace(run.config, method="retro"))

@@ -147,8 +147,9 @@ class Sweep:
     """How the scores of the query heads that share a KV head become one: mean, max."""
     scores: tuple[str, ...] = ("bounds",)
     """What Quest and RetroAttention select by: bounds, mean_key, learned, oracle, random."""
-    evict: tuple[str, ...] = ()
-    """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens."""
+    evict: tuple[str | None, ...] = ()
+    """Eviction rules, tova or h2o, with which Quest and RetroAttention also run; they need --cache-tokens.
+    None, without a rule, runs anyway."""
     top_p: tuple[float, ...] = ()
     """Shares of attention that the pages within the budget have to reach: Quest, RetroAttention and presets
     also run with the fewest pages that do."""
@@ -163,9 +164,9 @@ class Sweep:
     rectify: tuple[int, ...] = ()
     """After how many tokens a dense pass rewrites their keys and values exactly: Quest, RetroAttention and
     presets also run so. 1: an exact cache, so that only what the newest query misses is left."""
-    cache_dtype: tuple[str, ...] = ()
+    cache_dtype: tuple[str | None, ...] = ()
     """How keys and values are kept, int8 or float8_e4m3fn: everything, full attention included, also runs so.
-    Excess is over full attention with a cache in the model's dtype."""
+    None, the model's dtype, runs anyway: excess is over full attention with it."""
     methods: tuple[str, ...] = ()
     """Further methods: streaming, tova, h2o, snapkv, expected."""
     presets: tuple[str, ...] = ()
@@ -292,3 +293,16 @@ def label(config: "DecodeConfig") -> str:
     parts = [axis.words(axis.value(config)) for axis in told]
     about = ", ".join([*parts, *([] if config.overwrite else ["no overwriting"])])
     return config.attention.title + (f" ({about})" if about else "")
+
+
+def settings(config: "DecodeConfig") -> dict[str, object]:
+    """Returns what tells a run from others on a page: the method, its window, settings that have a column.
+
+    Full attention has none but its name, and methods of one query a step have no window.
+    """
+    found = {"method": label(config)}
+    if config.method == "full":
+        return found
+    if config.slots > 1:
+        found["window"] = config.slots
+    return found | {axis.column: axis.value(config) for axis in AXES if axis.column}

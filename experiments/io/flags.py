@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 import tyro
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from retro_jax.models.config import ModelConfig
 
 Flag = tyro.conf.FlagCreatePairsOff
-Hidden = tyro.conf.Suppress
+_T = TypeVar("_T")
+Hidden = tyro.conf.Fixed[tyro.conf.Suppress[_T]]
+"""A field that is no flag: in no help (suppressed), and in no completion (fixed)."""
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ def check_new(out: Path | None) -> None:
         raise ValueError(f"{out} exists and is not overwritten; choose another --out")
 
 
-def write_results(folder: Path, values: dict, table: str, pictures: Mapping[str, bytes]) -> None:
-    """Writes results.json, table.md and pictures, by file name, into a folder, which is made."""
+def write_results(folder: Path, values: dict, table: str, shown: Mapping[str, bytes]) -> None:
+    """Writes results.json, table.md, and pictures and pages by file name into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", values)
-    for name, contents in ({"table.md": table.encode()} | dict(pictures)).items():
+    for name, contents in ({"table.md": table.encode()} | dict(shown)).items():
         write_bytes(folder / name, contents)
 
 

@@ -10,7 +10,7 @@ from retro_jax.experiments.io.flags import Flag, Output
 
 @dataclass(kw_only=True)
 class ReportFlags(Output):
-    """Make one Markdown page with tables and plots from the folders of one or more runs.
+    """Make one page with tables and plots, as Markdown and for a browser, from the folders of runs.
 
     Folders of one run that was made in parts, on several machines or with other methods, are joined.
     Unfinished runs are shown as far as they are, with what is missing. Intervals are 95% bootstrap intervals
@@ -20,6 +20,6 @@ class ReportFlags(Output):
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     out: Path
-    """The page, a .md file; its pictures go beside it, named after it."""
+    """The page, a .md file; its pictures and the page for a browser (.html) go beside it, named after it."""
     overwrite: Flag[bool] = False
-    """Replace the page and its pictures if they are there."""
+    """Replace the pages and their pictures if they are there."""

@@ -13,6 +13,7 @@ from retro_jax.experiments.report.data import (
     read_runs,
     run_values,
 )
+from retro_jax.experiments.report.html_page import report_page
 from retro_jax.experiments.report.leaderboard import leaderboard_values, leaderboards, sections
 from retro_jax.experiments.report.paper import PAPER_NOTE, paper_rows
 from retro_jax.experiments.report.pictures import (
@@ -44,13 +45,16 @@ class Report(ReportFlags):
             raise ValueError(f"--out {self.out} is no Markdown page; name it *.md")
         if not self.folders:
             raise ValueError("name at least one folder of a run")
-        if self.out.exists() and not self.overwrite:
-            raise ValueError(f"{self.out} exists; choose another --out, or pass --overwrite")
+        html = self.out.with_suffix(".html")
+        for file in (self.out, html):
+            if file.exists() and not self.overwrite:
+                raise ValueError(f"{file} exists; choose another --out, or pass --overwrite")
         runs = read_runs(self.folders)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         page, pictures = make_page(runs, self.out.stem)
         for name, contents in pictures.items():
             write_bytes(self.out.parent / name, contents)
+        write_bytes(html, report_page(runs))
         write_bytes(self.out, page.encode())
         values = {"page": str(self.out), "runs": [run_values(run) for run in runs], "paper": paper_rows(runs)}
         values["leaderboards"] = leaderboard_values(leaderboards(runs))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from retro_jax import DecodeConfig
+from retro_jax.experiments.compare.pictures import EXCESS, EXPOSURE, LATER_STEPS
 from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import LEAST_EXAMPLES, Interval, bootstrap
@@ -24,39 +25,60 @@ BLOCK = 256
 """Tokens in a point of the curves of likelihood, at most."""
 BINS = 10
 """Points of a curve against position, at most."""
+POSITION = Scale("position of the answer in the reply", whole=True)
+SCORE = Scale("score (0 to 1)")
+READ = Scale("MB of keys, values and page statistics that a step reads for a sequence")
+CONTEXT = Scale("context (tokens, in the middle of the longest reply)")
+STEP_TIME = Scale("ms per step of a batch", shown=(0.0,))
+QUESTIONS = Scale("questions in one prompt", whole=True)
 INTERVAL = f"95% bootstrap intervals over examples, where there are {LEAST_EXAMPLES} or more"
+CurvesByMethod = Mapping[str, tuple[Sequence[float], Sequence[Interval]]]
+"""Places and values of a curve for each method."""
 
 
 def position_plot(run: Measured, stem: str) -> dict[str, bytes]:
     """Draws score against the answer's position in the reply."""
+    panels = _by_budget(run, position_curves(run), POSITION, Scale("share right"))
+    return _pictures(stem, panels, f"{_name(run)}: score by position", [run], share_y=True)
+
+
+def position_curves(run: Measured) -> CurvesByMethod:
+    """Score against the answer's position; nothing where a reply has one answer, or likelihoods."""
     if run.is_likelihood:
         return {}
     curves = {method: run.matrix(method, "scores") for method in run.methods}
-    lines = {
+    return {
         method: by_bins(values, bins=BINS)
         for method, values in curves.items()
         if values.size and values.shape[1] > 1
     }
-    position = Scale("position of the answer in the reply", whole=True)
-    panels = _by_budget(run, lines, position, Scale("share right"))
-    return _pictures(stem, panels, f"{_name(run)}: score by position", [run], share_y=True)
 
 
 def excess_plot(run: Measured, stem: str) -> dict[str, bytes]:
     """Draws excess negative log-likelihood against position."""
-    if not run.is_likelihood or "full" not in run.methods:
+    lines = excess_curves(run)
+    if not lines:
         return {}
-    length = run.matrix("full", "nll").shape[1]
-    block = min(BLOCK, max(1, length // BINS))
-    lines = {
-        method: curve
-        for method in run.methods
-        if method != "full" and (curve := excess_by_position(run, method, block))
-    }
-    position = Scale(f"position (tokens), mean of {counted(block, 'token')} around it", whole=True)
-    panels = _by_budget(run, lines, position, Scale("excess NLL (nats per token)", shown=(0.0,)))
+    mean = f"mean of {counted(_block(run), 'token')} around it"
+    panels = _by_budget(run, lines, Scale(f"position (tokens), {mean}", whole=True), EXCESS)
     title = f"{_name(run)}: excess NLL over full attention by position"
     return _pictures(stem, panels, title, [run], share_y=True)
+
+
+def excess_curves(run: Measured) -> CurvesByMethod:
+    """Excess negative log-likelihood against position; nothing without likelihoods or full attention."""
+    if not run.is_likelihood or "full" not in run.methods:
+        return {}
+    return {
+        method: curve
+        for method in run.methods
+        if method != "full" and (curve := excess_by_position(run, method, _block(run)))
+    }
+
+
+def _block(run: Measured) -> int:
+    """Tokens in a point of `excess_curves`."""
+    return min(BLOCK, max(1, run.matrix("full", "nll").shape[1] // BINS))
 
 
 def exposure_plot(run: Measured, stem: str) -> dict[str, bytes]:
@@ -70,8 +92,7 @@ def exposure_plot(run: Measured, stem: str) -> dict[str, bytes]:
         method: (np.arange(len(curve)), [Interval(value, np.nan, np.nan) for value in curve])
         for method, curve in widest.values()
     }
-    steps = Scale("later decode steps (a window of w has w - 1)", whole=True)
-    panels = _by_budget(run, lines, steps, Scale("exposure (pages attended to / loaded)"))
+    panels = _by_budget(run, lines, LATER_STEPS, EXPOSURE)
     return _pictures(stem, panels, f"{_name(run)}: exposure", [run], share_y=True)
 
 
@@ -93,10 +114,7 @@ def budget_plot(run: Measured, stem: str) -> dict[str, bytes]:
         lines.append(_line(family, family_looks[family], x, intervals))
     if full := list(run.by_example("full").values()):
         lines.append(Line("full (reads more)", LEVEL, [min(read), max(read)], [np.mean(full)] * 2))
-    value = Scale("NLL (nats per token)" if run.is_likelihood else "score (0 to 1)")
-    panel = Curves(
-        lines, Scale("MB of keys, values and page statistics that a step reads for a sequence"), value
-    )
+    panel = Curves(lines, READ, Scale("NLL (nats per token)") if run.is_likelihood else SCORE)
     return _pictures(stem, [panel], f"{_name(run)}: by budget", [run], panel=(6.0, 4.4))
 
 
@@ -116,9 +134,7 @@ def latency_plot(run: Measured, stem: str) -> dict[str, bytes]:
             )
             if points:
                 lines.append(Line(method, method_looks[method], *zip(*points, strict=True)))
-        x = Scale("context (tokens, in the middle of the longest reply)")
-        y = Scale("ms per step of a batch", shown=(0.0,))
-        panels.append(Curves(lines, x, y, f"{device}, batch {batch}"))
+        panels.append(Curves(lines, CONTEXT, STEP_TIME, f"{device}, batch {batch}"))
     note = f"{counted(len(timed), 'timed batch', 'timed batches')}, a point for each"
     return _pictures(stem, panels, f"{_name(run)}: wall time of a decode step", [run], note)
 
@@ -136,8 +152,7 @@ def questions_plot(runs: Sequence[Measured], stem: str) -> dict[str, bytes]:
             x = [run.config["task"]["n"] for run in having]
             lines.append(_line(method, method_looks[method], x, intervals))
         about = f"{shortened(group[0].config['model'])}, {group[0].config['task']['source']}"
-        asked = Scale("questions in one prompt", whole=True)
-        panels.append(Curves(lines, asked, Scale("score (0 to 1)"), about))
+        panels.append(Curves(lines, QUESTIONS, SCORE, about))
     having = [run for group in groups for run in group]
     return _pictures(stem, panels, "Score by number of questions", having)
 
@@ -156,9 +171,7 @@ def questions_groups(runs: Sequence[Measured]) -> list[list[Measured]]:
     ]
 
 
-def _by_budget(
-    run: Measured, curves: Mapping[str, tuple[Sequence[float], Sequence[Interval]]], x: Scale, y: Scale
-) -> list[Curves]:
+def _by_budget(run: Measured, curves: CurvesByMethod, x: Scale, y: Scale) -> list[Curves]:
     """A panel of curves for each budget; full attention's, which has none, is in all of them."""
     family_looks = _looks([run])
     budgets = dict.fromkeys(budget for method in curves if (budget := _budget(run, method))) or {None: None}

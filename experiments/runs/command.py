@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from retro_jax.experiments.io.flags import Flag, NoPrefix, Output
+from retro_jax.experiments.io.flags import Flag, Hidden, NoPrefix, Output
 from retro_jax.experiments.runs.config import RunConfig
 
 
@@ -18,7 +16,7 @@ class RunFlags(Output):
     """
 
     config: Annotated[RunConfig, NoPrefix]
-    name: tyro.conf.Suppress[str]
+    name: Hidden[str]
     out: Path | None = None
     """Folder for the results; None: one under runs/ that is named after the configuration."""
     dry_run: Flag[bool] = False

@@ -32,9 +32,9 @@ class Study(Output):
     """What a step may load per layer and KV head: up to 1 a share of the context, above it tokens."""
     only: tuple[str, ...] = ()
     """Names of the variants to run; none: all. Quest always runs."""
-    cache_dtype: tuple[str, ...] = ()
+    cache_dtype: tuple[str | None, ...] = ()
     """How keys and values are kept, int8 or float8_e4m3fn: full attention and all variants also run so, with
-    the pages of the budget and with as many as its bytes pay."""
+    the pages of the budget and with as many as its bytes pay. None, the model's dtype, runs anyway."""
     tokens: int | None = 8192
     """Length of each text, the prompt included; None: all tokens of the shortest of its kind."""
     prompt_tokens: int = 1024

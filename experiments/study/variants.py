@@ -72,7 +72,7 @@ def _beyond() -> dict[str, Mapping[str, object]]:
 
 
 def with_caches(
-    variants: Mapping[str, Mapping[str, object]], dtypes: Iterable[str]
+    variants: Mapping[str, Mapping[str, object]], dtypes: Iterable[str | None]
 ) -> dict[str, Mapping[str, object]]:
     """Returns variants and, with caches of each dtype, full attention and all of them.
 
@@ -81,10 +81,10 @@ def with_caches(
 
     Args:
       variants: fields of `DecodeConfig` beside the budget, by name.
-      dtypes: names for `DecodeConfig.cache_dtype`.
+      dtypes: values of `DecodeConfig.cache_dtype`; the variants themselves have None.
     """
     found = dict(variants)
-    for dtype in dtypes:
+    for dtype in filter(None, dtypes):
         cache = {"cache_dtype": dtype}
         found[f"full attention, {dtype} cache"] = {"method": "full", "sink_pages": 0, **cache}
         for name, fields in variants.items():

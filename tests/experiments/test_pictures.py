@@ -164,15 +164,46 @@ def test_values_that_are_not_finite_are_told_and_panels_without_others_left_out(
     assert list(a_comparison(Sweep((4,), (32,)), 1, 64, lambda *_: np.nan)) == ["exposure.png"]
 
 
-def test_a_large_comparison_is_split_and_its_words_stay_inside(drawn):
-    sweep = Sweep(
-        (4, 16), (32, 64, 128, 256, 512), sink_pages=(0, 1), scores=("bounds", "mean_key", "oracle")
-    )
+@pytest.mark.parametrize(
+    ("budgets", "sinks", "methods", "titles", "told"),
+    [
+        (5, (0, 1), (), [f"budget {2**n}" for n in range(6, 11)], "Shown are 30 of 60 runs (sink pages 1);"),
+        (
+            5,
+            (0, 2),
+            ("streaming", "tova", "h2o"),
+            [f"budget {2**n}" for n in range(6, 11)],
+            "Shown are 45 of 90 runs (sink pages 0);",
+        ),
+        (
+            9,
+            (1,),
+            (),
+            [f"budget {2**n}" for n in (6, 8, 9, 11, 12, 14)],
+            "Shown are 36 of 54 runs (budget 64, 256, 512, 2048, 4096, 16384);",
+        ),
+        (1, (0, 1), (), ["sink pages 0", "sink pages 1"], ""),
+    ],
+)
+def test_a_large_comparison_draws_what_can_be_read_and_tells_the_rest(
+    drawn, budgets, sinks, methods, titles, told
+):
+    given = tuple(2**n for n in range(6, 6 + budgets))
+    sweep = Sweep((4,), given, sink_pages=sinks, scores=("bounds", "mean_key", "oracle"), methods=methods)
     found = a_comparison(sweep, 10, 128, model=PATH, draw=position_pictures)
-    assert list(found) == ["comparison.png", "comparison-2.png"]
-    assert [len(figure.axes) for figure in drawn[:2]] == [9, 1]
-    assert drawn[0].get_suptitle().replace("\n", " ").endswith("(1 of 2)")
-    assert "and 6 more" in drawn[0].get_supxlabel() and "…" in drawn[0].get_suptitle()
+    assert list(found) == ["comparison.png"]
+    assert [axes.get_title("left") for axes in drawn[0].axes] == titles
+    note = " ".join(drawn[0].get_supxlabel().split())
+    assert told in note and ("comparison.html has all." in note) == bool(told)
+    assert "and 6 more" in note and "…" in drawn[0].get_suptitle()
+
+
+def test_a_comparison_of_many_methods_draws_a_dozen_lines(drawn):
+    sweep = Sweep((2, 4, 8, 16), (64,), scores=("bounds", "mean_key", "oracle"))
+    a_comparison(sweep, draw=position_pictures)
+    assert len(drawn[0].axes[0].get_lines()) == len(drawn[0].legends[0].get_texts()) + 1 == 13
+    told = "Shown are 12 of 15 runs (12 of 15 lines); comparison.html has all."
+    assert told in " ".join(drawn[0].get_supxlabel().split())
 
 
 @pytest.mark.parametrize(("excess", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])

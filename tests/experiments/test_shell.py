@@ -1,6 +1,9 @@
 """The command line among other programs: streams, signals, narrow terminals, names that are nearly right."""
 
+import ast
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +19,10 @@ import retro_jax
 from retro_jax import DecodeConfig
 from retro_jax.experiments import cli
 from retro_jax.experiments.generate import command as generate
+from retro_jax.experiments.study.variants import with_caches
 from retro_jax.models.formats import wheel
 from retro_jax.models.presets import SIZES
+from retro_jax.presets import EARLIER_NAMES, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = [sys.executable, "-m", "retro_jax.experiments.cli"]
@@ -52,6 +57,97 @@ assert not heavy, heavy
     assert "smollm2-recall" in done.stdout and "--budget-tokens" in done.stdout
     assert f"retro-jax {version('retro-jax')}, jax {version('jax')}" in done.stdout
     assert retro_jax.__version__ == version("retro-jax")
+
+
+TAB = """
+source "$1"; shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_tyro_retro_jax
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+"""What bash does when the last of some words is to be completed."""
+
+
+@pytest.fixture
+def completion(monkeypatch, capsys):
+    """Prints the completion of two commands, one of them a group of two."""
+    names = ("smollm2-recall", "smollm2-longgenbench")
+    run = cli.Group("Run.", lambda runs=cli._runs: {name: runs()[name] for name in names})
+    monkeypatch.setattr(cli, "COMMANDS", {"score": cli.COMMANDS["score"], "run": run})
+
+    def completion(shell):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["--print-completion", shell])
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    return completion
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_completion_has_the_flags_that_help_has(completion, shell, capsys):
+    (line,) = (line for line in completion(shell).splitlines() if line.startswith("COMPLETION_SPEC = "))
+    if shell == "fish":  # within its quotes
+        line = re.sub(r"\\([\\\"$])", r"\1", line)
+    spec = ast.literal_eval(line.removeprefix("COMPLETION_SPEC = "))
+    recall = spec["subcommands"]["run"]["subcommands"]["smollm2-recall"]
+    for words, command in ((["score"], spec["subcommands"]["score"]), (["run", "smollm2-recall"], recall)):
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        told = set(re.findall(r"^\W*(--[a-z][a-z.-]+)", capsys.readouterr().out, re.MULTILINE))
+        flags = {option["flags"][0] for option in command["options"]} - {"-h"}
+        assert flags == told and len(flags) > 20
+        assert not any("\n" in option["description"] for option in command["options"])
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes(completion, tmp_path):
+    (tmp_path / "retro-jax.bash").write_text(completion("bash"))
+
+    def tab(*words):
+        arguments = [
+            "bash",
+            "--norc",
+            "-c",
+            TAB,
+            "bash",
+            str(tmp_path / "retro-jax.bash"),
+            "retro-jax",
+            *words,
+        ]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert tab("") == {"run", "score", "-h", "--help"}
+    assert tab("run", "smollm2-r") == {"smollm2-recall"}
+    assert tab("run", "smollm2-recall", "--task.co") == {"--task.count"}
+    assert tab("score", "some-model", "--preset", "") == {*PRESETS, *EARLIER_NAMES, "None"}
+
+
+def test_completion_is_for_shells_that_it_knows(failure):
+    line = failure("--print-completion", "csh")
+    assert "--print-completion has 'csh'; it needs one of bash, zsh, fish" in line
+    assert "it needs one of" in failure("--print-completion")
+
+
+def test_none_in_a_list_is_what_runs_anyway():
+    def configurations(*lists):
+        flags = ["--cache-tokens", "512", "--budgets", "256", *lists]
+        command = cli._read(["compare", "random:tiny", *flags])
+        return command.sweep.configurations(command.config.config(method="full", sink_pages=0))
+
+    lists = ("--cache-dtype", "int8", "--evict", "tova")
+    with_none = ("--cache-dtype", "None", "int8", "--evict", "tova", "None")
+    assert set(configurations(*with_none)) == set(configurations(*lists))
+    assert len(configurations(*with_none)) == len(configurations(*lists))
+    studies = [
+        cli._read(
+            ["study", "--models", "random:tiny", "--domains", "x", "--out", "y", "--cache-dtype", *dtypes]
+        )
+        for dtypes in (("int8",), ("None", "int8"))
+    ]
+    one, other = ([*with_caches({"quest": {"method": "quest"}}, study.cache_dtype)] for study in studies)
+    assert one == other
 
 
 def test_a_reader_who_leaves_ends_it_quietly():

@@ -52,6 +52,8 @@ def test_compare(json_command, ids_file, tmp_path):
     assert 1.0 < exposures["retro-w2-b32-p8"][1] < 2.0
     assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     assert "Retro (no overwriting)" in (out / "table.md").read_text()
+    page = (out / "comparison.html").read_text()
+    assert json.dumps(values, separators=(",", ":")) in page
     with np.load(out / "runs" / "full.npz") as arrays:
         assert arrays["nll"].shape == (2, 72)
         assert arrays["nll"].mean() == pytest.approx(pooled["full"]["nll"]["mean"])

@@ -86,7 +86,7 @@ def test_page(json_command, tmp_path):
     page = out.read_text()
     kinds = ("position", "budget", "exposure", "latency")
     names = {"page-questions.png", *(f"page-{i}-{kind}.png" for i in (1, 2) for kind in kinds)}
-    assert {file.name for file in out.parent.iterdir()} == {"page.md", *names}
+    assert {file.name for file in out.parent.iterdir()} == {"page.md", "page.html", *names}
     assert all((out.parent / name).read_bytes()[:4] == b"\x89PNG" and f"({name})" in page for name in names)
     assert "| gsm8k " in page and page.index("n = 3") < page.index("n = 6")
     assert "commit abc, cpu: c, jax 9" in page
