@@ -128,7 +128,7 @@ class Dense(Attention):
         return relative(got, expected), True
 
 
-class Window(Attention):
+class Sliding(Attention):
     """Attention of a step's queries to a sliding window, in a ring of some more places."""
 
     def __init__(self, dim, page_size, window, group, dtype):
@@ -279,7 +279,7 @@ def configurations():
         yield Select(dim, 16, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
     windows = itertools.product((64, 128), SUPPORTED.PAGE_SIZES, (jnp.bfloat16, *CODES))
     for dim, page_size, dtype in [*windows, (256, 16, jnp.bfloat16)]:
-        yield Window(dim, page_size, *next(rows), dtype)
+        yield Sliding(dim, page_size, *next(rows), dtype)
     for dim, group, reduce in zip(CHANNELS, (3, 4), ("mass", "mass"), strict=True):
         yield Select(dim, 8, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
     for rows, (depth, width) in itertools.product((1, 4, 33, 64), ((2048, 1536), (768, 2048), (64, 64))):
