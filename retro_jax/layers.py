@@ -208,8 +208,8 @@ def sparse_layer(
         attending = newly_attending(page_ids, counts, last_loaded, config.page_size)
         # That was read before attention overwrites it: else XLA would keep a copy.
         attending, last_loaded = lax.optimization_barrier((attending, last_loaded))
-    # An output that goes on as it is needs no more digits than the projection takes.
-    whole = layer.sinks is None and not config.residual_pages
+    # Outputs that nothing else is done with have the digits that the projection takes.
+    final = layer.sinks is None and not config.residual_pages and watch is None
     o, lse, last_loaded, *outputs = attend_window(
         q,
         pages,
@@ -220,7 +220,7 @@ def sparse_layer(
         cache.outputs.o,
         cache.outputs.lse,
         slots.valid[:, -1],
-        dtype=x.dtype if whole else jnp.float32,
+        dtype=x.dtype if final else jnp.float32,
         implementation=config.implementation,
     )
 
