@@ -68,7 +68,7 @@ class JitForMesh:
     def __init__(self, function: Callable[..., Any], **how: Any):
         functools.update_wrapper(self, function)
         self._function, self._how = function, how
-        self._jitted: dict[tuple[tuple[str, str], ...], Any] = {}
+        self._jitted: dict[tuple[tuple[str, str], ...], Any] = {(): jax.jit(function, **how)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns."""
