@@ -92,7 +92,7 @@ def apply_experts(
     else:
         # Once for all products. The router's of a single row, XLA would not leave to the matrix unit.
         padded = jnp.pad(tokens, ((0, -len(tokens) % 8), (0, 0)))
-        routed = route(params, experts, padded, valid.ravel(), largest)
+        routed = route(params, experts, padded, valid.ravel())
         out, read = _at_once(params, experts, parts, padded, routed, products)
     active = jnp.any(valid, axis=1)
     read = read / jnp.maximum(jnp.sum(active), 1)
@@ -115,17 +115,13 @@ def experts_read(experts: Experts, tokens: int | float) -> float:
 
 
 def route(
-    params: ExpertParams,
-    experts: Experts,
-    h: Float[Array, "rows M"],
-    valid: Bool[Array, " T"],
-    top_k: Callable[..., tuple[Array, Array]] = lax.top_k,
+    params: ExpertParams, experts: Experts, h: Float[Array, "rows M"], valid: Bool[Array, " T"]
 ) -> Routed:
-    """Chooses the experts of each token, by `top_k`; there may be more rows than tokens."""
+    """Chooses the experts of each token; there may be more rows than tokens."""
     logits = jnp.einsum("tm,me->te", h, params.router, preferred_element_type=jnp.float32)
     if params.router_bias is not None:
         logits += params.router_bias.astype(jnp.float32)
-    chosen, ids = (array[: len(valid)] for array in top_k(logits, experts.per_token))
+    chosen, ids = (array[: len(valid)] for array in lax.top_k(logits, experts.per_token))
     if experts.normalized:  # term by term: a sum over an axis would be launched by itself
         weights = jnp.exp(chosen - chosen[:, :1])
         shares = weights / sum(weights[:, j, None] for j in range(experts.per_token))
@@ -133,20 +129,6 @@ def route(
         shares = jnp.exp(chosen - jax.nn.logsumexp(logits[: len(valid)], axis=-1, keepdims=True))
     ids = jnp.where(valid[:, None], ids, experts.count)
     return Routed(ids, shares, jnp.sum(ids[..., None] == jnp.arange(experts.count), axis=(0, 1)))
-
-
-def largest(logits: Float[Array, "T E"], k: int) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
-    """`lax.top_k` by comparing all with all, in two reductions: a GPU takes longer to launch a sort.
-
-    A row with NaN has places of experts that there are, and no further meaning.
-    """
-    number = jnp.arange(logits.shape[1])
-    here, other = logits[:, :, None], logits[:, None, :]
-    before = (other > here) | ((other == here) & (number < number[:, None]))
-    rank = jnp.sum(before, axis=2)
-    chosen = rank[:, None, :] == jnp.arange(k)[:, None]  # [T, k, E]
-    values = jnp.max(jnp.where(chosen, logits[:, None, :], -jnp.inf), axis=2)
-    return values, jnp.max(jnp.where(chosen, number, 0), axis=2)
 
 
 def _in_turn(

@@ -94,14 +94,6 @@ def test_only_the_experts_of_valid_tokens_are_read():
     np.testing.assert_array_equal(read, np.array([len(chosen) / 2, 0, len(chosen) / 2], np.float32))
 
 
-def test_the_largest_are_those_of_top_k():
-    """Of ties the first; of a row with NaN, which has no meaning, places that there are."""
-    logits = jax.random.randint(jax.random.key(0), (9, 13), -3, 4).astype(jnp.float32)
-    jax.tree.map(np.testing.assert_array_equal, module.largest(logits, 5), (*jax.lax.top_k(logits, 5),))
-    ids = np.asarray(module.largest(jnp.full((1, 13), jnp.nan), 5)[1])
-    assert ((ids >= 0) & (ids < 13)).all()
-
-
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_each_expert_of_few_tokens_is_asked_for_once(tokens):
     """Of fewer choices than there are experts, some of them the same, and of a single token."""
