@@ -61,11 +61,12 @@ def comparison_page(values: Mapping, runs: Sequence[Run]) -> bytes:
     }
     same = constants([run.config for run in runs]) | values["config"]
     told = ", ".join(f"{name} {value}" for name, value in same.items() if value is not None)
-    prompt = values["prompt_tokens"]
+    prompt, names = values["prompt_tokens"], values["texts"]
+    each = " of each" * (len(names) > 1)
     about = [
-        f"Methods over {counted(len(values['texts']), 'text')} ({', '.join(values['texts'])}): "
-        f"{values['tokens']} tokens of each, a prompt of {prompt}, then teacher-forced decoding. "
-        f"{counted(len(runs), 'run')}. Settings of all: {told}.",
+        f"{counted(len(runs), 'run')} over {counted(len(names), 'text')} ({', '.join(names)}): "
+        f"{values['tokens']} tokens{each}, a prompt of {prompt}, then teacher-forced decoding. "
+        f"Settings of all: {told}.",
         "Excess is negative log-likelihood (nats per token) over full attention's on the same tokens.",
     ]
     charts = [
@@ -109,7 +110,8 @@ def _against_position(values: Mapping, runs: Sequence[Run], rows: Mapping) -> Ch
             for run in runs[1:]:
                 bins = of_text[run.name]["by_position"]
                 lines.append(_estimates(_settings(run, text), middles, bins))
-    means = f"Points are means of {counted(smoothed(full), 'token')}, of one text those of the table"
+    means = f"Points are means of {counted(smoothed(full), 'token')}"
+    means += ", of one text those of the table" * (len(rows) > 1)
     about = f"Bars and bands: {ERROR}. {means}."
     return _chart("Excess by position", lines, Scale("position (tokens)", whole=True), EXCESS, about)
 

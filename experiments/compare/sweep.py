@@ -14,6 +14,7 @@ from retro_jax.presets import preset_fields
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig
 
+DEFAULTS = DecodeFields()
 NAMES = {
     "full": "full",
     "quest": "Quest",
@@ -64,7 +65,7 @@ class Axis:
     @property
     def default(self) -> object:
         """The value of `DecodeConfig()`, which goes without saying in the name of a run."""
-        return self.value(DecodeFields())
+        return self.value(DEFAULTS)
 
     def rank(self, config: "DecodeConfig") -> tuple:
         """What runs are sorted by: numbers as such, shares after tokens; else the default first."""

@@ -20,7 +20,7 @@ import jinja2
 from retro_jax.experiments.pictures.panels import COLOURS, FEW_POINTS, MOST_INTERVALS, Scale
 
 WEB = Path(__file__).with_name("web")
-SCRIPTS = ("uPlot.iife.min.js", "charts.js", "page.js")
+SCRIPTS = ("uPlot.iife.min.js", "elements.js", "charts.js", "tables.js", "page.js")
 STYLES = ("uPlot.min.css", "page.css")
 FIXED = {"full": "--full", "Quest": "--ink"}
 """Names that have the same colour on every page, as in pictures: variables of `page.css`."""

@@ -19,6 +19,7 @@ import retro_jax
 from retro_jax import DecodeConfig
 from retro_jax.experiments import cli
 from retro_jax.experiments.generate import command as generate
+from retro_jax.experiments.runs.run import TERMINATED
 from retro_jax.experiments.study.variants import with_caches
 from retro_jax.models.formats import wheel
 from retro_jax.models.presets import SIZES
@@ -122,6 +123,12 @@ def test_bash_completes(completion, tmp_path):
     assert tab("run", "smollm2-r") == {"smollm2-recall"}
     assert tab("run", "smollm2-recall", "--task.co") == {"--task.count"}
     assert tab("score", "some-model", "--preset", "") == {*PRESETS, *EARLIER_NAMES, "None"}
+
+
+def test_exit_statuses_are_documented():
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    told = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert told == {0, 2, cli.INTERRUPTED, cli.UNREAD, TERMINATED}
 
 
 def test_completion_is_for_shells_that_it_knows(failure):

@@ -1,37 +1,17 @@
 /* Charts of lines that have settings: which setting gives colours, panels or is held is chosen on the page. */
 "use strict";
 
-const ALL = "all";
 const DASHES = [[], [7, 4], [2, 3], [8, 3, 2, 3]];
 const MARKS = 7;
-
-/** An element with attributes, or listeners where the value is a function, and children. */
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") element.addEventListener(name, value);
-    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children);
-  return element;
-}
-
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-/** A number as it is read: five digits, and no more zeros than it needs. */
-function plain(value) {
-  if (value === null || !Number.isFinite(value)) return "–";
-  const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-4 || size >= 1e7)) return value.toExponential(3);
-  return String(Number(value.toPrecision(size >= 1e4 ? 7 : 5)));
-}
 
 /** The lines of a chart with their settings by name; those that a line does not have are left out. */
 function linesOf(chart) {
   return chart.lines.map((line) => ({
     ...line,
     settings: Object.fromEntries(
-      line.settings.flatMap((place, axis) => (place === null ? [] : [[chart.settings[axis], chart.values[axis][place]]])),
+      line.settings.flatMap((place, axis) =>
+        place === null ? [] : [[chart.settings[axis], chart.values[axis][place]]],
+      ),
     ),
   }));
 }
@@ -61,14 +41,36 @@ function drawMark(ctx, shape, x, y, r) {
   else if (shape === 1) ctx.rect(x - r, y - r, 2 * r, 2 * r);
   else if (shape === 5 || shape === 6) {
     const [a, b] = shape === 5 ? [r * 1.3, 0] : [r, r];
-    for (const [dx, dy] of [[a, b], [b, -a]]) {
+    for (const [dx, dy] of [
+      [a, b],
+      [b, -a],
+    ]) {
       ctx.moveTo(x - dx, y - dy);
       ctx.lineTo(x + dx, y + dy);
     }
     ctx.stroke();
     return;
   } else {
-    const corners = [, , [[0, -1.3], [1.2, 0.9], [-1.2, 0.9]], [[0, -1.4], [1.4, 0], [0, 1.4], [-1.4, 0]], [[0, 1.3], [1.2, -0.9], [-1.2, -0.9]]];
+    const corners = [
+      ,
+      ,
+      [
+        [0, -1.3],
+        [1.2, 0.9],
+        [-1.2, 0.9],
+      ],
+      [
+        [0, -1.4],
+        [1.4, 0],
+        [0, 1.4],
+        [-1.4, 0],
+      ],
+      [
+        [0, 1.3],
+        [1.2, -0.9],
+        [-1.2, -0.9],
+      ],
+    ];
     corners[shape].forEach(([dx, dy], n) => ctx[n ? "lineTo" : "moveTo"](x + r * dx, y + r * dy));
     ctx.closePath();
   }
@@ -115,7 +117,14 @@ class Panel {
     const says = `${title ? `${title}: ` : ""}${chart.title}. Arrow keys read the points, + and - zoom, 0 shows all.`;
     this.frame = make(
       "div",
-      { class: "frame", tabindex: 0, role: "application", "aria-label": says, keydown: (event) => this.key(event), blur: () => this.point(null) },
+      {
+        class: "frame",
+        tabindex: 0,
+        role: "application",
+        "aria-label": says,
+        keydown: (event) => this.key(event),
+        blur: () => this.point(null),
+      },
       this.place,
     );
     this.element = make(
@@ -141,8 +150,20 @@ class Panel {
       ticks: { stroke: () => css("--line"), width: 1 },
       font: "12px system-ui, sans-serif",
       values: (_, splits) => splits.map(plain),
-      ...(log ? { splits: (plot, __, low, high) => logTicks(values(), low, high, plot.over.clientWidth || 300), filter: (_, splits) => splits } : {}),
-      ...(scale === "x" ? { size: 32, incrs: chart.x.whole ? [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] : undefined } : { size: 62 }),
+      ...(log
+        ? {
+            splits: (plot, __, low, high) => logTicks(values(), low, high, plot.over.clientWidth || 300),
+            filter: (_, splits) => splits,
+          }
+        : {}),
+      ...(scale === "x"
+        ? {
+            size: 32,
+            incrs: chart.x.whole
+              ? [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000]
+              : undefined,
+          }
+        : { size: 62 }),
     });
     const scale = (name) => ({
       time: false,
@@ -155,7 +176,11 @@ class Panel {
         legend: { show: false },
         scales: { x: scale("x"), y: scale("y") },
         axes: [axis("x", shared.log.x, () => (chart.x.at_values ? this.xs : [])), axis("y", shared.log.y, () => [])],
-        cursor: { points: { show: false }, drag: { x: true, y: true, uni: 24, setScale: false }, bind: { dblclick: () => () => shared.show(null) } },
+        cursor: {
+          points: { show: false },
+          drag: { x: true, y: true, uni: 24, setScale: false },
+          bind: { dblclick: () => () => shared.show(null) },
+        },
         series: [
           {},
           ...this.lines.map((line) => ({
@@ -262,7 +287,8 @@ class Panel {
       ctx.fill();
       ctx.globalAlpha = 1;
     }
-    if (few) line.x.forEach((x, n) => drawMark(ctx, line.look.mark, at(x, "x"), at(line.y[n], "y"), 3.4 * devicePixelRatio));
+    if (few)
+      line.x.forEach((x, n) => drawMark(ctx, line.look.mark, at(x, "x"), at(line.y[n], "y"), 3.4 * devicePixelRatio));
     ctx.restore();
   }
 
@@ -295,7 +321,11 @@ class Panel {
     let value = plain(line.y[n]);
     if (line.low && line.low[n] !== null) value += ` (${plain(line.low[n])} to ${plain(line.high[n])})`;
     const at = `${x.label}: ${plain(line.x[n])}`;
-    this.tip.replaceChildren(make("b", {}, line.name || this.chart.title), make("span", {}, `${y.label}: ${value}`), make("span", {}, at));
+    this.tip.replaceChildren(
+      make("b", {}, line.name || this.chart.title),
+      make("span", {}, `${y.label}: ${value}`),
+      make("span", {}, at),
+    );
     const [left, top] = [this.plot.valToPos(line.x[n], "x"), this.plot.valToPos(line.y[n], "y")];
     Object.assign(this.dot.style, { left: `${left}px`, top: `${top}px`, borderColor: css(line.look.colour) });
     const { clientWidth, clientHeight } = this.plot.over;

@@ -1,15 +1,8 @@
-/* The page: one chart at a time with its controls and legend, sortable tables, downloads. */
+/* The page: one chart at a time with its controls and legend, and what else is on it. */
 "use strict";
 
 const page = JSON.parse(document.getElementById("shown").textContent);
 const MOST_LINES = 8;
-
-/** A labelled list to choose from; `options` are [value, words]. */
-function choice(label, options, value, chosen) {
-  const select = make("select", { change: () => chosen(select.value) });
-  for (const [each, words] of options) select.append(make("option", { value: each, selected: each === value }, words));
-  return make("label", {}, make("span", {}, label), select);
-}
 
 /** What a line looks like: a colour by its place among the values that give colours, dashes by all others. */
 function withLooks(chart, lines, colour, rest) {
@@ -23,7 +16,11 @@ function withLooks(chart, lines, colour, rest) {
     const turn = Math.floor(place / page.colours.length) + others.indexOf(named(line, rest));
     return {
       ...line,
-      look: { colour: own ?? `--c${place % page.colours.length}`, dash: turn % DASHES.length, mark: own ? 0 : place % MARKS },
+      look: {
+        colour: own ?? `--c${place % page.colours.length}`,
+        dash: turn % DASHES.length,
+        mark: own ? 0 : place % MARKS,
+      },
     };
   });
 }
@@ -32,9 +29,18 @@ function withLooks(chart, lines, colour, rest) {
 function swatch(look) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const line = document.createElementNS(svg.namespaceURI, "line");
-  const set = (element, values) => Object.entries(values).forEach(([name, value]) => element.setAttribute(name, value));
+  const set = (element, values) =>
+    Object.entries(values).forEach(([name, value]) => element.setAttribute(name, value));
   set(svg, { width: 30, height: 10, "aria-hidden": "true" });
-  set(line, { x1: 0, x2: 30, y1: 5, y2: 5, stroke: "currentColor", "stroke-width": 2.5, "stroke-dasharray": DASHES[look.dash].join(" ") });
+  set(line, {
+    x1: 0,
+    x2: 30,
+    y1: 5,
+    y2: 5,
+    stroke: "currentColor",
+    "stroke-width": 2.5,
+    "stroke-dasharray": DASHES[look.dash].join(" "),
+  });
   svg.style.color = `var(${look.colour})`;
   svg.append(line);
   return svg;
@@ -51,10 +57,23 @@ class Charts {
     this.live = make("p", { class: "unseen", "aria-live": "polite" });
     this.body = make("div");
     const kinds = page.charts.map((chart, n) =>
-      make("label", {}, make("input", { type: "radio", name: "chart", value: n, checked: n === 0, change: () => this.choose({ chart: n }) }), make("span", {}, chart.title)),
+      make(
+        "label",
+        {},
+        make("input", {
+          type: "radio",
+          name: "chart",
+          value: n,
+          checked: n === 0,
+          change: () => this.choose({ chart: n }),
+        }),
+        make("span", {}, chart.title),
+      ),
     );
     place.append(make("fieldset", { class: "kinds" }, make("legend", {}, "Show"), ...kinds), this.body, this.live);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.panels.forEach((panel) => panel.redraw()));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+      this.panels.forEach((panel) => panel.redraw()),
+    );
     this.draw();
   }
 
@@ -89,12 +108,15 @@ class Charts {
   }
 
   passes(line, only) {
-    return [...only].every(([name, value]) => value === ALL || !(name in line.settings) || String(line.settings[name]) === value);
+    return [...only].every(
+      ([name, value]) => value === ALL || !(name in line.settings) || String(line.settings[name]) === value,
+    );
   }
 
   most(lines, only, panels) {
     const counts = new Map();
-    for (const line of lines.filter((each) => this.passes(each, only))) counts.set(line.settings[panels], (counts.get(line.settings[panels]) ?? 0) + 1);
+    for (const line of lines.filter((each) => this.passes(each, only)))
+      counts.set(line.settings[panels], (counts.get(line.settings[panels]) ?? 0) + 1);
     return Math.max(0, ...counts.values());
   }
 
@@ -103,9 +125,18 @@ class Charts {
     const chart = page.charts[this.chosen.chart];
     const lines = linesOf(chart);
     const { axes, colour, panels, only } = this.arrange(chart, lines);
-    const told = [...new Set([...colour, ...[...axes.keys()].filter((name) => name !== panels && only.get(name) === ALL)])].filter((name) => name !== panels);
-    const looking = withLooks(chart, lines, colour, told.filter((name) => !colour.includes(name)));
-    const seen = looking.filter((line) => this.passes(line, only)).map((line) => ({ ...line, name: named(line, told, chart.settings[0]) }));
+    const told = [
+      ...new Set([...colour, ...[...axes.keys()].filter((name) => name !== panels && only.get(name) === ALL)]),
+    ].filter((name) => name !== panels);
+    const looking = withLooks(
+      chart,
+      lines,
+      colour,
+      told.filter((name) => !colour.includes(name)),
+    );
+    const seen = looking
+      .filter((line) => this.passes(line, only))
+      .map((line) => ({ ...line, name: named(line, told, chart.settings[0]) }));
     const positive = (part) => seen.every((line) => line[part].every((value) => value > 0)) && seen.length > 0;
     const can = { x: positive("x"), y: positive("y") };
     const log = { x: chart.x.log && can.x, y: (this.log ?? chart.y.log) && can.y };
@@ -114,11 +145,16 @@ class Charts {
       shared.view = view ?? this.whole(chart, seen, log);
       this.panels.forEach((panel) => panel.redraw());
     };
-    shared.zoom = (factor, found) => shared.show(this.nearer(shared.view, log, factor, found && [found.line.x[found.n], found.line.y[found.n]]));
+    shared.zoom = (factor, found) =>
+      shared.show(this.nearer(shared.view, log, factor, found && [found.line.x[found.n], found.line.y[found.n]]));
     shared.view = this.whole(chart, seen, log);
-    const values = panels ? axes.get(panels).filter((value) => seen.some((line) => line.settings[panels] === value)) : [null];
+    const values = panels
+      ? axes.get(panels).filter((value) => seen.some((line) => line.settings[panels] === value))
+      : [null];
     this.panels = values.map((value) => {
-      const own = seen.filter((line) => value === null || !(panels in line.settings) || line.settings[panels] === value);
+      const own = seen.filter(
+        (line) => value === null || !(panels in line.settings) || line.settings[panels] === value,
+      );
       return new Panel(value === null ? "" : inWords(panels, value), chart, own, shared);
     });
     const several = this.panels.length > 1;
@@ -134,33 +170,69 @@ class Charts {
 
   controls(chart, axes, { colour, panels, only }, shared, can) {
     const names = [...axes.keys()];
-    const pairs = chart.colour.length > 1 ? [chart.colour, ...names.map((name) => [name])] : [chart.colour, ...names.filter((name) => name !== chart.colour[0]).map((name) => [name])];
+    const pairs =
+      chart.colour.length > 1
+        ? [chart.colour, ...names.map((name) => [name])]
+        : [chart.colour, ...names.filter((name) => name !== chart.colour[0]).map((name) => [name])];
     const colours = pairs.map((pair) => [pair.join(" and "), pair]);
     const found = [
-      choice("Colours", colours.map(([words]) => [words, words]), colour.join(" and "), (words) => this.choose({ colour: new Map(colours).get(words) })),
-      choice("Panels", [["", "one"], ...names.map((name) => [name, `by ${name}`])], panels, (name) => this.choose({ panels: name })),
+      choice(
+        "Colours",
+        colours.map(([words]) => [words, words]),
+        colour.join(" and "),
+        (words) => this.choose({ colour: new Map(colours).get(words) }),
+      ),
+      choice("Panels", [["", "one"], ...names.map((name) => [name, `by ${name}`])], panels, (name) =>
+        this.choose({ panels: name }),
+      ),
     ];
     const values = [...only].map(([name, value]) =>
-      choice(name, [[ALL, "all"], ...axes.get(name).map((each) => [String(each), String(each)])], value, (each) => this.choose({ only: { ...this.chosen.only, [name]: each } })),
+      choice(name, [[ALL, "all"], ...axes.get(name).map((each) => [String(each), String(each)])], value, (each) =>
+        this.choose({ only: { ...this.chosen.only, [name]: each } }),
+      ),
     );
-    const button = (words, label, click) => make("button", { type: "button", title: label, "aria-label": label, click }, words);
+    const button = (words, label, click) =>
+      make("button", { type: "button", title: label, "aria-label": label, click }, words);
     const zoom = make(
       "span",
       { class: "zoom" },
       button("+", "Zoom in", () => shared.zoom(0.5)),
       button("−", "Zoom out", () => shared.zoom(2)),
       button("whole", "Show everything", () => shared.show(null)),
-      make("label", { class: "check" }, make("input", { type: "checkbox", checked: shared.log.y, disabled: !can.y, change: (event) => { this.log = event.target.checked; this.draw(); } }), "logarithmic"),
+      make(
+        "label",
+        { class: "check" },
+        make("input", {
+          type: "checkbox",
+          checked: shared.log.y,
+          disabled: !can.y,
+          change: (event) => {
+            this.log = event.target.checked;
+            this.draw();
+          },
+        }),
+        "logarithmic",
+      ),
     );
     const open = this.open ?? innerWidth > 700;
-    const settings = make("details", { open, toggle: (event) => (this.open = event.target.open) }, make("summary", {}, "Settings"), make("div", { class: "controls" }, ...found, ...values));
+    const settings = make(
+      "details",
+      { open, toggle: (event) => (this.open = event.target.open) },
+      make("summary", {}, "Settings"),
+      make("div", { class: "controls" }, ...found, ...values),
+    );
     return make("div", { class: "tools" }, settings, zoom);
   }
 
   legend(seen, shared) {
     const looks = new Map(seen.map((line) => [line.name, line.look]));
     const buttons = [...looks].map(([name, look]) => {
-      const button = make("button", { type: "button", "aria-pressed": String(!this.hidden.has(name)) }, swatch(look), name);
+      const button = make(
+        "button",
+        { type: "button", "aria-pressed": String(!this.hidden.has(name)) },
+        swatch(look),
+        name,
+      );
       button.addEventListener("click", () => {
         if (!this.hidden.delete(name)) this.hidden.add(name);
         button.setAttribute("aria-pressed", String(!this.hidden.has(name)));
@@ -168,14 +240,21 @@ class Charts {
       });
       return button;
     });
-    return make("div", { class: "legend", role: "group", "aria-label": "Lines; press one to hide or show it" }, ...buttons);
+    return make(
+      "div",
+      { class: "legend", role: "group", "aria-label": "Lines; press one to hide or show it" },
+      ...buttons,
+    );
   }
 
   /** All that is not hidden, with the values that are always in sight. */
   whole(chart, seen, log) {
     const shown = seen.filter((line) => !this.hidden.has(line.name));
     const lines = shown.length ? shown : seen;
-    const gather = (parts, more) => [...lines.flatMap((line) => parts.flatMap((part) => line[part] ?? [])), ...more].filter((value) => value !== null);
+    const gather = (parts, more) =>
+      [...lines.flatMap((line) => parts.flatMap((part) => line[part] ?? [])), ...more].filter(
+        (value) => value !== null,
+      );
     const y = gather(["y"], log.y ? [] : chart.y.shown);
     const few = new Set(lines.map((line) => line.name)).size <= page.most_intervals;
     const x = gather(["x"], []);
@@ -197,76 +276,6 @@ class Charts {
   }
 }
 
-/** A table whose columns sort it, with a choice of rows by one of them, and a search. */
-function drawTable(table) {
-  const { columns, rows, choose } = table;
-  const value = (cell) => (Array.isArray(cell) ? cell[0] : cell);
-  const text = (cell) => (Array.isArray(cell) ? cell[1] : (cell ?? ""));
-  const numeric = columns.map((_, column) => rows.some((row) => typeof value(row[column]) === "number"));
-  const kinds = choose === null ? [] : [...new Set(rows.map((row) => text(row[choose])))];
-  const state = { column: null, down: false, kind: kinds[0], search: "" };
-  const body = make("tbody");
-  const count = make("span", { "aria-live": "polite" });
-  const heads = columns.map((column, n) => {
-    const sort = make("button", { type: "button", title: column.about || null, click: () => sortBy(n) }, column.name);
-    return make("th", { scope: "col", class: numeric[n] ? "number" : null, "aria-sort": "none" }, sort);
-  });
-  function sortBy(column) {
-    state.down = state.column === column ? !state.down : false;
-    state.column = column;
-    heads.forEach((head, n) => head.setAttribute("aria-sort", n === column ? (state.down ? "descending" : "ascending") : "none"));
-    fill();
-  }
-  function compared(one, other) {
-    const [a, b] = [value(one[state.column]), value(other[state.column])];
-    const [none, nothing] = [a === null || a === "", b === null || b === ""];
-    if (none || nothing) return none - nothing; // empty cells last, whichever way
-    const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
-    return state.down ? -order : order;
-  }
-  function fill() {
-    const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = rows.filter((row) => {
-      if (choose !== null && state.kind !== ALL && text(row[choose]) !== state.kind) return false;
-      const all = row.map(text).join(" ").toLowerCase();
-      return words.every((word) => all.includes(word));
-    });
-    if (state.column !== null) found.sort(compared);
-    const cells = (row) => row.map((cell, n) => make(n ? "td" : "th", { scope: n ? null : "row", class: numeric[n] ? "number" : String(text(cell)).length > 60 ? "long" : null }, String(text(cell))));
-    body.replaceChildren(...found.map((row) => make("tr", {}, ...cells(row))));
-    count.textContent = `${found.length} of ${rows.length} rows`;
-  }
-  const tools = make("div", { class: "controls" });
-  if (kinds.length > 1) tools.append(choice(columns[choose].name, [...kinds.map((kind) => [kind, kind]), [ALL, "all"]], kinds[0], (kind) => { state.kind = kind; fill(); }));
-  const search = make("input", { type: "search", input: () => { state.search = search.value; fill(); } });
-  tools.append(make("label", {}, make("span", {}, "Rows with"), search), download("table as CSV", `${table.title}.csv`, "text/csv", () => csv(table)), count);
-  fill();
-  const caption = make("caption", { class: "unseen" }, table.title);
-  const grid = make("table", {}, caption, make("thead", {}, make("tr", {}, ...heads)), body);
-  const scroll = make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": table.title }, grid);
-  return make("section", {}, make("h2", {}, table.title), ...(table.about ? [make("p", { class: "about" }, table.about)] : []), ...(rows.length > 6 ? [tools] : []), scroll);
-}
-
-/** A table for other programs: values, not the words for them. */
-function csv({ columns, rows }) {
-  const field = (cell) => {
-    const text = String((Array.isArray(cell) ? cell[0] : cell) ?? "");
-    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-  };
-  return [columns.map((column) => column.name), ...rows].map((row) => row.map(field).join(",")).join("\r\n");
-}
-
-/** A link whose target is made when it is followed: a blob, as browsers cut data: addresses of more than 2 MB. */
-function download(words, file, type, contents) {
-  const link = make("a", { download: file, href: "#" }, words);
-  let address = null;
-  link.addEventListener("click", () => {
-    if (address) URL.revokeObjectURL(address);
-    link.href = address = URL.createObjectURL(new Blob([contents()], { type: `${type};charset=utf-8` }));
-  });
-  return link;
-}
-
 addEventListener("error", (event) => {
   document.querySelector("main").prepend(make("p", { role: "alert" }, `This page did not work: ${event.message}`));
 });
@@ -274,6 +283,10 @@ page.colours.forEach((colour, n) => document.documentElement.style.setProperty(`
 if (page.charts.length) new Charts(document.getElementById("charts"));
 else document.getElementById("charts").remove();
 document.getElementById("tables").append(...page.tables.map(drawTable));
-document.getElementById("downloads").append(
-  download("results as JSON", "results.json", "application/json", () => document.getElementById("results").textContent.trim()),
-);
+document
+  .getElementById("downloads")
+  .append(
+    download("results as JSON", "results.json", "application/json", () =>
+      document.getElementById("results").textContent.trim(),
+    ),
+  );
