@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import retro_jax.experiments.io.progress
 from retro_jax.experiments.cli import main
+from tests.experiments.drawn import check
 
 
 @pytest.fixture
@@ -15,6 +17,20 @@ def ids_file(tmp_path):
     path = tmp_path / "ids.npy"
     np.save(path, np.random.default_rng(0).integers(512, size=(2, 96)))
     return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are saved, each checked."""
+    found = []
+
+    def savefig(figure, *_, **__):
+        figure.draw_without_rendering()
+        check(figure)
+        found.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return found
 
 
 @pytest.fixture
