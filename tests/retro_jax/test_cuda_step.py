@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from retro_jax import DecodeConfig, decode_step, init_state
 from retro_jax.experiments.machine.programs import not_cached
-from retro_jax.models import random_params
+from retro_jax.models import random_params, transformer
 from retro_jax.models.presets import SIZES
 from tests.pallas_kernels.gpu.test_compile import H100
 
@@ -66,3 +66,16 @@ def test_few_kernels_are_launched_and_products_of_one_row_are_products(monkeypat
     # A product that XLA stands in for multiplies a whole matrix by its one row.
     assert "gemm" in text
     assert not re.search(r"\[4096,\d{3,}\]\S* multiply\(", text)
+
+
+def test_a_narrow_product_of_one_row_is_a_product():
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    shapes = (1, 1, 4096), (4096, 2048)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+    with not_cached():
+        narrow, plain = (
+            jax.jit(f).lower(*arguments).compile().as_text() for f in (transformer.product, jnp.matmul)
+        )
+    assert "gemm" in narrow and "multiply(" not in narrow
+    assert "multiply(" in plain  # else the detour is for nothing
