@@ -64,6 +64,7 @@ class Row:
       counts: examples of each.
       best: by column, whether no other sparse method of its block is better.
       mean: over the columns with scores; None where one is missing, or there is one only.
+      best_mean: whether no other sparse method of its block has a better one.
       kv_bytes: that a step reads, the mean over runs.
     """
 
@@ -72,6 +73,7 @@ class Row:
     counts: Sequence[int]
     best: Sequence[bool]
     mean: Interval | None
+    best_mean: bool
     kv_bytes: float
 
 
@@ -203,6 +205,7 @@ def _row(name: str, budget: float | None, columns: Sequence[Column]) -> Row:
         counts=list(map(len, found)),
         best=[False] * len(columns),
         mean=bootstrap(*scored) if len(scored) > 1 and all(scored) else None,
+        best_mean=False,
         kv_bytes=float(np.mean(list(read.values()))) if read else float("nan"),
     )
 
@@ -223,7 +226,8 @@ def _marked(row: Row, rows: Sequence[Row], columns: Sequence[Column]) -> Row:
         means = [other.values[place].mean for other in rows if other.values[place] is not None]
         own = row.values[place]
         best.append(own is not None and own.mean == (min if column.run.is_likelihood else max)(means))
-    return replace(row, best=best)
+    highest = max((other.mean.mean for other in rows if other.mean), default=None)
+    return replace(row, best=best, best_mean=row.mean is not None and row.mean.mean == highest)
 
 
 def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str:
@@ -234,11 +238,16 @@ def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str
     for row in rows:
         cells = [row.method]
         for column, value, count, best in zip(board.columns, row.values, row.counts, row.best, strict=True):
-            text = "" if value is None else value.text(2)
             fewer = f" (of {count})" if value is not None and count < column.examples else ""
-            cells.append((f"**{text}**" if best else text) + fewer)
-        cells += [row.mean.text(2) if row.mean else ""] if means else []
+            cells.append(_cell(value, best) + fewer)
+        cells += [_cell(row.mean, row.best_mean)] if means else []
         body.append([*cells, f"{row.kv_bytes / 1e6:.2f}"])
     what = "tokens" if budget is not None and budget > 1 else "of the context"
     told = "" if budget is None else f"Budget {budget:g} {what}:\n\n"
     return told + markdown(["method", *heads, *(["mean"] if means else []), "KV MB/step"], body)
+
+
+def _cell(value: Interval | None, best: bool) -> str:
+    """A value in a table, the best in bold; nothing for None."""
+    text = "" if value is None else value.text(2)
+    return f"**{text}**" if best else text

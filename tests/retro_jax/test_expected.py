@@ -23,7 +23,7 @@ MOST = 256
 CONFIG = rj.DecodeConfig("expected", page_size=SIZE, budget_tokens=32, dense_layers=1, prefill_chunk=16)
 
 
-def rotation(rope, position, factor=True):
+def rotation(rope, position):
     """The matrix [D, D] that turns a vector at a position."""
     matrix = np.eye(D)
     if rope is None:
@@ -33,13 +33,19 @@ def rotation(rope, position, factor=True):
     for channel, frequency in enumerate(frequencies):
         cos, sin = np.cos(position * frequency), np.sin(position * frequency)
         pair = np.array([channel, channel + half])
-        matrix[np.ix_(pair, pair)] = np.array([[cos, -sin], [sin, cos]]) * (scale if factor else 1.0)
+        matrix[np.ix_(pair, pair)] = np.array([[cos, -sin], [sin, cos]]) * scale
     return matrix
+
+
+@functools.cache
+def mean_rotation(rope, length):
+    """Of the positions after a prompt."""
+    return np.mean([rotation(rope, length + ahead) for ahead in range(FUTURE)], axis=0)
 
 
 def definition(rope, unturned, keys, values, length, reduce=np.mean):
     """By page, for one group: unturned queries [T, G, D] of a prompt, its cached keys and values [T, D]."""
-    mean_turn = np.mean([rotation(rope, length + ahead) for ahead in range(FUTURE)], axis=0)
+    mean_turn = mean_rotation(rope, length)
     by_head = []
     for queries in np.moveaxis(unturned[FIRST:length], 1, 0):
         mean, covariance = mean_turn @ queries.mean(0), mean_turn @ np.cov(queries.T, bias=True) @ mean_turn.T

@@ -72,6 +72,7 @@ def test_the_best_of_a_block_are_marked_beside_full_attention(board):
     (found,) = board
     best = {row.method: row.best for row in found.blocks[128]}
     assert not any(best["full"]) and not any(best["quest"])
+    assert not any(row.best_mean for row in found.blocks[128])  # none has all the tasks
     assert best["preset paper, w = 4"] == [True, True, True, True, False]  # as good as another counts too
     assert best["snapkv"] == [False, True, False, True, False]
     assert best["retro-w4"] == [False] * 4 + [True]
@@ -83,6 +84,7 @@ def test_the_mean_counts_every_task_the_same(tmp_path):
     (found,) = leaderboards(read_runs([folder]))
     full, snapkv = found.blocks[128]
     assert (full.mean.mean, snapkv.mean.mean) == (0.75, 0.5)
+    assert (full.best_mean, snapkv.best_mean) == (False, True)
     assert snapkv.mean == bootstrap([1.0] * 3 + [0.0] * 3, [0.5] * 6) and snapkv.mean.low < 0.5
 
 
