@@ -124,8 +124,8 @@ def _known(values: Array) -> np.ndarray | None:
     return np.asarray(values)
 
 
-def check_token_ids(model: ModelConfig, ids: Sequence[int] | np.ndarray, what: str) -> np.ndarray:
-    """`ids` as int32.
+def check_token_ids(model: ModelConfig, ids: Sequence | np.ndarray, what: str) -> np.ndarray:
+    """`ids`, or equal rows of them, as int32.
 
     Raises:
       TypeError: they are not whole numbers.

@@ -189,6 +189,7 @@ def test_a_next_turn():
         (np.zeros(20, int), {"capacity": 16}, ValueError, "take 20 positions, the cache holds 16"),
         (np.zeros(20, int), {"steps_per_call": 0}, ValueError, "steps_per_call 0 must be at least 1"),
         (np.zeros(20, int), {"prompt_tokens": 2.5}, TypeError, r"prompt_tokens is 2\.5; give a whole number"),
+        ([np.zeros(20, int), np.full(20, 96)], {}, ValueError, "token_ids has token id 96, outside"),
         ([2**70, 1], {}, ValueError, "token_ids has token id 1180591620717411303424, outside"),
     ),
 )
