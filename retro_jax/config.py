@@ -245,9 +245,14 @@ def absent_fields(method: str, window: int | None = None) -> frozenset[str]:
     """
     if method not in METHODS:
         return frozenset()
-    known = METHODS[method]
-    revises = known.revises and (window or known.default_window) > 1
-    return (frozenset() if known.scored else OF_SCORED) | (frozenset() if revises else OF_WINDOWS)
+    known, absent = METHODS[method], frozenset()
+    if not known.scored:
+        absent |= OF_SCORED
+    if not known.revises:
+        absent |= {"window"}
+    if not known.revises or (window or known.default_window) == 1:
+        absent |= OF_WINDOWS
+    return absent
 
 
 def _check_known(field: str, value: str | None, names: Iterable[str], optional: bool = False) -> None:

@@ -142,8 +142,9 @@ class BenchThroughput(BenchThroughputFlags):
         for path in self.text:
             if not path.is_file():
                 raise FileNotFoundError(f"there is no file {path}")
-        configs = {name: self.config.config(method=name) for name in self.methods}
-        configs |= {f"preset {name}": self.config.config(**preset_fields(name)) for name in self.presets}
+        methods = {name: {"method": name} for name in self.methods}
+        methods |= {f"preset {name}": preset_fields(name) for name in self.presets}
+        configs = self.config.configs(methods)
         for config in configs.values():
             if self._verified(config):
                 check_verify(config, self.verify)

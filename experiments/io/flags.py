@@ -56,7 +56,10 @@ class ConfigFlags(DecodeFields):
         """
         from retro_jax.config import absent_fields
 
-        absent = {name: absent_fields(own["method"], own.get("window")) for name, own in methods.items()}
+        absent = {
+            name: absent_fields(own["method"], own.get("window", self.window))
+            for name, own in methods.items()
+        }
         nowhere = frozenset.intersection(*absent.values()) if absent else frozenset()
         defaults = {field.name: field.default for field in fields(DecodeFields)}
         return {

@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from retro_jax.experiments.bench.throughput import Asked, spread
+from retro_jax.experiments.bench.throughput import Asked, BenchThroughput, spread
 from retro_jax.experiments.bench.throughput_report import Bytes, Made, compared, parted, throughput_report
 
 SHORT = ("--prompts", 5, "--prompt-tokens", 3, 9, "--reply-tokens", 2, 12, "--slots", 2, "--page-size", 8)
@@ -18,6 +19,12 @@ def test_the_gain_of_slots_that_are_never_idle():
     asked = Asked([np.zeros(3)] * 5, (4, 1, 1, 2, 8))
     assert asked.most_gain(2) == 2 * (4 + 2 + 8) / 16
     assert asked.most_gain(8) == 1  # one batch, as long as its longest reply either way
+
+
+def test_a_window_is_for_the_methods_that_have_one():
+    bench = BenchThroughput(model="m", methods=("full", "quest", "retro"))
+    found = replace(bench, config=replace(bench.config, window=2, anchor_every=3)).configurations()
+    assert [(config.slots, config.anchor_every) for config in found.values()] == [(1, 1), (1, 3), (2, 3)]
 
 
 def test_where_replies_part():
