@@ -128,6 +128,11 @@ class Learn(Command):
                 f"--budget-tokens {self.budget_tokens} is below two pages of {self.page_size} tokens, the "
                 "first and the newest"
             )
+        if self.budget_tokens >= self.chunk:
+            raise ValueError(
+                f"--budget-tokens {self.budget_tokens} covers all of a chunk of {self.chunk} tokens, so that "
+                "any score would find all held-out attention; lower it, or raise --chunk"
+            )
 
     def _chunks(self, model):
         """Token ids [chunks, T] to train on and held out."""

@@ -1,5 +1,8 @@
 """The devices that a command's flags name: of this process, or of all that were started together."""
 
+import os
+import sys
+
 import jax
 
 from retro_jax import make_mesh
@@ -8,6 +11,8 @@ from retro_jax.experiments.machine.devices import local_devices
 
 def join_processes() -> None:
     """Joins the processes that run the same command; before anything else asks for a device.
+
+    From then on stdout has what Python prints alone.
 
     Raises:
       ValueError: nothing tells which they are, or they do not answer.
@@ -21,6 +26,15 @@ def join_processes() -> None:
             f"--distributed finds no other processes: {' '.join(str(error).split())}; start the command by "
             "srun or mpirun, or on every host of a TPU slice, or leave --distributed out"
         ) from error
+    _keep_stdout()
+
+
+def _keep_stdout() -> None:
+    """Sends to stderr what libraries print to stdout: CPU devices tell there whom they are connected to."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115, PTH123
 
 
 def mesh_of_flags(data: int, model: int, *, distributed: bool) -> jax.sharding.Mesh | None:

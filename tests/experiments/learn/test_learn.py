@@ -188,6 +188,7 @@ def test_a_score_is_of_one_model_in_any_dtype(whole, tiny_folder):
         (["--held-out", "1.0"], "--held-out 1.0 is not a share"),
         (["--learning-rate", "0"], "--learning-rate 0.0 is not above 0"),
         (["--budget-tokens", "4"], "--budget-tokens 4 is below two pages of 4 tokens"),
+        (["--budget-tokens", "64"], "--budget-tokens 64 covers all of a chunk of 64 tokens"),
     ),
 )
 def test_flags_that_are_refused(flags, words, tiny_folder, text, tmp_path, failure):

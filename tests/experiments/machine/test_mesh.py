@@ -1,3 +1,4 @@
+import os
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -45,6 +46,20 @@ def test_processes_are_joined_once_and_missing_ones_told(monkeypatch):
     monkeypatch.setattr(mesh.jax.distributed, "is_initialized", lambda: True)
     assert mesh_of_flags(1, 1, distributed=True) is None
     assert len(calls) == 1
+
+
+def test_what_libraries_print_leaves_stdout_to_results(monkeypatch, capfd):
+    monkeypatch.setattr(mesh.jax.distributed, "initialize", lambda: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    before = os.dup(1)
+    try:
+        mesh.join_processes()
+        os.write(1, b"[Gloo] connected")
+        print("{}", flush=True)
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+    assert capfd.readouterr() == ("{}\n", "[Gloo] connected")
 
 
 def test_processes_but_the_first_print_no_results(monkeypatch, capsys):
