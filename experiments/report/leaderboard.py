@@ -226,6 +226,11 @@ def _marked(row: Row, rows: Sequence[Row], columns: Sequence[Column]) -> Row:
     return replace(row, best=best)
 
 
+def budget_words(budget: float) -> str:
+    """A budget in words: up to 1 a share of the context, above it tokens."""
+    return f"{budget:g} {'tokens' if budget > 1 else 'of the context'}"
+
+
 def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str:
     """A block as a table with its heading."""
     heads = [f"{column.title} (n = {column.examples})" for column in board.columns]
@@ -239,6 +244,5 @@ def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str
             cells.append((f"**{text}**" if best else text) + fewer)
         cells += [row.mean.text(2) if row.mean else ""] if means else []
         body.append([*cells, f"{row.kv_bytes / 1e6:.2f}"])
-    what = "tokens" if budget is not None and budget > 1 else "of the context"
-    told = "" if budget is None else f"Budget {budget:g} {what}:\n\n"
+    told = "" if budget is None else f"Budget {budget_words(budget)}:\n\n"
     return told + markdown(["method", *heads, *(["mean"] if means else []), "KV MB/step"], body)
