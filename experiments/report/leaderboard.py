@@ -154,7 +154,7 @@ def _columns(runs: Sequence[Measured]) -> list[Column]:
         columns += [Column(", ".join([part or task["name"], *about]), metric, run, part) for part in parts]
     titles = Counter(column.title for column in columns)
     return [
-        replace(column, title=f"{column.title}, {column.run.paths[0].name}")
+        replace(column, title=f"{column.title}, {column.run.place(column.run.paths[0])}")
         if titles[column.title] > 1
         else column
         for column in columns

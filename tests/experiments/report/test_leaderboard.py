@@ -129,6 +129,16 @@ def test_on_the_page_and_as_values(json_command, tmp_path):
     assert [row[:2] for row in table["rows"]][1] == ["snapkv", [0.6, "0.60 (of 5)"]]
 
 
+def test_runs_in_folders_of_the_same_name_are_told_by_their_paths(tmp_path):
+    right = dict.fromkeys(RULER_METHODS[:2], 3)
+    folders = [tmp_path / "a" / "x", tmp_path / "b" / "x"]
+    runs = read_runs([ruler(path, 1024, right, samples=n) for n, path in enumerate(folders, 1)])
+    assert [run.title for run in runs] == [f"named ({path})" for path in folders]
+    (board,) = leaderboards(runs)
+    titles = [f"{part}, 1024, {path}" for path in folders for part in ("fwe", "vt")]
+    assert [column.title for column in board.columns] == titles
+
+
 def test_one_task_needs_no_leaderboard(tmp_path):
     run = a_run(tmp_path / "a", LongGenBench(n=3), scored(3))
     other = a_run(tmp_path / "b", LongGenBench(n=3), scored(3), model="another")
