@@ -73,7 +73,7 @@ class Axis:
         if value is None:  # before every number, and as a default before every word
             return value != self.default, float("-inf")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return isinstance(value, float), value
+            return (value != self.default if self.joins else isinstance(value, float)), value
         return value != self.default, str(value)
 
 

@@ -33,6 +33,7 @@ class Measured:
       timings: of batches, each with the device of its folder's last start.
       starts: provenance of the last start of each folder; none for a folder that lost it.
       planned: replies that each method is to have, by name.
+      whole: whether paths are told whole, as another run's have the same names.
     """
 
     paths: Sequence[Path]
@@ -42,6 +43,7 @@ class Measured:
     timings: Sequence[dict]
     starts: Sequence[Mapping]
     planned: Mapping[str, int]
+    whole: bool = False
 
     @property
     def config(self) -> Mapping:
@@ -51,7 +53,11 @@ class Measured:
     @property
     def title(self) -> str:
         """The run's name, and where it lies."""
-        return f"{self.identity['name']} ({' + '.join(path.name for path in self.paths)})"
+        return f"{self.identity['name']} ({' + '.join(map(self.place, self.paths))})"
+
+    def place(self, path: Path) -> str:
+        """How one of its folders is called."""
+        return str(path) if self.whole else path.name
 
     @property
     def methods(self) -> list[str]:
@@ -175,7 +181,9 @@ def read_runs(paths: Sequence[Path]) -> list[Measured]:
     for run in map(read_run, paths):
         shared = {key: value for key, value in run.config.items() if key not in FREE}
         groups.setdefault(same_json([run.identity["name"], shared]), []).append(run)
-    return [merge(group) for group in groups.values()]
+    runs = [merge(group) for group in groups.values()]
+    titles = Counter(run.title for run in runs)
+    return [replace(run, whole=titles[run.title] > 1) for run in runs]
 
 
 def merge(parts: Sequence[Measured]) -> Measured:

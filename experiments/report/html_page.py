@@ -22,6 +22,12 @@ from retro_jax.experiments.pictures.pages import (
 from retro_jax.experiments.pictures.panels import Scale
 from retro_jax.experiments.pictures.words import shortened
 from retro_jax.experiments.report.data import Measured, run_values
+from retro_jax.experiments.report.leaderboard import (
+    Leaderboard,
+    budget_words,
+    leaderboard_values,
+    leaderboards,
+)
 from retro_jax.experiments.report.paper import PAPER_NOTE, paper_rows
 from retro_jax.experiments.report.pictures import (
     CONTEXT,
@@ -39,11 +45,12 @@ from retro_jax.experiments.tasks import TASKS
 
 TOKENS = Scale("position (tokens)", whole=True)
 NLL = Scale("NLL (nats per token)")
+RANKED = "Where intervals overlap, their order decides nothing. Of unfinished runs, what is there."
 
 
 def report_page(runs: Sequence[Measured]) -> bytes:
     """Makes the page of some runs; returns the contents of an .html file."""
-    values, paper = [run_values(run) for run in runs], paper_rows(runs)
+    values, paper, boards = [run_values(run) for run in runs], paper_rows(runs), leaderboards(runs)
     missing = [
         f"{run.title} is unfinished: {method} has {have} of {planned} replies."
         for run in runs
@@ -66,13 +73,15 @@ def report_page(runs: Sequence[Measured]) -> bytes:
     }
     tables = [
         _table(runs, values),
+        *(table for board in boards for table in _leaderboard(board)),
         *([_paper_table(paper)] if paper else []),
         *fields_tables("Configuration of methods", configs),
         *fields_tables("Configuration of runs", {run.title: _flat(run.config) for run in runs}),
         *provenance_tables([start for run in runs for start in run.starts]),
     ]
     title = shortened(", ".join(run.title for run in runs), 120)
-    return make_page(title, about, charts, tables, finite({"runs": values, "paper": paper}))
+    results = {"runs": values, "paper": paper, "leaderboards": leaderboard_values(boards)}
+    return make_page(title, about, charts, tables, finite(results))
 
 
 def _chart(
@@ -198,6 +207,28 @@ def _table(runs: Sequence[Measured], values: Sequence[Mapping]) -> Table:
                 (found["kv_bytes"] / 1e6, f"{found['kv_bytes'] / 1e6:.2f}"),
             ])  # fmt: skip
     return Table("Methods", heads, body)
+
+
+def _leaderboard(board: Leaderboard) -> Iterator[Table]:
+    """The blocks of a leaderboard, a table each."""
+    for budget, rows in board.blocks.items():
+        means = any(row.mean for row in rows)
+        heads = [
+            Column("method"),
+            *(Column(f"{column.title} (n = {column.examples})", column.metric) for column in board.columns),
+            *([Column("mean", "of the columns with scores, each counting the same")] if means else []),
+            Column("KV MB/step", "keys, values and page statistics that a step reads for a sequence"),
+        ]
+        body = []
+        for row in rows:
+            cells: list[Cell] = [row.method]
+            for column, value, count in zip(board.columns, row.values, row.counts, strict=True):
+                fewer = f" (of {count})" if value is not None and count < column.examples else ""
+                cells.append(None if value is None else (value.mean, value.text(2) + fewer))
+            cells += [(row.mean.mean, row.mean.text(2)) if row.mean else None] if means else []
+            body.append([*cells, (row.kv_bytes / 1e6, f"{row.kv_bytes / 1e6:.2f}")])
+        told = "" if budget is None else f", budget {budget_words(budget)}"
+        yield Table(f"Leaderboard of {board.model}{told}", heads, body, RANKED)
 
 
 def _paper_table(rows: Sequence[Mapping]) -> Table:

@@ -156,7 +156,7 @@ def _columns(runs: Sequence[Measured]) -> list[Column]:
         columns += [Column(", ".join([part or task["name"], *about]), metric, run, part) for part in parts]
     titles = Counter(column.title for column in columns)
     return [
-        replace(column, title=f"{column.title}, {column.run.paths[0].name}")
+        replace(column, title=f"{column.title}, {column.run.place(column.run.paths[0])}")
         if titles[column.title] > 1
         else column
         for column in columns
@@ -230,6 +230,11 @@ def _marked(row: Row, rows: Sequence[Row], columns: Sequence[Column]) -> Row:
     return replace(row, best=best, best_mean=row.mean is not None and row.mean.mean == highest)
 
 
+def budget_words(budget: float) -> str:
+    """A budget in words: up to 1 a share of the context, above it tokens."""
+    return f"{budget:g} {'tokens' if budget > 1 else 'of the context'}"
+
+
 def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str:
     """A block as a table with its heading."""
     heads = [f"{column.title} (n = {column.examples})" for column in board.columns]
@@ -242,8 +247,7 @@ def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str
             cells.append(_cell(value, best) + fewer)
         cells += [_cell(row.mean, row.best_mean)] if means else []
         body.append([*cells, f"{row.kv_bytes / 1e6:.2f}"])
-    what = "tokens" if budget is not None and budget > 1 else "of the context"
-    told = "" if budget is None else f"Budget {budget:g} {what}:\n\n"
+    told = "" if budget is None else f"Budget {budget_words(budget)}:\n\n"
     return told + markdown(["method", *heads, *(["mean"] if means else []), "KV MB/step"], body)
 
 

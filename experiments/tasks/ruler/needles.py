@@ -97,8 +97,17 @@ class Haystack:
     seed: str
 
     def __call__(self, count: int) -> str:
-        """The prompt with `count` pieces."""
+        """The prompt with `count` pieces.
+
+        Raises:
+          ValueError: there are fewer different keys than pieces.
+        """
         if self.others:
+            if self.others.key is word and count > (most := len(material.PAIRS) - len(self.needles)):
+                raise ValueError(
+                    f"niah_multikey_2 has words for {most} needles beside its own, fewer than task.length "
+                    "has room for; lower it, or leave niah_multikey_2 out of --task.subtasks"
+                )
             keys = distinct(self.others.key, seeded("ruler", self.seed, "keys"), count, self.needles)
             values = seeded("ruler", self.seed, "values")
             text = [self.others.sentence(key, self.others.value(values)) for key in keys]

@@ -82,6 +82,12 @@ def test_a_sweep_runs_every_combination_and_full_attention_once():
     assert [config.budget_tokens for config in in_order[1:]] == [256] * 12 + [None] * 12
 
 
+def test_partly_revised_layers_come_after_quest_and_whole_windows():
+    configs = Sweep(windows=(2,), budgets=(96,), revised_layers=(0.25, 0.5)).configurations(DecodeConfig())
+    in_order = [(config.method, config.revised_layers) for config in sorted(configs, key=order)]
+    assert in_order == [("full", 1.0), ("quest", 1.0), ("retro", 1.0), ("retro", 0.25), ("retro", 0.5)]
+
+
 def test_runs_with_and_without_rectification_have_an_order():
     configs = Sweep(rectify=(8, 1), evict=("h2o",)).configurations(DecodeConfig(cache_tokens=512))
     in_order = sorted(reversed(configs), key=order)

@@ -10,6 +10,7 @@ from retro_jax.experiments.tasks.longgenbench import LongGenBench
 from retro_jax.experiments.tasks.pg19 import PG19
 from retro_jax.experiments.tasks.ruler import RULER
 from tests.experiments.report.test_report import METHODS, a_run, result, scored
+from tests.experiments.test_pages import Parsed
 
 MODEL = "smollm2-135m"
 PRESET = "quest-b{}-mass-mean_key-mean_key_int8-traffic"
@@ -122,6 +123,22 @@ def test_on_the_page_and_as_values(json_command, tmp_path):
     rows = board["blocks"][0]["rows"]
     assert [row["method"] for row in rows] == ["full", "snapkv"] and rows[1]["values"][0]["mean"] == 0.6
     assert rows[1]["kv_bytes"] == 5e6
+    html = Parsed((tmp_path / "page.html").read_bytes())
+    assert html.json("results")["leaderboards"] == values["leaderboards"]
+    tables = {table["title"]: table for table in html.json("shown")["tables"]}
+    table = tables[f"Leaderboard of {MODEL}, budget 128 tokens"]
+    assert [column["name"] for column in table["columns"]][:2] == ["method", "fwe, 1024 (n = 6)"]
+    assert [row[:2] for row in table["rows"]][1] == ["snapkv", [0.6, "0.60 (of 5)"]]
+
+
+def test_runs_in_folders_of_the_same_name_are_told_by_their_paths(tmp_path):
+    right = dict.fromkeys(RULER_METHODS[:2], 3)
+    folders = [tmp_path / "a" / "x", tmp_path / "b" / "x"]
+    runs = read_runs([ruler(path, 1024, right, samples=n) for n, path in enumerate(folders, 1)])
+    assert [run.title for run in runs] == [f"named ({path})" for path in folders]
+    (board,) = leaderboards(runs)
+    titles = [f"{part}, 1024, {path}" for path in folders for part in ("fwe", "vt")]
+    assert [column.title for column in board.columns] == titles
 
 
 def test_one_task_needs_no_leaderboard(tmp_path):

@@ -211,6 +211,12 @@ def test_a_long_prompt_is_measured_few_times():
     assert words(example.fitted(tokens)) == 131072 - 128 and len(measured) < 10
 
 
+@pytest.mark.timeout(20)
+def test_needles_have_keys_of_their_own_or_are_refused():
+    with pytest.raises(ValueError, match=f"words for {len(PAIRS) - 1} needles .* lower it"):
+        made("niah_multikey_2", length=10 * len(PAIRS))
+
+
 def test_what_cannot_be_filled_to_its_length_is_refused():
     example = Filled(
         id="a", prompt="", part="p", max_new_tokens=4, length=20, fill=lambda n: "word " * n, most=9
