@@ -33,7 +33,7 @@ class Convert(Command):
         if self.learned is not None:
             raise ValueError(
                 "convert writes a model without a learned score; leave --learned out, and give it where the "
-                "folder is decoded with"
+                "folder is decoded with (rj.save_model writes a model with its score)"
             )
         check_new(self.folder)
         model = self.load([DecodeConfig("full")], 1, 1)

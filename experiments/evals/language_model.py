@@ -14,6 +14,7 @@ from retro_jax import DecodeConfig, Model, Request, generate_many, load_model
 from retro_jax.experiments.evals.arguments import read_arguments
 from retro_jax.experiments.evals.generation import read_options
 from retro_jax.experiments.evals.scoring import MODES, Pair, heads, likelihoods
+from retro_jax.experiments.io.models import with_score
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
@@ -96,7 +97,7 @@ class RetroJaxLM(TemplateLM):
         """Loads the model that the arguments name: see `read_arguments`."""
         arguments = read_arguments(arg_dict, additional_config or {})
         with Progress() as progress:
-            model = load_model(**arguments.model, progress=progress)
+            model = with_score(load_model(**arguments.model, progress=progress), arguments.learned)
         keep_programs()
         return cls(model, arguments.config, **arguments.evaluation)
 

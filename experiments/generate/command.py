@@ -258,6 +258,10 @@ class Generate(Configured, OverDevices):
             )
         if self.slots < 1:
             raise ValueError(f"slots {self.slots} must be at least 1")
+        if self.slots % self.data_devices:
+            raise ValueError(
+                f"slots {self.slots} do not divide over data_devices {self.data_devices}; use a multiple"
+            )
         config, sampling = self.config.config(), self.sampling.sampling()
         lines = read_prompts(self.prompts, self.max_new_tokens)
         check_out(self.prompts, self.out)

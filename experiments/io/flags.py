@@ -231,7 +231,7 @@ class OverDevices(Command):
     """Devices over which KV heads and weights are spread."""
     distributed: Flag[bool] = False
     """Spread the model over the devices of all processes in which the command was started (by srun, mpirun,
-    on each host of a TPU slice); the first alone prints and writes."""
+    on each host of a TPU slice); the first alone prints results and writes."""
 
     def mesh(self) -> "Mesh | None":
         """Returns the devices that the flags name; from then on processes but the first print no results."""

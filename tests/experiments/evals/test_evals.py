@@ -260,11 +260,17 @@ def test_generation_options():
         ({"pretrained": "m", "method": "full"}, {"device": "mps"}, "device 'mps' cannot be chosen"),
         ({"pretrained": "m"}, {"max_batch_size": 9}, "leave --max_batch_size out"),
         ({"pretrained": "m", "budget_tokens": 0}, {}, "budget_tokens 0"),
+        ({"pretrained": "m", "score": "learned"}, {}, "--score learned needs --learned FOLDER"),
     ],
 )
 def test_model_arguments_that_cannot_be(given, flags, message):
     with pytest.raises(ValueError, match=message):
         read_arguments(given, flags)
+
+
+def test_a_learned_score_is_named_by_its_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_arguments({"pretrained": "m", "score": "learned", "learned": str(tmp_path / "nowhere")}, {})
 
 
 def test_model_arguments_that_the_model_refuses():

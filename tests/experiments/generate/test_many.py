@@ -125,6 +125,7 @@ def test_conversations_follow_the_chat_template(tiny_folder, prompts):
         (("--out", "replies.jsonl", "--token-ids", "ids.npy"), "cannot be given with"),
         (("--out", "replies.jsonl", "--verify", 4), "cannot be given with"),
         (("--out", "replies.jsonl", "--slots", 0), "slots 0 must be at least 1"),
+        (("--out", "replies.jsonl", "--data-devices", 4), "slots 2 do not divide over data_devices 4"),
         (("--out", "replies.jsonl", "--capacity", 50), "prompt 2 and its new tokens take 51 positions"),
         (("--out", "replies.jsonl", "--chat"), None),
     ),
