@@ -262,11 +262,13 @@ def _by_orbax[T](do: Callable[[Any], T], arrays: Mapping[str, Any], *objects: st
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder into which threads that orbax has left behind may still write, for a while."""
-    for _ in range(100):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+    """Removes a folder that threads left behind by orbax may still make, and write into, for a while."""
+    quiet = 0
+    for _ in range(200):
+        quiet = 0 if folder.exists() else quiet + 1
+        if quiet == 15:
             return
+        shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.02)
 
 
