@@ -37,10 +37,8 @@ def retro_attention(
     interpret: Any = None,
 ) -> tuple[Float[Array, "B W N D"], Float[Array, "B W N"], Int[Array, "B K P"]]:
     """See `pallas_kernels.attention.api.retro_attention`."""
-    check(q, pages)
-    blocks = blocks or choose_blocks(q, pages, page_ids.shape[-1])
     loaded = jax.new_ref(last_loaded)
-    o, lse = _attend(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
+    o, lse = _attend_to_selected(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
     cached = (cached_o, cached_lse) if q.shape[1] > 1 else None
     o, lse = merge_splits(o, lse, cached, None, q.shape, jnp.float32, interpret)
     return o, lse, loaded[...]
@@ -69,10 +67,8 @@ def attend_window(
     Float[Array, "B older N"],
 ]:
     """See `pallas_kernels.attention.api.attend_window`."""
-    check(q, pages)
-    blocks = blocks or choose_blocks(q, pages, page_ids.shape[-1])
     loaded = jax.new_ref(last_loaded)
-    o, lse = _attend(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
+    o, lse = _attend_to_selected(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
     if q.shape[1] == 1:  # the output cache is empty
         o, lse = merge_splits(o, lse, None, None, q.shape, dtype, interpret)
         return o, lse, loaded[...], cached_o, cached_lse
@@ -143,6 +139,14 @@ def check(q: Array, pages: Pages) -> None:
             f"attention: {slots} slots x {group} heads of a group are more than the {TILE_ROWS} rows of the "
             "Mosaic GPU kernel"
         )
+
+
+def _attend_to_selected(q, pages, positions, selection, blocks, interpret):
+    """`_attend` to a selection that the kernels support, cut as `blocks` says or, if None, as is best."""
+    check(q, pages)
+    return _attend(
+        q, pages, positions, selection, blocks or choose_blocks(q, pages, selection[0].shape[-1]), interpret
+    )
 
 
 def _attend(q, pages, positions, selection, blocks, interpret, ring=None):
