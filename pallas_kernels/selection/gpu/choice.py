@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.gpu import TILE_ROWS, kernel
 from pallas_kernels.selection.gpu.compaction import write_pages
-from pallas_kernels.selection.gpu.scoring import LOWEST, blocks_of_threads, page_of
+from pallas_kernels.selection.gpu.scoring import LOWEST, blocks_of_threads, comparable, page_of
 from pallas_kernels.selection.gpu.threshold import chosen, count, find_threshold
 
 CHUNK = 32
@@ -77,7 +77,7 @@ def choose_pages(
                 here = pl.ds(index * piece, piece)
                 logits = [plgpu.load(scores_ref.at[b, head, g, here], layout=spread) for g in range(group)]
                 shares = sum(jnp.exp2(logit - norm) for logit, norm in zip(logits, norms, strict=True))
-                scores = jnp.log2(jnp.maximum(shares, _SMALLEST))
+                scores = comparable(jnp.log2(jnp.maximum(shares, _SMALLEST)))
                 page = nth + index * (piece * TILE_ROWS)
                 scores = jnp.where((page == pages - 1) | (page < sink_pages), jnp.inf, scores)
                 scores_smem[here] = jnp.where(page < pages, scores, -jnp.inf)

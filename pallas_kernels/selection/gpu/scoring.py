@@ -34,6 +34,11 @@ def page_of(position, page_size):
     return lax.div(position + page_size, jnp.int32(page_size)) - 1
 
 
+def comparable(scores: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Scores by which pages can be chosen: what is too low or no number counts as `LOWEST`."""
+    return jnp.where(scores > LOWEST, jnp.minimum(scores, -LOWEST), LOWEST)
+
+
 def padded_heads(group: int) -> int:
     """Query heads of a group as columns of a wgmma."""
     return -(-group // 8) * 8
@@ -158,7 +163,7 @@ def score_pages(
             else:
                 scores = jnp.where(column < group, scores, 0.0).sum(axis=1) * (1 / group)
             page = row + tile * TILE_ROWS
-            scores = jnp.where(page < sink_pages, jnp.inf, scores)
+            scores = jnp.where(page < sink_pages, jnp.inf, comparable(scores))
             scores = jnp.where(page == newest, jnp.inf, scores)
             scores_ref[b, head, 0, tile] = jnp.where(page > newest, -jnp.inf, scores)
 

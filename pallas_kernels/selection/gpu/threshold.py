@@ -10,6 +10,9 @@ _DEVIATIONS = 0.407
 """About how many standard deviations a normal value lies from the mean for each power of two in the odds of
 lying above it: ln(2) / 1.702."""
 
+_LEAST = 2.0**-100
+"""What separates two scores near zero."""
+
 Scan = Callable[..., Sequence[Array]]
 """scan(step, *initial): folds `step(carry, scores, pages)` over all pages, elementwise over a chunk."""
 
@@ -138,7 +141,8 @@ def _narrow(scan, spread, pages, budget, forced):
         low, high, _, above_high, _, (first, _) = carry
         return (above_high != budget) & (first > low) & (first < high)
 
-    low = lowest - (highest - lowest) * 0.01  # below every page
+    # Below every page, also where all score alike but for the last digits.
+    low = lowest - jnp.maximum((highest - lowest) * 0.01, jnp.abs(lowest) * 2.0**-22 + _LEAST)
     margin = 0.5 * jnp.sqrt(pages.astype(jnp.float32))
     pair = first_guess(wanted + margin), first_guess(wanted - margin)
     carry = (low, highest, pages, forced, jnp.int32(0), pair)
