@@ -15,9 +15,9 @@ from retro_jax.experiments.compare.pictures import (
     running_excess,
     smoothed,
 )
-from retro_jax.experiments.compare.sweep import AXES, columns, constants, label, settings
 from retro_jax.experiments.io.estimates import UNTOLD, Estimate
 from retro_jax.experiments.io.files import finite
+from retro_jax.experiments.io.settings import AXES, columns, constants, label, settings
 from retro_jax.experiments.io.tables import number
 from retro_jax.experiments.pictures.pages import (
     Cell,

@@ -8,9 +8,10 @@ import numpy as np
 
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.ladder import LADDER, beside_ladder, ladder
-from retro_jax.experiments.compare.sweep import NAMES, Axis, columns, constants, label, order, run_name
+from retro_jax.experiments.compare.sweep import NAMES
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import BLOCK, estimate, running_mean
+from retro_jax.experiments.io.settings import Axis, columns, constants, label, order, run_name
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import QUEST, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import counted, listed, shortened

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from retro_jax.experiments.compare.comparison import Row, rows
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.ladder import LADDER, beside_ladder, ladder
-from retro_jax.experiments.compare.sweep import columns, constants, label, run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import BLOCK, UNTOLD, estimate, position_bins, ratio
+from retro_jax.experiments.io.settings import columns, constants, label, run_name
 from retro_jax.experiments.io.tables import markdown, number
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Interval, block_means, bootstrap
 from retro_jax.experiments.io.lines import read_lines
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.runs.folder import KEYS, read_identity, read_methods, read_results
 
 FREE = ("methods", "presets", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from retro_jax.experiments.compare.pictures import EXCESS, EXPOSURE, LATER_STEPS
-from retro_jax.experiments.compare.sweep import AXES, columns, label, settings
 from retro_jax.experiments.io.estimates import Interval, bootstrap
 from retro_jax.experiments.io.files import finite
+from retro_jax.experiments.io.settings import AXES, columns, label, settings
 from retro_jax.experiments.pictures.pages import (
     Cell,
     Chart,

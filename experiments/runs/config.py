@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.flags import NoPrefix, SamplingFlags, common_flags
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.tasks import TASKS, AnyTask
 from retro_jax.fields import DecodeFields
 from retro_jax.presets import preset_fields

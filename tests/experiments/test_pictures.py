@@ -8,7 +8,8 @@ import pytest
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.pictures import comparison_pictures, ladder_pictures, position_pictures
-from retro_jax.experiments.compare.sweep import Sweep, run_name
+from retro_jax.experiments.compare.sweep import Sweep
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.report.data import Measured
 from retro_jax.experiments.report.pictures import (
     budget_plot,

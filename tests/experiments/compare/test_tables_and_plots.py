@@ -9,9 +9,10 @@ from retro_jax.experiments.compare.comparison import rows, summary
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.html_page import comparison_page
 from retro_jax.experiments.compare.pictures import sweep_pictures
-from retro_jax.experiments.compare.sweep import Sweep, label, order, quest_of, run_name
+from retro_jax.experiments.compare.sweep import Sweep, quest_of
 from retro_jax.experiments.compare.tables import comparison_report, comparison_table
 from retro_jax.experiments.io.estimates import Estimate
+from retro_jax.experiments.io.settings import label, order, run_name
 
 IDENTITY = {
     "model": "m",

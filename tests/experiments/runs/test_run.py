@@ -9,8 +9,8 @@ import pytest
 
 import retro_jax.experiments.runs.run
 from retro_jax import NonFiniteLogits, Sampling, preset
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.models import known_model
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.runs.compile import compile_run
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.configs import CONFIGS
