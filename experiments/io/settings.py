@@ -112,6 +112,8 @@ AXES = (
     Axis("rectify", "rectify_every", "f", words=_rectified, scored=True, joins=True),
 )
 """A further one is a line here and a field of `Sweep`, unless presets alone set it."""
+_SET_BY_PRESETS = {name: getattr(DEFAULTS, name) for own in PRESETS.values() for name in own}
+"""The fields that presets set, at their defaults."""
 VARIED = ("method", "window", "overwrite", *(name for axis in AXES for name in axis.fields(axis.default)))
 """The fields of `DecodeConfig` in which the runs of one comparison can differ."""
 
@@ -162,12 +164,18 @@ def _used(config: "DecodeConfig", field: str) -> object:
 
 def _by_preset(config: DecodeFields) -> str:
     """The name of a configuration, of one with all that a preset sets by that of the preset."""
-    defaults = {name: getattr(DEFAULTS, name) for own in PRESETS.values() for name in own}
+    if (preset := preset_of(config)) is None:
+        return run_name(config)
+    rest = run_name(DecodeFields(**asdict(config) | _SET_BY_PRESETS | {"method": config.method}))
+    return f"preset {preset}{rest.removeprefix(config.method)}"
+
+
+def preset_of(config: DecodeFields) -> str | None:
+    """Returns the preset that a configuration has all settings of, of those that presets set; None: none."""
     for preset, own in PRESETS.items():
-        if all(getattr(config, name) == value for name, value in (defaults | dict(own)).items()):
-            rest = run_name(DecodeFields(**asdict(config) | defaults | {"method": config.method}))
-            return f"preset {preset}{rest.removeprefix(config.method)}"
-    return run_name(config)
+        if all(getattr(config, name) == value for name, value in (_SET_BY_PRESETS | dict(own)).items()):
+            return preset
+    return None
 
 
 def order(config: "DecodeConfig") -> tuple:
@@ -192,12 +200,19 @@ def constants(configs: "Sequence[DecodeConfig]") -> dict[str, object]:
     return {axis.column: axis.value(sparse[0]) for axis in same}
 
 
-def label(config: "DecodeConfig") -> str:
-    """Returns the method in words, with those settings that have no column; without its window."""
+def label(config: "DecodeConfig", preset: str | None = None) -> str:
+    """Returns the method in words, with those settings that have no column; without its window.
+
+    Args:
+      config: how to decode.
+      preset: by which it is called in place of the method and of what presets set; None: by none.
+    """
     told = [axis for axis in AXES if axis.column is None and axis.value(config) != axis.default]
+    told = [axis for axis in told if preset is None or axis.field not in _SET_BY_PRESETS]
     parts = [axis.words(axis.value(config)) for axis in told]
     about = ", ".join([*parts, *([] if config.overwrite else ["no overwriting"])])
-    return config.attention.title + (f" ({about})" if about else "")
+    title = config.attention.title if preset is None else f"preset {preset}"
+    return title + (f" ({about})" if about else "")
 
 
 def settings(config: "DecodeConfig") -> dict[str, object]:
