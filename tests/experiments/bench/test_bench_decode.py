@@ -166,8 +166,11 @@ def test_what_a_method_does_not_have_is_for_the_others():
         "retro-w4-anchors3-revised0.5": (0.5, 3),
         "preset mean-key-anchors3": (1.0, 3),
     }
-    with pytest.raises(ValueError, match=r"revised_layers 0\.5 was asked for with method 'full'"):
+    told = r"0\.5 was asked for, which none of full, quest, preset mean-key has; add retro, or leave --rev"
+    with pytest.raises(ValueError, match=told):
         replace(bench, config=common, methods=("full", "quest")).configurations()
+    with pytest.raises(ValueError, match="and a window of 1, which revises nothing; use a wider window"):
+        replace(bench, config=common, methods=("full", "retro"), windows=(1,)).configurations()
 
 
 def test_bench_refuses(failure, tmp_path):
