@@ -5,9 +5,7 @@ Nothing but the chosen command is imported, and that within `main`, where stoppi
 
 import argparse
 import contextlib
-import io
 import os
-import re
 import select
 import shutil
 import signal
@@ -16,8 +14,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from importlib import import_module
-from types import FrameType
 from typing import TYPE_CHECKING, TextIO
+
+from retro_jax.experiments.io.interrupt import INTERRUPTED, STOPPED, stop_in_words
 
 if TYPE_CHECKING:
     from retro_jax.experiments.io.flags import Output
@@ -32,8 +31,6 @@ LEAST_COLUMNS = 40
 """Below this width tyro does not come to an end."""
 IN_WORDS = ValueError, TypeError, OSError, NotImplementedError, FloatingPointError
 """Errors that this project raises, with all that there is to say."""
-STOPPED = "\nretro-jax: stopped\n"
-INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE
 
 
@@ -239,30 +236,29 @@ def _read(arguments: Sequence[str]) -> "Output":
 
 
 def _completion(shell: str = "", *rest: str) -> str:
-    """Returns the script by which a shell completes commands, names of runs, flags and their values.
+    """Returns the script by which a shell completes commands, flags and names that these take.
 
     Raises:
       ValueError: it is not one shell of `SHELLS`.
     """
-    import tyro
-
     if shell not in SHELLS or rest:
         raise ValueError(
             f"--print-completion has {' '.join([shell, *rest])!r}; it needs one of {', '.join(SHELLS)}"
         )
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            tyro.cli(_as_one(COMMANDS), prog="retro-jax", args=["--tyro-print-completion", shell])
-    except SystemExit as stop:
-        if stop.code:
-            raise
-    # Candidates are lines, so that an explanation of two lines would give a second one; some shells have two
-    # backslashes for one.
-    lines = printed.getvalue().splitlines()
-    return "\n".join(
-        re.sub(r"\\+n", " ", line) if line.startswith("COMPLETION_SPEC = ") else line for line in lines
-    )
+    from retro_jax.experiments.io.completion import completion
+
+    return completion(_as_one(COMMANDS), shell, set(_on_model(COMMANDS)))
+
+
+def _on_model(entries: Mapping[str, Entry | Group]) -> Iterator[str]:
+    """The words of commands whose argument is a model."""
+    from retro_jax.experiments.io.flags import Command
+
+    for name, entry in entries.items():
+        if isinstance(entry, Group):
+            yield from _on_model(entry.entries())
+        elif issubclass(_find(entry.flags or entry.place), Command):
+            yield name
 
 
 def _as_one(entries: Mapping[str, Entry | Group]) -> object:
@@ -287,25 +283,16 @@ def _as_one(entries: Mapping[str, Entry | Group]) -> object:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Within it Ctrl-C during an import ends the process: what is imported may print or hide it."""
-
-    def stop(_: int, frame: FrameType | None) -> None:
-        while frame:
-            if frame.f_code.co_filename.startswith("<frozen importlib"):
-                os.write(sys.__stderr__.fileno(), STOPPED.encode())
-                os._exit(INTERRUPTED)
-            frame = frame.f_back
-        raise KeyboardInterrupt
-
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    """Within it Ctrl-C during an import ends the process, see `io.interrupt`."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, stop)
+    before = signal.getsignal(signal.SIGINT)
+    stop_in_words()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def _show_help(prog: str, about: str, entries: Mapping[str, Entry | Group]) -> None:

@@ -15,7 +15,8 @@ heads, G = N/K, D head_dim, P pages, C selected pages, S page_size, M model widt
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # for type checkers, as in `typing`, whose import would take longer than all of this
 
 if TYPE_CHECKING:
     from pallas_kernels import register_score, register_statistic

@@ -110,8 +110,8 @@ def load_score(model: Model, folder: str | Path) -> Model:
     `read_about` tells.
 
     Args:
-      model: from `load_model`, the one that the score was trained on; in any dtype, and on any mesh of this
-        process's devices, on which the score is placed too.
+      model: from `load_model`, the one that the score was trained on; in any dtype, and on any device or mesh
+        of this process, on which the score is placed too.
       folder: written by `retro-jax learn`.
 
     Raises:
@@ -133,20 +133,21 @@ def load_score(model: Model, folder: str | Path) -> Model:
             f"{folder} is a score of another model, {about['name']!r} ({told}); train one for "
             f"{model.config.name} by `retro-jax learn`"
         )
-    tensors = _read_tensors(folder / WEIGHTS, about["weights"])
+    tensors, mesh = _read_tensors(folder / WEIGHTS, about["weights"]), mesh_of(model.params)
     try:
-        layers = tuple(
-            layer.replace(
-                page_score=LearnedScore(
-                    **{name: jnp.asarray(tensors[f"layers.{index}.{name}"]) for name in SCORE_ARRAYS},
-                    page_size=about["page_size"],
+        with jax.default_device(mesh.devices.flat[0]):  # where all weights lie, unless on several
+            layers = tuple(
+                layer.replace(
+                    page_score=LearnedScore(
+                        **{name: jnp.asarray(tensors[f"layers.{index}.{name}"]) for name in SCORE_ARRAYS},
+                        page_size=about["page_size"],
+                    )
                 )
+                for index, layer in enumerate(model.params.layers)
             )
-            for index, layer in enumerate(model.params.layers)
-        )
     except KeyError as error:
         raise ValueError(f"{folder / WEIGHTS} has no {error}; restore it, or train again") from None
-    params, mesh = model.params.replace(layers=layers), mesh_of(model.params)
+    params = model.params.replace(layers=layers)
     if mesh.size > 1:
         params = shard_params(params, model.config, mesh)
     return dataclasses.replace(model, params=params)

@@ -51,17 +51,20 @@ def batch_rows(sequences: int, devices: int | None = None) -> int:
     return rounded_up(sequences, devices if sequences == 1 else 2 * devices if devices % 2 else devices)
 
 
-def newcomer_rows(slots: int) -> int:
+def newcomer_rows(slots: int, devices: int | None = None) -> int:
     """Rows of the state that prompts are read into while `slots` sequences are decoded.
 
-    One for each 8 slots, so that what they need adds an eighth to the cache.
+    One for each 8 slots, so that what they need adds an eighth to the cache. See `batch_rows` for devices.
     """
-    return batch_rows(max(slots // 8, 1))
+    return batch_rows(max(slots // 8, 1), devices)
 
 
-def held_rows(slots: int) -> int:
-    """Rows of all states that `generate_many` holds: of the slots, of newcomers, of what these begin with."""
-    return batch_rows(slots) + newcomer_rows(slots) + batch_rows(1)
+def held_rows(slots: int, devices: int | None = None) -> int:
+    """Rows of all states that `generate_many` holds: of the slots, of newcomers, of what these begin with.
+
+    See `batch_rows` for devices.
+    """
+    return batch_rows(slots, devices) + newcomer_rows(slots, devices) + batch_rows(1, devices)
 
 
 def program_length(count: int, smallest: int, largest: int) -> int:

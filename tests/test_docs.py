@@ -15,7 +15,7 @@ import pallas_kernels
 import retro_jax as rj
 from pallas_kernels import SCORES, STATISTICS
 from retro_jax import models
-from retro_jax.experiments.cli import _read
+from retro_jax.experiments.cli import COMMANDS, Group, _read
 from retro_jax.experiments.generate import saved
 from retro_jax.methods import METHODS
 from tests.models.byte_tokenizer import byte_backend
@@ -50,6 +50,20 @@ def with_blocks(language):
 def reader():
     """A random model that can read text, in the place of every model that a snippet names."""
     return rj.Model(MODEL, models.random_params(MODEL, jax.random.key(0)), models.Tokenizer(byte_backend()))
+
+
+def test_every_command_and_every_how_to_is_listed():
+    table = (DOCS / "reference" / "command-line.md").read_text().split("\n## ")[0]
+    words = {
+        word
+        for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for word in re.findall(r"[\w-]+", row)
+    }
+    groups = {name for name, entry in COMMANDS.items() if isinstance(entry, Group)}
+    assert words == {*COMMANDS, *COMMANDS["bench"].entries(), "NAME"} and groups == {"bench", "run"}
+    index = (DOCS / "index.md").read_text()
+    pages = {page.name for page in (DOCS / "how-to").glob("*.md")}
+    assert set(re.findall(r"how-to/([\w-]+\.md)", index)) == pages
 
 
 @pytest.mark.parametrize("page", with_blocks("python"))

@@ -30,10 +30,11 @@ from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
+from retro_jax.experiments.io.settings import distinct_names
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.pictures.files import pictures
-from retro_jax.experiments.pictures.panels import FULL, QUEST, Curves, Line, Scale, looks
+from retro_jax.experiments.pictures.panels import Curves, Line, Scale, known_looks, looks
 from retro_jax.experiments.pictures.words import counted, shortened
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
@@ -202,7 +203,9 @@ class BenchDecode(BenchDecodeFlags):
                 methods |= {f"{name} w={w}": {"method": name, "window": w} for w in self.windows}
             else:
                 methods[name] = {"method": name}
-        return self.config.configs(methods | {f"preset {name}": preset_fields(name) for name in self.presets})
+        presets = {f"preset {name}": preset_fields(name) for name in self.presets}
+        configs = list(self.config.configs(methods | presets).values())
+        return dict(zip(distinct_names(configs), configs, strict=True))
 
     def _capacity(self, context: int) -> int:
         """Tokens of a sequence that one contestant decodes or begins with."""
@@ -241,6 +244,7 @@ class BenchDecode(BenchDecodeFlags):
                 other.close()
         release()  # the next context's programs are other ones
         rows = results(milliseconds)
+        full = next((name for name, config in configs.items() if config.attention.dense), None)
         for contestant in contestants:
             row, bytes_read = rows[contestant.name], read[contestant.name]
             row |= {"kv_bytes": bytes_read, "scan_ms": scans.get(contestant.name)}
@@ -258,7 +262,7 @@ class BenchDecode(BenchDecodeFlags):
             "contestants": rows,
             "reference": reference and reference.version,
             "torch": torch and torch.version,
-            "reference_agrees_for_steps": reference and agreement(tokens["full"], tokens[reference.name]),
+            "reference_agrees_for_steps": reference and agreement(tokens[full], tokens[reference.name]),
             "milliseconds": milliseconds,
         }
 
@@ -372,7 +376,7 @@ def latency_pictures(values: dict, stem: str) -> dict[str, bytes]:
       PNG files by name.
     """
     measured = values["contexts"]
-    method_looks = looks(measured[0]["contestants"], {"full": FULL, "quest": QUEST})
+    method_looks = looks(measured[0]["contestants"], known_looks(values["configs"]))
     contexts = [each["context"] for each in measured]
     times, traffic = [], []
     for name, look in method_looks.items():

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.pictures.files import pictures
-from retro_jax.experiments.pictures.panels import FULL, QUEST, Curves, Line, Scale, looks
+from retro_jax.experiments.pictures.panels import Curves, Line, Scale, known_looks, looks
 from retro_jax.experiments.pictures.words import counted, shortened
 
 
@@ -143,10 +143,11 @@ def throughput_pictures(values: dict) -> dict[str, bytes]:
       PNG files by name.
     """
     names = list(dict.fromkeys(row["name"] for row in values["rows"]))
+    row_looks = looks(names, known_looks(values["configs"]))
     panels = []
     for number, context in enumerate(values["contexts"]):
         lines = []
-        for name, look in looks(names, {"full": FULL, "quest": QUEST}).items():
+        for name, look in row_looks.items():
             rows = [row for row in values["rows"] if (row["context"], row["name"]) == (number, name)]
             slots = [row["slots"] for row in rows]
             if rows[0]["many_seconds"] is None:

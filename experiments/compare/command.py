@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from retro_jax.experiments.compare.sweep import VARIED, Sweep
+from retro_jax.experiments.compare.sweep import Sweep
 from retro_jax.experiments.io.flags import Flag, NoPrefix, OverDevices, TextCommand, common_flags
 from retro_jax.experiments.io.progress import Progress
+from retro_jax.experiments.io.settings import VARIED
 
 CommonFlags = common_flags(*VARIED)
 

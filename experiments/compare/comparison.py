@@ -10,10 +10,11 @@ import numpy as np
 
 from retro_jax import DecodeConfig, Model, score
 from retro_jax.experiments.compare.folder import ComparisonFolder, Run
-from retro_jax.experiments.compare.sweep import VARIED, quest_of, run_name
+from retro_jax.experiments.compare.sweep import quest_of
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.estimates import Estimate, estimate, position_bins, ratio
 from retro_jax.experiments.io.provenance import provenance
+from retro_jax.experiments.io.settings import VARIED, run_name
 from retro_jax.experiments.io.text import Texts, digest
 from retro_jax.experiments.machine.programs import release
 from retro_jax.score_files import score_digest

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from retro_jax import DecodeConfig, Score
-from retro_jax.experiments.compare.sweep import order, run_name
 from retro_jax.experiments.io.files import write_file
 from retro_jax.experiments.io.folders import ResultFolder, reading
+from retro_jax.experiments.io.settings import order, run_name
 
 
 @dataclass(frozen=True)

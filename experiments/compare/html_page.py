@@ -15,9 +15,9 @@ from retro_jax.experiments.compare.pictures import (
     running_excess,
     smoothed,
 )
-from retro_jax.experiments.compare.sweep import AXES, columns, constants, label, settings
-from retro_jax.experiments.io.estimates import Estimate
+from retro_jax.experiments.io.estimates import UNTOLD, Estimate
 from retro_jax.experiments.io.files import finite
+from retro_jax.experiments.io.settings import AXES, columns, constants, label, settings
 from retro_jax.experiments.io.tables import number
 from retro_jax.experiments.pictures.pages import (
     Cell,
@@ -176,7 +176,7 @@ def _table(values: Mapping, runs: Sequence[Run], rows: Mapping) -> Table:
             Column(f"{start}-{end - 1}", "excess in this range of positions")
             for start, end in values["position_bins"]
         ),
-        Column("of Quest's", "excess over that of Quest with the same settings"),
+        Column("of Quest's", f"excess over that of Quest with the same settings. {UNTOLD}"),
         Column("exposure", "pages that a query has attended to in the end over those of its own step"),
         Column("KV MB/step", "keys, values and page statistics that a step reads for a text"),
         Column("seconds", "wall time of the run over all texts, compilation included"),

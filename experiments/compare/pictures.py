@@ -1,16 +1,17 @@
 """The pictures of a comparison: excess against position and each setting that varies, and exposure."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.ladder import LADDER, beside_ladder, ladder
-from retro_jax.experiments.compare.sweep import NAMES, Axis, columns, constants, label, order, run_name
+from retro_jax.experiments.compare.sweep import NAMES
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import BLOCK, estimate, running_mean
+from retro_jax.experiments.io.settings import Axis, columns, constants, label, order, preset_of, run_name
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import QUEST, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import counted, listed, shortened
@@ -61,12 +62,13 @@ def position_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
     """
     full, others = _split(runs)
     first = identity["prompt_tokens"]
-    panels, rest = _readable(others, columns([run.config for run in others]), _name)
-    line_looks = _looks(_name(run) for chosen in panels.values() for run in chosen)
+    names = _names(others, _name)
+    panels, rest = _readable(others, names)
+    line_looks = _looks(names[run.name] for chosen in panels.values() for run in chosen)
 
     def line(run: Run) -> Line:
-        centres, mean, error = running_excess(run, full)
-        return Line(_name(run), line_looks[_name(run)], first + centres, mean, mean - error, mean + error)
+        name, (centres, mean, error) = names[run.name], running_excess(run, full)
+        return Line(name, line_looks[name], first + centres, mean, mean - error, mean + error)
 
     across = Scale(f"position (tokens), mean of {counted(smoothed(full), 'token')} around it", whole=True)
     drawn = [Curves(list(map(line, chosen)), across, EXCESS, title) for title, chosen in panels.items()]
@@ -99,17 +101,18 @@ def exposure_pictures(identity: dict, runs: Sequence[Run]) -> dict[str, bytes]:
     """Draws exposure: a line for all windows that differ in nothing else, from the widest of them."""
     _, others = _split(runs)
     wide = [run for run in others if run.config.attention.scored and run.config.slots > 1]
-    panels, rest = _readable(wide, columns([run.config for run in wide]), any_window)
-    line_looks = looks(any_window(run) for chosen in panels.values() for run in chosen)
+    names = _names(wide, any_window)
+    panels, rest = _readable(wide, names)
+    line_looks = looks(names[run.name] for chosen in panels.values() for run in chosen)
 
     def line(name: str, chosen: Sequence[Run]) -> Line:
-        widest = max((run for run in chosen if any_window(run) == name), key=lambda run: run.config.slots)
-        name = f"{name}, w = {widest.config.slots}"
-        return Line(name, line_looks[any_window(widest)], range(len(widest.exposure)), widest.exposure)
+        widest = max((run for run in chosen if names[run.name] == name), key=lambda run: run.config.slots)
+        told = f"{name}, w = {widest.config.slots}"
+        return Line(told, line_looks[name], range(len(widest.exposure)), widest.exposure)
 
     drawn = [
         Curves(
-            [line(name, chosen) for name in dict.fromkeys(map(any_window, chosen))],
+            [line(name, chosen) for name in dict.fromkeys(names[run.name] for run in chosen)],
             LATER_STEPS,
             EXPOSURE,
             title,
@@ -135,14 +138,14 @@ def sweep_pictures(identity: dict, runs: Sequence[Run], setting: str) -> dict[st
     if not varies:
         return {}
     words, value = SWEPT[setting]
-    name = any_window if setting == "window" else _name
-    panels, rest = _readable(others, [axis for axis in varying if axis.column != setting], name)
-    line_looks = _looks(name(run) for chosen in panels.values() for run in chosen)
+    names = _names(others, any_window if setting == "window" else _name)
+    panels, rest = _readable(others, names, setting)
+    line_looks = _looks(names[run.name] for chosen in panels.values() for run in chosen)
 
     def lines(chosen: Sequence[Run]) -> list[Line]:
         found = []
-        for known in dict.fromkeys(map(name, chosen)):
-            points = sorted((run for run in chosen if name(run) == known), key=value)
+        for known in dict.fromkeys(names[run.name] for run in chosen):
+            points = sorted((run for run in chosen if names[run.name] == known), key=value)
             excess = [estimate(run.nll - full.nll) for run in points]
             mean = np.array([point.mean for point in excess])
             error = np.array([point.error for point in excess])
@@ -204,37 +207,44 @@ def _split(runs: Sequence[Run]) -> tuple[Run, list[Run]]:
 
 
 def _readable(
-    runs: Sequence[Run], apart: Sequence[Axis], name: Callable[[Run], str]
+    runs: Sequence[Run], names: Mapping[str, str], without: str = ""
 ) -> tuple[dict[str, list[Run]], str]:
     """Panels of so many runs as can be read, and in words what is left out; "" if nothing is.
 
+    Settings that differ have panels, but not those of a preset alone, which is a line in others' panels.
     Of too many panels, settings are held at one value each, the last first: at the default if it is there.
     Of too many values of the first setting, some from the lowest to the highest are kept.
 
     Args:
       runs: all that there are.
-      apart: settings that have panels of their own.
-      name: of the line that a run is in.
+      names: of the lines that runs are in.
+      without: a setting that has no panels.
     """
-    shown, apart, told = list(runs), list(apart), []
-    while len(panels := _panels(shown, apart)) > MOST_PANELS:
+    presets = _lone_presets(runs)
+    plain = [run for run in runs if run.name not in presets]
+    apart = [axis for axis in columns([run.config for run in plain]) if axis.column != without]
+    shown, told = list(runs), []
+    while len(panels := _panels(shown, apart, presets)) > MOST_PANELS:
         axis = apart[-1]
-        values = list(dict.fromkeys(axis.value(run.config) for run in sorted(shown, key=_order)))
+        values = list(dict.fromkeys(axis.value(run.config) for run in sorted(plain, key=_order)))
         if len(apart) > 1:
             kept = [axis.default if axis.default in values else values[0]]
             apart.pop()
         else:
             kept = [values[round(place)] for place in np.linspace(0, len(values) - 1, MOST_PANELS)]
-        shown = [run for run in shown if axis.value(run.config) in kept]
+        left_out = set(values) - set(kept)
+        shown = [run for run in shown if axis.value(run.config) not in left_out]
         told.append(f"{axis.column} {', '.join(map(str, kept))}")
-    names = list(dict.fromkeys(name(run) for chosen in panels.values() for run in chosen))
-    if len(names) > MOST_LINES:
-        told.append(f"{MOST_LINES} of {len(names)} lines")
-        kept = set(names[:MOST_LINES])
-        panels = {title: [run for run in chosen if name(run) in kept] for title, chosen in panels.items()}
+    lines = list(dict.fromkeys(names[run.name] for chosen in panels.values() for run in chosen))
+    if len(lines) > MOST_LINES:
+        told.append(f"{MOST_LINES} of {len(lines)} lines")
+        kept = set(lines[:MOST_LINES])
+        panels = {
+            title: [run for run in chosen if names[run.name] in kept] for title, chosen in panels.items()
+        }
     if not told:
         return panels, ""
-    count = sum(map(len, panels.values()))
+    count = len({run.name for chosen in panels.values() for run in chosen})
     return panels, f"Shown are {count} of {len(runs)} runs ({'; '.join(told)}); {PAGE} has all"
 
 
@@ -242,12 +252,50 @@ def _order(run: Run) -> tuple:
     return order(run.config)
 
 
-def _panels(runs: Sequence[Run], apart: Sequence[Axis]) -> dict[str, list[Run]]:
-    """Runs by the settings that have panels of their own, in words."""
+def _panels(runs: Sequence[Run], apart: Sequence[Axis], presets: Mapping[str, str]) -> dict[str, list[Run]]:
+    """Runs by the settings that have panels of their own, in words.
+
+    Presets are in all panels whose settings they have, or no other run does.
+    """
     panels: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=_order):
+    plain = [run for run in sorted(runs, key=_order) if run.name not in presets]
+    for run in plain:
         panels.setdefault(_settings(run, apart), []).append(run)
+    firsts = {title: chosen[0] for title, chosen in panels.items()}
+    for run in sorted(runs, key=_order):
+        if run.name in presets:
+            own = [
+                axis
+                for axis in apart
+                if any(axis.value(other.config) == axis.value(run.config) for other in plain)
+            ]
+            for title, first in firsts.items():
+                if _settings(first, own) == _settings(run, own):
+                    panels[title].append(run)
     return panels
+
+
+def _lone_presets(runs: Sequence[Run]) -> dict[str, str]:
+    """Runs of presets that no other run shares the settings of, by their names; none if there are no others.
+
+    Settings are those that have panels, but for the budget, which presets do not set.
+    """
+    axes = [axis for axis in columns([run.config for run in runs]) if axis.column != "budget"]
+    alike: dict[str, set[str | None]] = {}
+    for run in runs:
+        alike.setdefault(_settings(run, axes), set()).add(preset_of(run.config))
+    found = {}
+    for run in runs:
+        kinds = alike[_settings(run, axes)]
+        if len(kinds) == 1 and None not in kinds:
+            found[run.name] = preset_of(run.config)
+    return found if len(found) < len(runs) else {}
+
+
+def _names(runs: Sequence[Run], name: Callable[[Run, str | None], str]) -> dict[str, str]:
+    """The names of lines, by those of runs."""
+    presets = _lone_presets(runs)
+    return {run.name: name(run, presets.get(run.name)) for run in runs}
 
 
 def _settings(run: Run, axes: Sequence[Axis]) -> str:
@@ -273,11 +321,11 @@ def _looks(names: Iterable[str]) -> dict[str, Look]:
     return looks(names, {NAMES["quest"]: QUEST})
 
 
-def _name(run: Run) -> str:
-    config = run.config
-    return label(config) if config.slots == 1 else f"{label(config)}, w = {config.slots}"
+def _name(run: Run, preset: str | None = None) -> str:
+    name, slots = label(run.config, preset), run.config.slots
+    return name if slots == 1 else f"{name}, w = {slots}"
 
 
-def any_window(run: Run) -> str:
-    """The name of a run of Quest or RetroAttention without its window."""
-    return label(replace(run.config, method="retro"))
+def any_window(run: Run, preset: str | None = None) -> str:
+    """The name of a run of Quest or RetroAttention, or of a preset, without its window."""
+    return label(replace(run.config, method="retro"), preset)

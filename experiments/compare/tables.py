@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from retro_jax.experiments.compare.comparison import Row, rows
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.ladder import LADDER, beside_ladder, ladder
-from retro_jax.experiments.compare.sweep import columns, constants, label, run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
-from retro_jax.experiments.io.estimates import BLOCK, estimate, position_bins, ratio
+from retro_jax.experiments.io.estimates import BLOCK, UNTOLD, estimate, position_bins, ratio
+from retro_jax.experiments.io.settings import columns, constants, label, run_name
 from retro_jax.experiments.io.tables import markdown, number
 
 
@@ -90,6 +90,7 @@ def comparison_report(identity: dict, runs: Sequence[Run], bin_tokens: int) -> s
         "Excess is negative log-likelihood (nats per token) over full attention on the same tokens, for the "
         "whole text and for ranges of positions; ± is one standard error, from the means of blocks of "
         f"{BLOCK} tokens. *Of Quest's* divides the excess by that of Quest with the same settings. "
+        f"{UNTOLD}. "
         "*Exposure* is the pages that a query has attended to in the end over those of its own step. "
         "*KV MB/step* is what one step loads of keys, values and page statistics for one text.",
         comparison_table(rows(runs, bins, prompt), bins),

@@ -20,6 +20,11 @@ RESAMPLES = 2000
 LEAST_EXAMPLES = 6
 """Values of which an interval is told: the range of fewer holds their median with a probability below 95%."""
 
+ERRORS_FROM_ZERO = 2
+"""Standard errors by which a mean must differ from zero, that shares of it say something."""
+UNTOLD = f"A dash: what is divided by is within {ERRORS_FROM_ZERO} standard errors of 0, or 0"
+"""What tables say where they show a `ratio`."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -55,13 +60,13 @@ def ratio(
     """Returns mean(excess) / mean(baseline), paired token by token.
 
     The standard error is the linearised one, that of (excess - ratio * baseline) / mean(baseline). NaN where
-    the baseline's mean is zero.
+    the baseline's mean is zero, or may be by its own standard error (`UNTOLD`).
     """
-    below = float(baseline.mean())
-    if below == 0.0:
+    below = estimate(baseline, block)
+    if below.mean == 0.0 or abs(below.mean) <= ERRORS_FROM_ZERO * below.error:
         return Estimate(float("nan"), float("nan"))
-    mean = float(excess.mean()) / below
-    return Estimate(mean, standard_error(excess - mean * baseline, block) / abs(below))
+    mean = float(excess.mean()) / below.mean
+    return Estimate(mean, standard_error(excess - mean * baseline, block) / abs(below.mean))
 
 
 def position_bins(prompt_tokens: int, tokens: int, width: int) -> list[tuple[int, int]]:

@@ -55,6 +55,7 @@ class ConfigFlags(DecodeFields):
             was set.
         """
         from retro_jax.config import absent_fields
+        from retro_jax.methods import METHODS
 
         absent = {
             name: absent_fields(own["method"], own.get("window", self.window))
@@ -62,6 +63,14 @@ class ConfigFlags(DecodeFields):
         }
         nowhere = frozenset.intersection(*absent.values()) if absent else frozenset()
         defaults = {field.name: field.default for field in fields(DecodeFields)}
+        for name in sorted(nowhere):
+            having = [method for method in METHODS if name not in absent_fields(method)]
+            asked = any(own["method"] in having for own in methods.values())  # with a window that lacks it
+            if (value := getattr(self, name)) != defaults[name] and not asked:
+                raise ValueError(
+                    f"{name} {value!r} was asked for, which none of {', '.join(methods)} has; add "
+                    f"{' or '.join(having)}, or leave --{name.replace('_', '-')} out"
+                )
         return {
             name: self.config(**{field: defaults[field] for field in absent[name] - nowhere} | dict(own))
             for name, own in methods.items()

@@ -1,5 +1,6 @@
 """Markdown tables that can also be read as they are, and the numbers in them."""
 
+import math
 from collections.abc import Sequence
 
 from retro_jax.experiments.io.estimates import Estimate
@@ -18,7 +19,9 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: Estimate, digits: int = 4) -> str:
-    """Returns mean ± standard error; the mean alone where the error is 0 or not known."""
+    """Returns mean ± standard error; the mean alone where the error is 0 or not known, - for none."""
+    if math.isnan(value.mean):
+        return "-"
     if not value.error > 0:
         return f"{value.mean:.{digits}f}"
     return f"{value.mean:.{digits}f} ± {value.error:.{digits}f}"

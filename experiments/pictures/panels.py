@@ -78,6 +78,16 @@ def looks(names: Iterable[str], fixed: Mapping[str, Look] | None = None) -> dict
     return found
 
 
+def known_looks(configs: Mapping[str, Mapping]) -> dict[str, Look]:
+    """Returns the looks of full attention and of Quest, each of the first name with that method.
+
+    Args:
+      configs: fields of `DecodeConfig` by name.
+    """
+    first = {config["method"]: name for name, config in reversed(configs.items())}
+    return {first[method]: look for method, look in {"full": FULL, "quest": QUEST}.items() if method in first}
+
+
 @dataclass(frozen=True)
 class Line:
     """Points of one name, with intervals where they are known; values that are not finite are not drawn.

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Interval, block_means, bootstrap
 from retro_jax.experiments.io.lines import read_lines
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.runs.folder import KEYS, read_identity, read_methods, read_results
 
 FREE = ("methods", "presets", "windows", "budgets", "limit", "batch", "data_devices", "model_devices")
@@ -92,14 +92,17 @@ class Measured:
         return None
 
     def by_example(self, method: str) -> dict[str, float]:
-        """Each example's value: its score, or its mean NLL; the mean over positions and samples."""
+        """Each example's value, in their order: its score or mean NLL over positions and samples.
+
+        Replies are kept in the order in which they were finished, on which no interval is to depend.
+        """
         name = "nll" if self.is_likelihood else "scores"
         found: dict[str, list[float]] = {}
         for line in self.lines:
             if line["method"] == method and line[name]:
                 # null, which is not finite, becomes NaN
                 found.setdefault(line["example"], []).append(float(np.mean(np.array(line[name], float))))
-        return {example: float(np.mean(values)) for example, values in found.items()}
+        return {example: float(np.mean(values)) for example, values in sorted(found.items())}
 
     def matrix(self, method: str, name: str) -> Float[np.ndarray, "lines positions"]:
         """The scores or likelihoods of all replies by position, in the order of examples and samples."""
@@ -129,6 +132,16 @@ class Measured:
             line[name] for line in self.lines if line["method"] == method and line.get(name) is not None
         ]
         return float(np.mean(values)) if values else float("nan")
+
+    def tokens_per_second(self, method: str) -> float | None:
+        """Generated tokens per second where sequences came and went; None if they did not.
+
+        None too if they did so on several devices, or in batches of several sizes.
+        """
+        timed = [timing for timing in self.timings if timing["method"] == method and timing.get("tokens")]
+        if len({(timing["device"], timing["batch"]) for timing in timed}) != 1:
+            return None
+        return sum(timing["tokens"] for timing in timed) / sum(timing["seconds"] for timing in timed)
 
     def exposure(self, method: str) -> list[float]:
         """Mean exposure after 0, 1, ... later steps; empty for full attention."""
@@ -277,6 +290,7 @@ def run_values(run: Measured) -> dict:
             "minus_quest": _values(difference(run, method, quest)) if quest else None,
             "exposure": run.exposure(method),
             "kv_bytes": run.mean(method, "kv_bytes"),
+            "tokens_per_second": run.tokens_per_second(method),
         }
     missing = {label: {"replies": have, "planned": planned} for label, (have, planned) in run.missing.items()}
     return {"name": run.identity["name"], "config": run.config, "methods": methods, "missing": missing}

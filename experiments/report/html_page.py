@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from retro_jax.experiments.compare.pictures import EXCESS, EXPOSURE, LATER_STEPS
-from retro_jax.experiments.compare.sweep import AXES, columns, label, settings
 from retro_jax.experiments.io.estimates import Interval, bootstrap
 from retro_jax.experiments.io.files import finite
+from retro_jax.experiments.io.settings import AXES, columns, label, settings
 from retro_jax.experiments.pictures.pages import (
     Cell,
     Chart,
@@ -173,6 +173,7 @@ def _questions(runs: Sequence[Measured]) -> Chart:
 def _table(runs: Sequence[Measured], values: Sequence[Mapping]) -> Table:
     varying = columns([config for run in runs for config in run.configs.values()])
     several = len(runs) > 1
+    timed = any(found["tokens_per_second"] for of_run in values for found in of_run["methods"].values())
     heads = [
         Column("name", "as in the results"),
         *([Column("run")] if several else []),
@@ -186,6 +187,7 @@ def _table(runs: Sequence[Measured], values: Sequence[Mapping]) -> Table:
         Column("- Quest, same budget", "less that of Quest with the same budget"),
         Column("exposure", "pages that a query has attended to in the end over those of its own step"),
         Column("KV MB/step", "keys, values and page statistics that a step reads for a sequence"),
+        *([Column("tokens/s", "generated where a reply that ended made room for the next")] if timed else []),
     ]
     body = []
     for run, of_run in zip(runs, values, strict=True):
@@ -205,6 +207,7 @@ def _table(runs: Sequence[Measured], values: Sequence[Mapping]) -> Table:
                 _cell(found["minus_quest"]),
                 (exposure[-1], f"{exposure[-1]:.2f}") if exposure else None,
                 (found["kv_bytes"] / 1e6, f"{found['kv_bytes'] / 1e6:.2f}"),
+                *([(rate, f"{rate:.1f}") if (rate := found["tokens_per_second"]) else None] if timed else []),
             ])  # fmt: skip
     return Table("Methods", heads, body)
 

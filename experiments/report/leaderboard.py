@@ -7,21 +7,20 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import Interval, bootstrap
+from retro_jax.experiments.io.settings import distinct_names
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.report.data import Measured
 from retro_jax.experiments.tasks import TASKS
-from retro_jax.fields import DecodeFields
-from retro_jax.presets import PRESETS
 
 NOTE = (
     "By task, with its length in tokens where it has one, and the number of examples. Bold is the best of a "
     "block beside full attention; where intervals overlap, that decides nothing. *Mean*: of the columns with "
     "scores, each counting the same. Of unfinished runs, what is there."
 )
-_BUDGET = {"budget": DecodeFields.budget, "budget_tokens": DecodeFields.budget_tokens}
+NOT_IN_NAMES = ("budget", "budget_tokens", "prefill_chunk", "implementation")
+"""Fields of a configuration that blocks tell, or that change the speed of a method alone."""
 
 
 @dataclass(frozen=True)
@@ -164,33 +163,33 @@ def _columns(runs: Sequence[Measured]) -> list[Column]:
 
 
 def _blocks(columns: Sequence[Column]) -> dict[float | None, list[Row]]:
-    configs = [config for column in columns for config in column.run.configs.values()]
+    names = _names(columns)
+    configs = list(names)
     sparse = [config for config in configs if not config.attention.dense]
     # Tokens before shares.
     budgets = sorted(set(map(budget_value, sparse)), key=lambda budget: (isinstance(budget, float), budget))
-    dense = dict.fromkeys(_name(config) for config in configs if config.attention.dense)
+    dense = dict.fromkeys(names[config] for config in configs if config.attention.dense)
     blocks = {}
     for budget in budgets or [None]:
-        names = dict.fromkeys(_name(config) for config in sparse if budget_value(config) == budget)
+        here = dict.fromkeys(names[config] for config in sparse if budget_value(config) == budget)
         above, rows = (
-            [row for name in of_kind if any((row := _row(name, budget, columns)).counts)]
-            for of_kind in (dense, names)
+            [row for name in of_kind if any((row := _row(name, budget, columns, names)).counts)]
+            for of_kind in (dense, here)
         )
         blocks[budget] = [*above, *(_marked(row, rows, columns) for row in rows)]
     return blocks
 
 
-def _name(config: DecodeConfig) -> str:
-    """A method's name without its budget, of a preset by that of the preset."""
-    name = run_name(DecodeFields(**asdict(config) | _BUDGET))
-    for preset, fields in PRESETS.items():
-        if name == run_name(DecodeFields(**fields, window=config.window)):
-            return f"preset {preset}{'' if config.window is None else f', w = {config.window}'}"
-    return name
+def _names(columns: Sequence[Column]) -> dict[DecodeConfig, str]:
+    """Methods' names without their budgets, by which rows of different runs are one."""
+    configs = list(dict.fromkeys(config for column in columns for config in column.run.configs.values()))
+    return dict(zip(configs, distinct_names(configs, told=NOT_IN_NAMES), strict=True))
 
 
-def _row(name: str, budget: float | None, columns: Sequence[Column]) -> Row:
-    labels = [_label(column.run, name, budget) for column in columns]
+def _row(
+    name: str, budget: float | None, columns: Sequence[Column], names: Mapping[DecodeConfig, str]
+) -> Row:
+    labels = [_label(column.run, name, budget, names) for column in columns]
     found = [column.values(label) for column, label in zip(columns, labels, strict=True)]
     values = [bootstrap(values) if values else None for values in found]
     scored = [values for column, values in zip(columns, found, strict=True) if not column.run.is_likelihood]
@@ -210,11 +209,11 @@ def _row(name: str, budget: float | None, columns: Sequence[Column]) -> Row:
     )
 
 
-def _label(run: Measured, name: str, budget: float | None) -> str | None:
+def _label(run: Measured, name: str, budget: float | None, names: Mapping[DecodeConfig, str]) -> str | None:
     """What a run calls a method at a budget; None if it has no results of it."""
     for label in run.methods:
         config = run.configs[label]
-        if _name(config) == name and (config.attention.dense or budget_value(config) == budget):
+        if names[config] == name and (config.attention.dense or budget_value(config) == budget):
             return label
     return None
 

@@ -68,7 +68,8 @@ def make_page(runs: Sequence[Measured], stem: str) -> tuple[str, dict[str, bytes
         f"In brackets: 95% bootstrap intervals over examples, where there are {LEAST_EXAMPLES} or more. "
         "Differences are taken on the same examples. "
         "*Exposure*: pages that a query has attended to in the end over those of its own step. *KV MB/step*: "
-        "keys, values and page statistics that a step reads for a sequence.",
+        "keys, values and page statistics that a step reads for a sequence. *Tokens/s*: generated where a "
+        "reply that ended made room for the next, whose prompt was read meanwhile.",
     ]
     parts += sections(leaderboards(runs))
     pictures = {}
@@ -116,6 +117,9 @@ def _about(run: Measured) -> str:
 def _table(run: Measured) -> str:
     metric = TASKS[run.config["task"]["name"]].metric
     header = ["method", "examples", metric, "- full", "- Quest, same budget", "exposure", "KV MB/step"]
+    rates = {method: run.tokens_per_second(method) for method in run.methods}
+    timed = any(rates.values())
+    header += ["tokens/s"] * timed
     body = []
     for method in run.methods:
         values, quest = run.by_example(method), quest_of(run, method)
@@ -131,6 +135,7 @@ def _table(run: Measured) -> str:
                 less.text() if less else "",
                 f"{exposure[-1]:.2f}" if exposure else "",
                 f"{run.mean(method, 'kv_bytes') / 1e6:.2f}",
+                *([f"{rates[method]:.1f}" if rates[method] else ""] if timed else []),
             ]
         )
     return markdown(header, body)

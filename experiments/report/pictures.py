@@ -7,9 +7,9 @@ import numpy as np
 
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.pictures import EXCESS, EXPOSURE, LATER_STEPS
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import LEAST_EXAMPLES, Interval, bootstrap
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import counted, shortened

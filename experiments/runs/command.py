@@ -12,7 +12,8 @@ from retro_jax.experiments.runs.config import RunConfig
 class RunFlags(Output):
     """Run a named configuration; the same command continues where it was stopped, by whatever.
 
-    Each result is on the disk as soon as its batch is finished. SIGTERM ends the run after the batch.
+    Each result is on the disk as soon as its batch is finished, a generated reply as soon as itself is where
+    one that ends makes room for the next. SIGTERM ends the run after the batch, or after the next reply.
     """
 
     config: Annotated[RunConfig, NoPrefix]

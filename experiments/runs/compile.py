@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from retro_jax import decode_step, extend, make_mesh
+from retro_jax import DecodeConfig, decode_step, extend, make_mesh
 from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.tables import markdown
-from retro_jax.experiments.machine.memory import gigabytes
+from retro_jax.experiments.machine.memory import gigabytes, memory
 from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.plan import Plan, check_fits
 from retro_jax.sharding import abstract_arguments
-from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
+from retro_jax.sizes import MIN_CHUNK, batch_rows, newcomer_rows, program_length
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(")
@@ -44,6 +44,7 @@ class Program:
       outputs: bytes of the new state and logits.
       aliased: bytes of the outputs that lie in arguments.
       temporary: bytes beside them.
+      other_states: bytes of states that are held meanwhile, of sequences that come and go.
       collectives: how many of each kind there are.
     """
 
@@ -54,12 +55,13 @@ class Program:
     outputs: int
     aliased: int
     temporary: int
+    other_states: int
     collectives: Mapping[str, int]
 
     @property
     def total(self) -> int:
         """Bytes on each device while it runs."""
-        return self.arguments + self.outputs - self.aliased + self.temporary
+        return self.arguments + self.outputs - self.aliased + self.temporary + self.other_states
 
 
 def compile_run(config: RunConfig, plan: Plan) -> list[Program]:
@@ -77,18 +79,25 @@ def compile_run(config: RunConfig, plan: Plan) -> list[Program]:
     devices = mesh_devices(config.data_devices * config.model_devices)
     mesh = make_mesh(config.data_devices, config.model_devices, devices)
     found, configs = [], config.configurations()
-    rows = batch_rows(config.batch, config.data_devices)
-    each = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    decoded = batch_rows(config.batch, config.data_devices)
+    read = newcomer_rows(config.batch, config.data_devices) if config.refills(plan.forced) else decoded
+
+    def lowered(name: str, decode: DecodeConfig, rows: int) -> jax.stages.Lowered:
+        params, state = abstract_arguments(model, decode, mesh, rows, plan.capacity)
+        each = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        if name == "decode":
+            return _step.lower(params, model, decode, state, each)
+        chunk = program_length(plan.prompt_tokens, MIN_CHUNK, decode.prefill_chunk)
+        tokens = jax.ShapeDtypeStruct((rows, chunk), jnp.int32)
+        return _extend.lower(params, model, decode, state, tokens, each)
+
     with jax.set_mesh(mesh), Progress() as progress:
         for label, decode in configs.items():
-            params, state = abstract_arguments(model, decode, mesh, rows, plan.capacity)
-            chunk = program_length(plan.prompt_tokens, MIN_CHUNK, decode.prefill_chunk)
-            tokens = jax.ShapeDtypeStruct((rows, chunk), jnp.int32)
-            for name, lower in {
-                "prefill": lambda: _extend.lower(params, model, decode, state, tokens, each),  # noqa: B023
-                "decode": lambda: _step.lower(params, model, decode, state, each),  # noqa: B023
-            }.items():
-                found.append(_program(label, name, devices[0].platform, lower().compile()))
+            for name, rows in {"prefill": read, "decode": decoded}.items():
+                own = memory(model, decode, rows, plan.capacity, config.data_devices, config.model_devices)
+                others = plan.caches[label] - own.state
+                compiled = lowered(name, decode, rows).compile()
+                found.append(_program(label, name, devices[0].platform, compiled, others))
                 progress("programs", len(found), 2 * len(configs))
             release()  # the next method's programs are other ones
     return found
@@ -107,7 +116,8 @@ def mesh_devices(count: int) -> Sequence[jax.Device]:
 
 def programs_text(programs: Sequence[Program], config: RunConfig) -> str:
     """The programs as a table."""
-    header = ["method", "program", "arguments", "new outputs", "temporary", "in all", "collectives"]
+    header = ["method", "program", "arguments", "new outputs", "temporary", "other states", "in all"]
+    header.append("collectives")
     body = [
         [
             program.method,
@@ -115,6 +125,7 @@ def programs_text(programs: Sequence[Program], config: RunConfig) -> str:
             gigabytes(program.arguments),
             gigabytes(program.outputs - program.aliased),
             gigabytes(program.temporary),
+            gigabytes(program.other_states),
             gigabytes(program.total),
             ", ".join(f"{count} {kind}" for kind, count in program.collectives.items()) or "none",
         ]
@@ -132,15 +143,18 @@ def check_programs(programs: Sequence[Program], config: RunConfig) -> None:
         check_fits(what, largest.total, "--device-gb", config.device_gb * 1e9)
 
 
-def _program(method: str, name: str, platform: str, compiled: jax.stages.Compiled) -> Program:
-    memory = compiled.memory_analysis()
+def _program(
+    method: str, name: str, platform: str, compiled: jax.stages.Compiled, other_states: int
+) -> Program:
+    taken = compiled.memory_analysis()
     return Program(
         method=method,
         name=name,
         platform=platform,
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        temporary=memory.temp_size_in_bytes,
+        arguments=taken.argument_size_in_bytes,
+        outputs=taken.output_size_in_bytes,
+        aliased=taken.alias_size_in_bytes,
+        temporary=taken.temp_size_in_bytes,
+        other_states=other_states,
         collectives=dict(sorted(Counter(_CALL.findall(compiled.as_text())).items())),
     )

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.flags import NoPrefix, SamplingFlags, common_flags
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.tasks import TASKS, AnyTask
 from retro_jax.fields import DecodeFields
 from retro_jax.presets import preset_fields
@@ -49,7 +49,11 @@ class RunConfig:
     limit: int | None = None
     """Use only so many examples."""
     batch: int = 1
-    """Sequences that are decoded together; the last batch is filled up with copies."""
+    """Sequences that are decoded together."""
+    continuous: bool = True
+    """A generated reply that ends makes room for the next one (continuous batching), for which the caches of
+    a few more sequences are held. Else a batch waits for its longest reply, as with --batch 1, and its steps
+    are timed."""
     data_devices: int = 1
     """Devices of one host over which a batch is spread."""
     model_devices: int = 1
@@ -97,6 +101,16 @@ class RunConfig:
         found = self.decode.configs(fields).values()
         return {run_name(replace(config, cache_dtype=None)): config for config in found}
 
+    def refills(self, forced: bool) -> bool:
+        """Whether a sequence that ends makes room for the next; not where replies are given (`forced`)."""
+        return self.continuous and self.batch > 1 and not forced
+
+    def rows(self, forced: bool) -> int:
+        """Rows of all states that are held at once, for replies that are given (`forced`) or generated."""
+        from retro_jax.sizes import batch_rows, held_rows
+
+        return (held_rows if self.refills(forced) else batch_rows)(self.batch, self.data_devices)
+
     @property
     def task_name(self) -> str:
         """The task's name in `TASKS`."""
@@ -105,11 +119,11 @@ class RunConfig:
     def identity(self) -> dict:
         """The values that make this run another than others, for JSON.
 
-        Where the data lies is not among them: a run keeps a digest of the examples made from it. Nor is the
-        memory of the devices.
+        Where the data lies is not among them: a run keeps a digest of the examples made from it. Nor are the
+        memory of the devices, and whether batching is continuous.
         """
         values = asdict(self)
-        del values["learned"]
+        del values["learned"], values["continuous"]
         if self.learned is not None:
             from retro_jax.score_files import read_about
 

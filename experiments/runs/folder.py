@@ -1,11 +1,11 @@
 """The folder of a run: its configuration, and results as JSON lines that survive any kill.
 
     config.json           what the run is, and how each of its methods decodes; written first, never changed
-    results-P.jsonl       by host P: one line per (example, method, sample), in the order of the work
-    timings-P.jsonl       by host P: one line per batch and method, wall time; for the latency plot
+    results-P.jsonl       by host P: one line per (example, method, sample), as they were finished
+    timings-P.jsonl       by host P: one line per batch and method, wall time; of steps, or of all replies
     provenance-P.jsonl    by host P: one line per start
 
-A batch's lines are appended in one write (see `io.lines`): what a kill tears is computed again.
+Lines of what is finished together are one write (see `io.lines`): what a kill tears is computed again.
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from retro_jax.experiments.machine.memory import check_memory, gigabytes, memory
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.tasks import Asked, Example, Filled, Passage, describe
 from retro_jax.models.config import ModelConfig
-from retro_jax.sizes import batch_rows, cache_capacity
+from retro_jax.sizes import cache_capacity
 
 CHARS_PER_TOKEN = 3
 """A cautious figure for estimates without a tokenizer: English text has about 4, digits fewer."""
@@ -24,7 +24,8 @@ class Plan:
     Attributes:
       examples: how many.
       exact: whether they were counted; else they are the published numbers, as the data is not at hand.
-      batches: of each method.
+      forced: whether replies are given and decoded along, not generated.
+      batches: of each method; where sequences come and go, as many as if they did not.
       prompt_tokens: of the longest prompt.
       new_tokens: that a reply may take.
       positions: that the longest example takes, its reply included.
@@ -37,6 +38,7 @@ class Plan:
 
     examples: int
     exact: bool
+    forced: bool
     batches: int
     prompt_tokens: int
     new_tokens: int
@@ -60,11 +62,12 @@ def make_plan(config: RunConfig) -> Plan:
         found = task.examples(config.sampling.seed, config.limit)
         prompts, news = zip(*map(_tokens, found), strict=True)
         examples, longest, new, prefill = len(found), max(prompts), max(news), sum(prompts)
+        forced = any(isinstance(example, Asked | Passage) for example in found)
         positions = max(map(sum, zip(prompts, news, strict=True)))
         limits = Counter(example.max_new_tokens for example in found).values()
     else:
         nominal = task.nominal()
-        examples = min(nominal.examples, config.limit or nominal.examples)
+        examples, forced = min(nominal.examples, config.limit or nominal.examples), nominal.forced
         longest, new = nominal.prompt_chars // CHARS_PER_TOKEN, nominal.new_tokens
         prefill, positions, limits = examples * longest, longest + new, [examples]
     batches = sum(-(-count * config.samples // config.batch) for count in limits)
@@ -77,9 +80,9 @@ def make_plan(config: RunConfig) -> Plan:
                 "make the task's examples or replies shorter"
             )
         capacity = cache_capacity(positions, model.max_positions)
-        rows = batch_rows(config.batch, config.data_devices)
+        rows, devices = config.rows(forced), (config.data_devices, config.model_devices)
         parts = {
-            label: memory(model, decode, rows, capacity, config.data_devices, config.model_devices)
+            label: memory(model, decode, rows, capacity, *devices)
             for label, decode in config.configurations().items()
         }
         weights = next(iter(parts.values())).weights
@@ -90,6 +93,7 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(
         examples=examples,
         exact=task.local,
+        forced=forced,
         batches=batches,
         prompt_tokens=longest,
         new_tokens=new,
@@ -114,19 +118,22 @@ def _tokens(example: Example) -> tuple[int, int]:
     return prompt, example.max_new_tokens
 
 
-def check_memory_of(config: RunConfig, model: ModelConfig, tokens: int, loaded: bool = False) -> None:
+def check_memory_of(
+    config: RunConfig, model: ModelConfig, tokens: int, forced: bool, loaded: bool = False
+) -> None:
     """Raises ValueError if the run does not fit the memory that this machine's devices have left.
 
     Args:
       config: the run.
       model: its model's configuration.
       tokens: of the longest row.
+      forced: whether replies are given.
       loaded: whether the weights lie in memory already.
     """
     check_memory(
         model,
         list(config.configurations().values()),
-        batch_rows(config.batch, config.data_devices),
+        config.rows(forced),
         cache_capacity(tokens, model.max_positions),
         loaded=loaded,
         data_devices=config.data_devices,
@@ -139,7 +146,8 @@ def check_fits(what: str, needed: int, name: str, limit: float) -> None:
     if needed > limit:
         raise ValueError(
             f"{what} {gigabytes(needed)} on each device, over {name} {gigabytes(limit)}; use more devices "
-            "(--model-devices, --data-devices), a smaller --batch, or another --dtype or --cache-dtype"
+            "(--model-devices, --data-devices), a smaller --batch, --no-continuous, or another --dtype or "
+            "--cache-dtype"
         )
 
 
@@ -152,14 +160,16 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
     """The plan in words and a table."""
     kind = "made or read" if plan.exact else "as published; the data is not at hand"
     devices = config.data_devices * config.model_devices
+    together = f"in {plan.batches} batches of {config.batch}"
+    if config.refills(plan.forced):
+        together = f"{config.batch} together, the next as soon as one ends"
     weights = "size not known" if plan.weights is None else f"{gigabytes(plan.weights)} on each device"
     lines = [
         f"model     {config.model}, {devices} device{'s' * (devices > 1)} "
         f"({config.data_devices} for the batch x {config.model_devices} for heads)",
         f"task      {describe(config.task)}",
         f"examples  {plan.examples} ({kind}), {config.samples} "
-        f"repl{'y' if config.samples == 1 else 'ies'} each, "
-        f"in {plan.batches} batches of {config.batch}",
+        f"repl{'y' if config.samples == 1 else 'ies'} each, {together}",
         f"length    prompts of up to about {plan.prompt_tokens} tokens, replies of up to {plan.new_tokens}",
         f"weights   {weights}",
         "",

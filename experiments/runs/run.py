@@ -4,13 +4,13 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
 
-from retro_jax import Model, load_model, make_mesh, params_on
+from retro_jax import DecodeConfig, Model, load_model, make_mesh, params_on
 from retro_jax.experiments.io.folders import digest
 from retro_jax.experiments.io.models import known_model, with_score
 from retro_jax.experiments.io.progress import Progress, Rates
@@ -23,7 +23,15 @@ from retro_jax.experiments.runs.compile import check_programs, compile_run, prog
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.folder import RunFolder, run_identity
 from retro_jax.experiments.runs.plan import check_memory_of, make_plan, plan_text, plan_values
-from retro_jax.experiments.runs.work import Row, check_positions, decode_batch, encode, make_batches
+from retro_jax.experiments.runs.work import (
+    ROUNDS,
+    Row,
+    check_positions,
+    decode_batch,
+    decode_many,
+    encode,
+    make_batches,
+)
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -48,7 +56,7 @@ class Run(RunFlags):
         out = self.out or Path("runs") / f"{self.name}-{code}"
         RunFolder.check(out, identity)
         if known := known_model(self.config.model, self.config.dtype):
-            check_memory_of(self.config, known, plan.positions)
+            check_memory_of(self.config, known, plan.positions, plan.forced)
         with stop_on_sigterm() as stopping, _mesh(self.config):
             model = _load(self.config)
             rows = [
@@ -57,7 +65,8 @@ class Run(RunFlags):
                 for sample in range(self.config.samples)
             ]
             check_positions(model.config, rows)
-            check_memory_of(self.config, model.config, max(row.tokens for row in rows), loaded=True)
+            longest = max(row.tokens for row in rows)
+            check_memory_of(self.config, model.config, longest, plan.forced, loaded=True)
             with RunFolder(out, identity, jax.process_index()) as folder:
                 finished = work(self.config, model, rows, folder, code, stopping)
         if not finished:
@@ -79,6 +88,45 @@ class Run(RunFlags):
             check_programs(programs, self.config)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A batch that one method decodes.
+
+    Attributes:
+      config: the run.
+      label: the method's name.
+      decode: how it decodes.
+      batch: rows of one kind, all forced or all generated.
+      missing: places in the batch that have no result yet.
+      folder: that results are kept in.
+      code: the run's digest, kept with each.
+    """
+
+    config: RunConfig
+    label: str
+    decode: DecodeConfig
+    batch: Sequence[Row]
+    missing: Sequence[int]
+    folder: RunFolder
+    code: str
+
+    def keep(self, results: Mapping[int, dict]) -> None:
+        """Appends results, by their places in the batch."""
+        self.folder.append(
+            [
+                {
+                    "example": self.batch[place].example.id,
+                    "method": self.label,
+                    "sample": self.batch[place].sample,
+                    "config": self.code,
+                    "seed": self.config.sampling.seed,
+                }
+                | result
+                for place, result in results.items()
+            ]
+        )
+
+
 def work(
     config: RunConfig,
     model: Model,
@@ -95,11 +143,15 @@ def work(
       rows: all replies to be made.
       folder: opened.
       code: the run's digest, kept with each result.
-      stopping: asked before each batch.
+      stopping: asked before each batch, and after each reply where sequences come and go.
     """
     configs, done = config.configurations(), folder.done()
+    refills = config.refills(any(row.forced for row in rows))
+    size = config.batch
+    if refills:  # few waits for the last replies of a batch, and work for every host
+        size = max(min(ROUNDS * size, -(-len(rows) // jax.process_count())), size)
     jobs = [
-        (batch, label) for batch in make_batches(rows, config.batch) for label in configs
+        (batch, label) for batch in make_batches(rows, size) for label in configs
     ]  # methods by turns, so that a run that is stopped can be compared
     start = {"config": code, "replies": len(rows)} | provenance()  # the report tells what is missing
     folder.note(f"provenance-{folder.process}.jsonl", start)
@@ -111,32 +163,59 @@ def work(
             continue
         if stopping():
             return False
+        job = Job(config, label, configs[label], batch, missing, folder, code)
         with Progress(f"{number + 1}/{len(jobs)} {label}: ") as show:
-            rates, start = Rates(show), time.perf_counter()
-            results = decode_batch(
-                model, configs[label], config.task, batch, config.batch, config.sampling.sampling(), rates
-            )
-        folder.append(
-            [
-                {
-                    "example": batch[index].example.id,
-                    "method": label,
-                    "sample": batch[index].sample,
-                    "config": code,
-                    "seed": config.sampling.seed,
-                }
-                | results[index]
-                for index in missing
-            ]
-        )
-        timing = {"method": label, "batch": config.batch, "seconds": time.perf_counter() - start}
-        context = max(row["prompt_tokens"] + row["tokens"] / 2 for row in results)
-        rate = rates.per_second("decode")
-        folder.note(
-            f"timings-{folder.process}.jsonl", timing | {"context": context, "steps_per_second": rate}
-        )
+            took = _refilled(job, model, show, stopping) if refills else _at_once(job, model, show)
+        if took is None:
+            return False
+        timing = {"method": label, "batch": config.batch} | took
+        folder.note(f"timings-{folder.process}.jsonl", timing)
         release()  # the next method's programs are other ones
     return True
+
+
+def _at_once(job: Job, model: Model, show: Progress) -> dict:
+    """Decodes a whole batch and keeps what was missing; returns what it took."""
+    config, rates, start = job.config, Rates(show), time.perf_counter()
+    sampling = config.sampling.sampling()
+    results = decode_batch(model, job.decode, config.task, job.batch, config.batch, sampling, rates)
+    seconds = time.perf_counter() - start
+    job.keep({place: results[place] for place in job.missing})
+    return {
+        "seconds": seconds,
+        "context": max(map(_middle, results)),
+        "steps_per_second": rates.per_second("decode"),
+    }
+
+
+def _refilled(job: Job, model: Model, show: Progress, stopping: Callable[[], bool]) -> dict | None:
+    """Generates a batch's missing replies, each kept as soon as it is finished.
+
+    Returns:
+      What they took, without compiling and grading; None if the run was stopped before. Steps are not timed:
+      between them other prompts are read.
+    """
+    config, results, seconds = job.config, {}, 0.0
+    sampling = config.sampling.sampling()
+    for place, result, waited in decode_many(
+        model, job.decode, config.task, job.batch, job.missing, config.batch, sampling
+    ):
+        results[place], seconds = result, seconds + waited
+        job.keep({place: result})
+        show("replies", len(results), len(job.missing))
+        if len(results) < len(job.missing) and stopping():
+            return None
+    return {
+        "seconds": seconds - show.compile_seconds,
+        "context": max(map(_middle, results.values())),
+        "steps_per_second": None,
+        "tokens": sum(result["tokens"] for result in results.values()),
+    }
+
+
+def _middle(result: dict) -> float:
+    """Tokens of context in the middle of a reply."""
+    return result["prompt_tokens"] + result["tokens"] / 2
 
 
 @contextlib.contextmanager

@@ -1,23 +1,36 @@
 """A run's work: examples to token ids, ids to batches, batches through each method, results to lines.
 
-A result depends on the configuration alone, not on what was finished before: batches are made from all
-examples, a batch of which some rows are missing is decoded as a whole, and random draws follow the example
-and the sample.
+A result depends on the configuration alone, not on what was finished before: random draws follow the example
+and the sample. A fixed batch of which some rows are missing is decoded as a whole; where sequences come and
+go, missing replies are made alone, which are the same but for ties within rounding.
 """
 
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from retro_jax import DecodeConfig, Metrics, Sampling, generate, score
+from retro_jax import (
+    DecodeConfig,
+    Metrics,
+    NonFiniteLogits,
+    Request,
+    Sampling,
+    generate,
+    generate_many,
+    score,
+)
 from retro_jax.experiments.tasks import Asked, Example, Filled, Passage, Task
 from retro_jax.experiments.tasks.base import THINK
 from retro_jax.models import Model, Tokenizer
 from retro_jax.models.config import ModelConfig
 from retro_jax.sizes import cache_capacity
+
+ROUNDS = 8
+"""Replies that a slot makes of a batch whose sequences come and go, about."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +133,78 @@ def decode_batch(
       progress: as `Progress`.
     """
     filled = [*batch, *[batch[-1]] * (size - len(batch))]
-    capacity = cache_capacity(max(row.tokens for row in batch), model.config.max_positions)
     results = _force if batch[0].forced else _generate
-    found = results(model, config, task, filled, capacity, sampling, progress)
-    return [
-        {"prompt_tokens": len(row.prompt)} | _part(row) | result
-        for row, result in zip(batch, found, strict=False)
+    found = results(model, config, task, filled, _capacity(model, batch), sampling, progress)
+    return [_about(row) | result for row, result in zip(batch, found, strict=False)]
+
+
+def decode_many(
+    model: Model,
+    config: DecodeConfig,
+    task: Task,
+    batch: Sequence[Row],
+    missing: Sequence[int],
+    slots: int,
+    sampling: Sampling,
+) -> Iterator[tuple[int, dict, float]]:
+    """Generates replies of a batch by one method, of which one that ends makes room for the next.
+
+    Args:
+      model: see `decode_batch`, as for what is not said here.
+      config: how to decode.
+      task: grades what was generated.
+      batch: rows that are generated.
+      missing: places in the batch of those that are wanted; the cache has room for any.
+      slots: sequences that are decoded together.
+      sampling: how tokens are chosen.
+
+    Yields:
+      A place in the batch, its result as soon as it is finished, and the seconds that were waited for it.
+
+    Raises:
+      NonFiniteLogits: see `generate_many`; the message names the example.
+    """
+    rows = [batch[place] for place in missing]
+    requests = [
+        Request(row.prompt, row.example.max_new_tokens, key)
+        for row, key in zip(rows, _keys(sampling, rows), strict=True)
     ]
+    longest, capacity = max(request.max_new_tokens for request in requests), _capacity(model, batch)
+    start = time.perf_counter()
+    replies = generate_many(
+        model, requests, config, longest, slots=slots, sampling=sampling, capacity=capacity
+    )
+    try:
+        for reply in replies:
+            waited, row = time.perf_counter() - start, rows[reply.index]
+            result = _graded(model, task, row, reply.tokens, reply.finished)
+            yield missing[reply.index], _about(row) | result | _loaded(reply.metrics, 0), waited
+            start = time.perf_counter()
+    except NonFiniteLogits as error:
+        broken = error.partial
+        raise NonFiniteLogits(
+            f"the logits of {rows[broken.index].example.id} are not finite after {len(broken.tokens)} new "
+            "tokens; the replies that were begun before are kept",
+            broken,
+        ) from None
 
 
-def _part(row: Row) -> dict:
-    """The part of the task that a row belongs to; nothing in a task without parts."""
-    return {"part": row.example.part} if isinstance(row.example, Filled) else {}
+def _capacity(model: Model, batch: Sequence[Row]) -> int:
+    """Tokens that the cache must hold of each row of a batch."""
+    return cache_capacity(max(row.tokens for row in batch), model.config.max_positions)
+
+
+def _about(row: Row) -> dict:
+    """What a result tells of its row: how long the prompt is, and its part in a task of several."""
+    part = {"part": row.example.part} if isinstance(row.example, Filled) else {}
+    return {"prompt_tokens": len(row.prompt)} | part
+
+
+def _graded(model: Model, task: Task, row: Row, tokens: Sequence[int], finished: bool) -> dict:
+    """What a result tells of a reply."""
+    text = model.tokenizer.decode(tokens[:-1] if finished else tokens)
+    scores = task.grade(row.example, THINK * row.reasoning + text)
+    return {"scores": scores, "tokens": len(tokens), "finished": finished, "text": text}
 
 
 def _generate(model, config, task, rows, capacity, sampling, progress) -> list[dict]:
@@ -149,12 +222,7 @@ def _generate(model, config, task, rows, capacity, sampling, progress) -> list[d
     for index, row in enumerate(rows):
         tokens = made.tokens[index][: row.example.max_new_tokens]
         finished = made.finished[index] and len(tokens) == len(made.tokens[index])
-        text = model.tokenizer.decode(tokens[:-1] if finished else tokens)
-        scores = task.grade(row.example, THINK * row.reasoning + text)
-        results.append(
-            {"scores": scores, "tokens": len(tokens), "finished": finished, "text": text}
-            | _loaded(made.metrics, index)
-        )
+        results.append(_graded(model, task, row, tokens, finished) | _loaded(made.metrics, index))
     return results
 
 
@@ -199,4 +267,5 @@ def _loaded(metrics: Metrics | None, index: int) -> dict:
             for name in ("pages_attended", "pages_loaded", "kv_bytes")
         )
     )
-    return {key: value for key, value in own.summary().items() if key != "steps"}
+    found = own.summary()
+    return found if found.pop("steps") else {}

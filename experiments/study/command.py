@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from retro_jax.experiments.compare.sweep import VARIED
 from retro_jax.experiments.io.flags import Flag, NoPrefix, Output, TextCommand, common_flags
 from retro_jax.experiments.io.progress import Progress
+from retro_jax.experiments.io.settings import VARIED
 
 if TYPE_CHECKING:
     from retro_jax import DecodeConfig

@@ -13,10 +13,10 @@ from jaxtyping import Float
 
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.folder import Run
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields, budget_value
 from retro_jax.experiments.io.estimates import BLOCK, block_means
 from retro_jax.experiments.io.files import read_json, write_file, write_json
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.study.variants import QUEST, every_variant
 
 ABOUT, BLOCKS = "study.json", "study.npz"

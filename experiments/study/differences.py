@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
-from retro_jax.experiments.io.estimates import BLOCK, estimate, ratio
+from retro_jax.experiments.io.estimates import BLOCK, UNTOLD, estimate, ratio
 from retro_jax.experiments.io.files import write_bytes
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.study.data import Cell, Result, load
@@ -34,7 +35,8 @@ WORDS = (
     "of the base's excess: below 0 is better than the base. ± is one paired standard error, from the means "
     f"of blocks of {BLOCK} tokens. MB are those that a step loads for a text. A budget up to 1 is a share of "
     "the context, above it tokens. Worse and better: beyond two errors, from blocks and from the means of "
-    "texts, of all models, kinds of text and budgets that were measured."
+    "texts, of all models, kinds of text and budgets that were measured. "
+    f"{UNTOLD}."
 )
 
 
@@ -77,11 +79,11 @@ def verdicts(cells: Sequence[Cell], base: str, start: str) -> str:
             difference = own.excess - other.excess
             by_blocks.append(difference.mean() / estimate(difference, block=1).error)
             by_texts.append(difference.mean() / text_error(difference))
-            percent.append(100 * difference.mean() / other.excess.mean())
+            percent.append(100 * ratio(difference, other.excess, block=1).mean)
         counts = [f"{sum(sign * z > 2 for z in part)}" for part in (by_blocks, by_texts) for sign in (1, -1)]
-        body.append(
-            [_short(name, start), *counts, f"{len(both)}", f"{min(percent):+.1f}", f"{max(percent):+.1f}"]
-        )
+        told = [value for value in percent if not np.isnan(value)]
+        ends = [f"{end(told):+.1f}" if told else "-" for end in (min, max)]
+        body.append([_short(name, start), *counts, f"{len(both)}", *ends])
     header = ["worse", "better", "worse by texts", "better by texts", "of", "lowest %", "highest %"]
     return markdown(["", *header], body)
 
@@ -123,6 +125,8 @@ def pairs(one: Cell, name: str, base: str) -> list[tuple[Result, Result]]:
 
 def _percent(own: Result, other: Result) -> str:
     share = ratio(own.excess, other.excess, block=1)
+    if np.isnan(share.mean):
+        return "-"
     return f"{100 * (share.mean - 1):+.1f} ± {100 * share.error:.1f}"
 
 

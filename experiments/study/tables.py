@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from retro_jax.experiments.io.estimates import BLOCK, Estimate, estimate, ratio
+from retro_jax.experiments.io.estimates import BLOCK, UNTOLD, Estimate, estimate, ratio
 from retro_jax.experiments.io.tables import markdown, number
 from retro_jax.experiments.study.data import Cell
 from retro_jax.experiments.study.variants import (
@@ -33,7 +33,8 @@ EXCESS = (
     f"stands before it, paired, from the means of blocks of {BLOCK} tokens; where it says so, from the means "
     "of the texts. A budget up to 1 is a share of the context, above it tokens. An exact cache has the keys "
     "and values of full attention: only the newest query is sparse. MB are those of keys, values and page "
-    "statistics that a step loads for a text."
+    "statistics that a step loads for a text. "
+    f"{UNTOLD}."
 )
 SPLIT = (
     "Of a method's excess, what is left with an exact cache is missed by the newest query; the rest is due "

@@ -135,11 +135,13 @@ class Nominal:
       examples: how many there are.
       prompt_chars: of a typical prompt.
       new_tokens: that one example may decode.
+      forced: whether these tokens are given, and not generated.
     """
 
     examples: int
     prompt_chars: int
     new_tokens: int
+    forced: bool = False
 
 
 @runtime_checkable

@@ -42,7 +42,9 @@ class PG19(Task):
 
     def nominal(self) -> Nominal:
         """What the task takes; PG-19's test split has 100 books."""
-        return Nominal(100 * self.excerpts, 4 * self.prompt_tokens, self.tokens - self.prompt_tokens)
+        return Nominal(
+            100 * self.excerpts, 4 * self.prompt_tokens, self.tokens - self.prompt_tokens, forced=True
+        )
 
     def examples(self, seed: int, limit: int | None) -> list[Passage]:
         """Excerpts: a book's only one begins where the book does, several at seeded places."""

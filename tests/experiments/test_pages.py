@@ -12,8 +12,9 @@ from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.comparison import summary
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.html_page import ALL_TEXTS, comparison_page
-from retro_jax.experiments.compare.sweep import Sweep, run_name
+from retro_jax.experiments.compare.sweep import Sweep
 from retro_jax.experiments.io.files import finite
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.pictures.pages import (
     Chart,
     Column,

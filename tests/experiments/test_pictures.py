@@ -8,7 +8,8 @@ import pytest
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.folder import Run
 from retro_jax.experiments.compare.pictures import comparison_pictures, ladder_pictures, position_pictures
-from retro_jax.experiments.compare.sweep import Sweep, run_name
+from retro_jax.experiments.compare.sweep import Sweep
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.report.data import Measured
 from retro_jax.experiments.report.pictures import (
     budget_plot,
@@ -60,6 +61,60 @@ def test_a_short_comparison_has_points_in_every_panel(drawn):
     assert "n = 1 text (a_novel_with_a_long_name_0), 64 scored tokens after a prompt of 32" in " ".join(
         first.get_supxlabel().split()
     )
+
+
+@pytest.mark.parametrize(
+    ("sweep", "panels"),
+    [
+        (
+            Sweep((4,), (32, 48), presets=("paper", "mean-key")),
+            {
+                f"budget {budget}": ["Quest", "Retro, w = 4", "preset paper, w = 4", "preset mean-key"]
+                for budget in (32, 48)
+            },
+        ),
+        (  # a panel has the preset whose settings it shares, and all have one that shares none
+            Sweep((1,), (128,), sink_pages=(1, 2), page_sizes=(8, 32), presets=("mean-key",)),
+            {
+                f"page size {size}, sink pages {sinks}": ["Quest", *["preset mean-key"] * (sinks == 1)]
+                for size in (8, 32)
+                for sinks in (1, 2)
+            },
+        ),
+        (  # two presets that share their settings are a panel, as two values of the setting are
+            Sweep((4,), (64,), presets=("quest", "paper")),
+            {f"sink pages {sinks}": ["Quest", "Retro, w = 4"] for sinks in (0, 1)},
+        ),
+        (
+            Sweep((4,), (64,), presets=("mean-key",), cache_dtype=("int8",)),
+            {
+                "": [
+                    f"{method}{cache}{window}"
+                    for method, window in (("Quest", ""), ("Retro", ", w = 4"), ("preset mean-key", ""))
+                    for cache in ("", " (int8 cache)")
+                ]
+            },
+        ),
+    ],
+)
+def test_a_preset_is_a_line_beside_the_others(drawn, sweep, panels):
+    a_comparison(sweep, draw=position_pictures)
+    (figure,) = drawn
+    (legend,) = figure.legends
+    names = {
+        (line.get_color(), line.get_marker(), line.get_linestyle()): text.get_text()
+        for line, text in zip(legend.legend_handles, legend.get_texts(), strict=True)
+    }
+    shown = {
+        axes.get_title("left"): sorted(
+            names[key]
+            for line in axes.get_lines()
+            if (key := (line.get_color(), line.get_marker(), line.get_linestyle())) in names
+        )
+        for axes in figure.axes
+    }
+    assert shown == {title: sorted(lines) for title, lines in panels.items()}
+    assert "Shown are" not in figure.get_supxlabel()
 
 
 @pytest.mark.parametrize("scored", [1, 3, 65, 513])

@@ -9,6 +9,7 @@ from retro_jax.experiments.analyses.overlap import overlap_pictures
 from retro_jax.experiments.bench.decode import latency_pictures
 from retro_jax.experiments.bench.roofline import roofline_pictures
 from retro_jax.experiments.bench.throughput_report import throughput_pictures
+from retro_jax.experiments.pictures.panels import FULL, QUEST
 from retro_jax.experiments.tpu.command import PARTS, static_pictures
 from tests.experiments.drawn import PATH
 
@@ -47,7 +48,8 @@ def test_distances(drawn, windows, layers, error):
 
 @pytest.mark.parametrize(("contexts", "names"), [([64], 1), ([512, 1000, 1024, 131072], 24)])
 def test_latency(drawn, contexts, names):
-    methods = ["full", "quest", *(f"retro w={window}" for window in range(names))][: max(names, 1)]
+    methods = ["full", "quest-p8", *(f"retro-w{window}-p8" for window in range(names))][: max(names, 1)]
+    configs = {name: {"method": name.partition("-")[0]} for name in methods}
     measured = [
         {
             "context": context,
@@ -59,12 +61,15 @@ def test_latency(drawn, contexts, names):
         }
         for context in contexts
     ]
-    values = {"model": PATH, "dtype": "float32", "batch": 2, "contexts": measured}
+    values = {"model": PATH, "dtype": "float32", "batch": 2, "contexts": measured, "configs": configs}
     assert list(latency_pictures(values | {"provenance": {"device": "cpu: " + "c" * 90}}, "bench")) == [
         "bench.png"
     ]
     assert len(drawn[0].axes) == 1  # no traffic is known
     assert "n = 6 steps of each" in drawn[0].get_supxlabel()
+    lines = {line.get_label(): line.get_color() for line in drawn[0].axes[0].get_lines()}
+    known = {"full": FULL.colour, "quest-p8": QUEST.colour}
+    assert all(lines[name] == known[name] for name in methods[:2])
 
 
 @pytest.mark.parametrize(("contexts", "slots"), [([64], (8,)), ([64, 1024, 131072], (1, 8, 32, 64, 256))])
@@ -75,10 +80,14 @@ def test_throughput(drawn, contexts, slots):
         row = {"context": number, "name": name, "slots": size, "fixed_tokens_per_s": 40.0 * size}
         return row | {"many_seconds": many, "many_tokens_per_s": many, "limit_tokens_per_s": limit}
 
+    configs = {name: {"method": name} for name in ("full", "quest")} | {
+        "preset mean-key": {"method": "quest"}
+    }
     names = ["full", "quest", "preset paper", "preset mean-key", "preset mean-key, verified"]
     values = {
         "model": PATH,
         "dtype": "bfloat16",
+        "configs": configs,
         "replies": [16, 1024],
         "contexts": [{"prompts": [context, context + number]} for number, context in enumerate(contexts)],
         "rows": [

@@ -21,12 +21,13 @@ from retro_jax.experiments import cli
 from retro_jax.experiments.generate import command as generate
 from retro_jax.experiments.runs.run import TERMINATED
 from retro_jax.experiments.study.variants import with_caches
+from retro_jax.methods import METHODS
 from retro_jax.models.formats import wheel
-from retro_jax.models.presets import SIZES
+from retro_jax.models.presets import SIZES, WHEELS
 from retro_jax.presets import EARLIER_NAMES, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMAND = [sys.executable, "-m", "retro_jax.experiments.cli"]
+COMMAND = [sys.executable, "-c", "from retro_jax.experiments.start import main; main()"]  # as the script does
 FULL_DISK = Path("/dev/full")
 
 
@@ -71,10 +72,11 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture
 def completion(monkeypatch, capsys):
-    """Prints the completion of two commands, one of them a group of two."""
+    """Prints the completion of three commands, one of them a group of two."""
     names = ("smollm2-recall", "smollm2-longgenbench")
     run = cli.Group("Run.", lambda runs=cli._runs: {name: runs()[name] for name in names})
-    monkeypatch.setattr(cli, "COMMANDS", {"score": cli.COMMANDS["score"], "run": run})
+    kept = {name: cli.COMMANDS[name] for name in ("score", "compare")}
+    monkeypatch.setattr(cli, "COMMANDS", kept | {"run": run})
 
     def completion(shell):
         with pytest.raises(SystemExit) as stop:
@@ -97,6 +99,7 @@ def test_completion_has_the_flags_that_help_has(completion, shell, capsys):
             cli.main([*words, "--help"])
         told = set(re.findall(r"^\W*(--[a-z][a-z.-]+)", capsys.readouterr().out, re.MULTILINE))
         flags = {option["flags"][0] for option in command["options"]} - {"-h"}
+        flags = {flag for flag in flags if flag.startswith("-")}  # a command on one model has models beside
         assert flags == told and len(flags) > 20
         assert not any("\n" in option["description"] for option in command["options"])
 
@@ -119,10 +122,15 @@ def test_bash_completes(completion, tmp_path):
         done = subprocess.run(arguments, capture_output=True, text=True, check=True)
         return set(done.stdout.split())
 
-    assert tab("") == {"run", "score", "-h", "--help"}
+    assert tab("") == {"run", "score", "compare", "-h", "--help"}
     assert tab("run", "smollm2-r") == {"smollm2-recall"}
     assert tab("run", "smollm2-recall", "--task.co") == {"--task.count"}
     assert tab("score", "some-model", "--preset", "") == {*PRESETS, *EARLIER_NAMES, "None"}
+    assert tab("score", "smol") == set(WHEELS)
+    assert tab("score", "some-model", "--method", "") == set(METHODS)
+    assert tab("run", "smollm2-recall", "--methods", "full", "qu") == {"quest"}
+    assert not {*WHEELS} & tab("run", "smollm2-recall", "")  # whose argument is no model
+    assert tab("compare", "some-model", "--methods", "") == {"streaming", "tova", "h2o", "snapkv", "expected"}
 
 
 def test_exit_statuses_are_documented():
@@ -180,23 +188,24 @@ def test_narrow_terminals_get_help():
     assert process.returncode == 0 and "--max-new-tokens" in out
 
 
-SLOW_JAX = """
+SLOW_IMPORT = """
 import signal, sys, time
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a job in the background starts ignores it
 
-class SlowJax:
+class SlowImport:
     def find_spec(self, name, path=None, target=None):
-        if name == "jax":
+        if name == SLOW:
             print("importing", flush=True)
             time.sleep(60)
 
-sys.meta_path.insert(0, SlowJax())
+sys.meta_path.insert(0, SlowImport())
 """
 
 
-def test_stopped_while_it_imports(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(SLOW_JAX)
+@pytest.mark.parametrize("slow", ["jax", "retro_jax.experiments.cli"])
+def test_stopped_while_it_imports(tmp_path, slow):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT.replace("SLOW", repr(slow)))
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     process = start("generate", "random:tiny", "--prompt", "x", env=os.environ | {"PYTHONPATH": path})
     assert process.stdout.readline() == "importing\n"

@@ -80,7 +80,7 @@ def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     assert [measured["context"] for measured in values["contexts"]] == [40, 80]
     assert len(released) == 2  # the programs of many contexts do not pile up
     for measured in values["contexts"]:
-        assert list(measured["contestants"]) == ["full", "retro w=2"]
+        assert list(measured["contestants"]) == ["full", "retro-w2-b32-p8"]
         assert [len(turns) for turns in measured["milliseconds"].values()] == [2, 2]
         assert all(row["ms_per_step"] > 0 for row in measured["contestants"].values())
         assert all(row["scan_ms"] > 0 for row in measured["contestants"].values())
@@ -96,7 +96,7 @@ def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     # 4 layers, 2 KV heads of 16 channels, float32; after 40 + 3 + 4 tokens.
     assert short["full"] == 47 * 4 * 2 * (2 * 16 * 4)
     assert long["full"] == 87 * 4 * 2 * (2 * 16 * 4)
-    assert long["retro w=2"] < long["full"]
+    assert long["retro-w2-b32-p8"] < long["full"]
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     line = failure("bench", "decode", "random:tiny", *SHORT, "--out", out)
     assert "is not overwritten" in line
@@ -151,7 +151,7 @@ def test_devices_that_do_not_fit_are_refused_before_anything_is_loaded(failure, 
 def test_all_methods_and_windows_can_take_turns():
     names = BenchDecode(model="m", methods=tuple(METHODS), windows=(2, 8)).configurations()
     evicting = ["streaming", "tova", "h2o", "snapkv", "expected"]
-    assert list(names) == ["full", "quest", "retro w=2", "retro w=8", *evicting]
+    assert list(names) == ["full", "quest", "retro-w2", "retro-w8", *evicting]
     assert [config.slots for config in names.values()] == [1, 1, 2, 8, *[1] * len(evicting)]
 
 
@@ -161,13 +161,16 @@ def test_what_a_method_does_not_have_is_for_the_others():
     found = replace(bench, config=common).configurations()
     assert {name: (own.revised_layers, own.anchor_every) for name, own in found.items()} == {
         "full": (1.0, 1),
-        "quest": (1.0, 3),
-        "retro w=1": (1.0, 3),
-        "retro w=4": (0.5, 3),
-        "preset mean-key": (1.0, 3),
+        "quest-anchors3": (1.0, 3),
+        "retro-w1-anchors3": (1.0, 3),
+        "retro-w4-anchors3-revised0.5": (0.5, 3),
+        "preset mean-key-anchors3": (1.0, 3),
     }
-    with pytest.raises(ValueError, match=r"revised_layers 0\.5 was asked for with method 'full'"):
+    told = r"0\.5 was asked for, which none of full, quest, preset mean-key has; add retro, or leave --rev"
+    with pytest.raises(ValueError, match=told):
         replace(bench, config=common, methods=("full", "quest")).configurations()
+    with pytest.raises(ValueError, match="and a window of 1, which revises nothing; use a wider window"):
+        replace(bench, config=common, methods=("full", "retro"), windows=(1,)).configurations()
 
 
 def test_bench_refuses(failure, tmp_path):

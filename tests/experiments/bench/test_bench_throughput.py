@@ -24,7 +24,11 @@ def test_the_gain_of_slots_that_are_never_idle():
 def test_a_window_is_for_the_methods_that_have_one():
     bench = BenchThroughput(model="m", methods=("full", "quest", "retro"))
     found = replace(bench, config=replace(bench.config, window=2, anchor_every=3)).configurations()
-    assert [(config.slots, config.anchor_every) for config in found.values()] == [(1, 1), (1, 3), (2, 3)]
+    assert {name: (config.slots, config.anchor_every) for name, config in found.items()} == {
+        "full": (1, 1),
+        "quest-anchors3": (1, 3),
+        "retro-w2-anchors3": (2, 3),
+    }
 
 
 def test_where_replies_part():
@@ -51,7 +55,7 @@ def test_bench_throughput(json_command, failure, tmp_path):
     )
     assert values == json.loads((out / "results.json").read_text())
     row, verified = values["rows"]
-    assert verified["name"] == "quest, verified" and verified["gain"] is None
+    assert verified["name"] == "quest-p8, verified" and verified["gain"] is None
     assert values["contexts"][0]["prompts"] == [9] * 5 and 0 < row["cache_share"] < 1
     assert (out / "throughput.png").stat().st_size
     assert row["tokens"] == sum(values["replies"]) and sorted(values["replies"])[::4] == [2, 12]

@@ -10,7 +10,7 @@ from retro_jax import preset
 from retro_jax.experiments.compare import comparison, ladder, tables
 from retro_jax.experiments.compare import pictures as compare_plots
 from retro_jax.experiments.compare.ladder import LADDER
-from retro_jax.experiments.compare.sweep import run_name
+from retro_jax.experiments.io.settings import run_name
 
 SETTINGS = ("--tokens", 96, "--prompt-tokens", 24, "--budgets", 32, "--page-sizes", 8, "--windows", 1, 2)
 

@@ -8,8 +8,8 @@ import pytest
 
 from retro_jax import DecodeConfig, Metrics
 from retro_jax.experiments.compare.folder import ComparisonFolder
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.files import finite, write_json
+from retro_jax.experiments.io.settings import run_name
 
 IDENTITY = {"model": "m", "tokens": 8, "config": {"budget": 0.15, "page_size": 16}}
 CONFIG = DecodeConfig(method="retro", window=2)

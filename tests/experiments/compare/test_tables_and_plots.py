@@ -1,14 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from retro_jax import DecodeConfig
-from retro_jax.experiments.compare.comparison import rows
+from retro_jax.experiments.compare.comparison import rows, summary
 from retro_jax.experiments.compare.folder import Run
+from retro_jax.experiments.compare.html_page import comparison_page
 from retro_jax.experiments.compare.pictures import sweep_pictures
-from retro_jax.experiments.compare.sweep import Sweep, label, order, quest_of, run_name
+from retro_jax.experiments.compare.sweep import Sweep, quest_of
 from retro_jax.experiments.compare.tables import comparison_report, comparison_table
 from retro_jax.experiments.io.estimates import Estimate
+from retro_jax.experiments.io.settings import label, order, run_name
 
 IDENTITY = {
     "model": "m",
@@ -203,6 +207,23 @@ def test_comparison_table(runs):
     assert cells[5][4].startswith("0.1000")
     assert cells[5][6].startswith("0.500")
     assert cells[5][7:] == ["1.30", "2.50"]
+
+
+def test_of_quests_is_a_dash_where_quest_loses_nothing_that_can_be_told(runs):
+    noise = np.random.default_rng(1).normal(size=(2, 512))
+    noise -= noise.mean()
+    sinks = [run.config.sink_pages == 1 and run.config.method == "quest" for run in runs]
+    (place,) = np.flatnonzero(sinks)
+    runs[place] = replace(runs[place], nll=runs[0].nll + noise)  # the other Quest has its excess of 0.2
+    report, shown = comparison_report(IDENTITY, runs, 512), summary(IDENTITY, runs, 512)
+    assert "A dash: what is divided by is within 2 standard errors of 0, or 0." in report
+    table = comparison_table(rows(runs, [(128, 640)], 128), [(128, 640)]).splitlines()
+    of_quest = [cells[6].strip() for line in table[2:] if (cells := line.split("|")[1:-1])]
+    dashes = [run.config.sink_pages == 1 and run.config.method != "full" for run in runs]
+    assert [cell == "-" for cell in of_quest] == dashes and sum(dashes) == 4
+    page = comparison_page(shown, runs).decode()
+    assert page.count('[null,"-"]') == 4 * 3  # all texts together, and each
+    assert "A dash: what is divided by is within 2 standard errors" in page
 
 
 def test_report_has_every_text(runs):

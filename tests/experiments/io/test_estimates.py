@@ -53,6 +53,12 @@ def test_ratio_error_matches_its_spread():
 
 def test_ratio_to_nothing_is_not_a_number():
     assert math.isnan(ratio(np.ones((1, 128)), np.zeros((1, 128))).mean)
+    about_zero = np.random.default_rng(0).normal(size=(2, 6400))
+    about_zero -= about_zero.mean()
+    errors = estimate(about_zero).error
+    for mean, told in ((0.1, False), (-1.9, False), (2.1, True), (-2.1, True)):
+        found = ratio(about_zero + 1.0, about_zero + mean * errors)
+        assert math.isfinite(found.mean) == math.isfinite(found.error) == told
 
 
 def test_position_bins():

@@ -6,6 +6,7 @@ import pytest
 from retro_jax.experiments.io.estimates import bootstrap
 from retro_jax.experiments.report.data import read_runs
 from retro_jax.experiments.report.leaderboard import leaderboards
+from retro_jax.experiments.runs.config import CommonFlags
 from retro_jax.experiments.tasks.longgenbench import LongGenBench
 from retro_jax.experiments.tasks.pg19 import PG19
 from retro_jax.experiments.tasks.ruler import RULER
@@ -49,7 +50,7 @@ def test_methods_by_tasks_and_budgets(board):
     assert list(rows[128]) == [
         "full",
         "snapkv",
-        "preset paper, w = 4",
+        "preset paper-w4",
         "preset mean-key",
         "quest",
         "retro-w4",
@@ -57,12 +58,12 @@ def test_methods_by_tasks_and_budgets(board):
     assert list(rows[256]) == [
         "full",
         "snapkv",
-        "preset paper, w = 4",
+        "preset paper-w4",
         "preset mean-key",
         "quest",
         "retro-w4",
     ]
-    paper = rows[128]["preset paper, w = 4"]
+    paper = rows[128]["preset paper-w4"]
     assert paper.values[0] == bootstrap([1.0] * 4 + [0.0] * 2) and paper.counts == [6, 6, 6, 6, 0]
     assert [value and value.mean for value in paper.values] == [4 / 6, 0.5, 1 / 6, 0.5, None]
     assert paper.mean is None  # longgenbench does not have it
@@ -74,7 +75,7 @@ def test_the_best_of_a_block_are_marked_beside_full_attention(board):
     best = {row.method: row.best for row in found.blocks[128]}
     assert not any(best["full"]) and not any(best["quest"])
     assert not any(row.best_mean for row in found.blocks[128])  # none has all the tasks
-    assert best["preset paper, w = 4"] == [True, True, True, True, False]  # as good as another counts too
+    assert best["preset paper-w4"] == [True, True, True, True, False]  # as good as another counts too
     assert best["snapkv"] == [False, True, False, True, False]
     assert best["retro-w4"] == [False] * 4 + [True]
 
@@ -87,6 +88,23 @@ def test_the_mean_counts_every_task_the_same(tmp_path):
     assert (full.mean.mean, snapkv.mean.mean) == (0.75, 0.5)
     assert (full.best_mean, snapkv.best_mean) == (False, True)
     assert snapkv.mean == bootstrap([1.0] * 3 + [0.0] * 3, [0.5] * 6) and snapkv.mean.low < 0.5
+
+
+def test_methods_that_differ_in_any_setting_have_rows_of_their_own(tmp_path):
+    right = {"full": 6, "snapkv-b128": 3}
+    common = {"methods": ("full", "snapkv"), "presets": (), "budgets": (128,)}
+    all_sparse = CommonFlags(dense_layers=0)
+    folders = [
+        ruler(tmp_path / "a", 1024, right, **common),
+        ruler(tmp_path / "b", 2048, right, decode=all_sparse, **common),
+    ]
+    (found,) = leaderboards(read_runs(folders))
+    told = {row.method: [value is not None for value in row.values] for row in found.blocks[128]}
+    assert told == {
+        "full": [True] * 4,  # which has no sparse layers
+        "snapkv": [True, True, False, False],
+        "snapkv-dense_layers=0": [False, False, True, True],
+    }
 
 
 def test_likelihoods_are_the_better_the_lower_and_have_no_part_in_the_mean(tmp_path):

@@ -102,6 +102,33 @@ def test_page(json_command, tmp_path):
     assert methods["retro-w4-b256"]["exposure"][-1] == pytest.approx(1.3)
 
 
+def test_tokens_per_second_are_told_where_sequences_came_and_went(json_command, tmp_path):
+    lines, task = some(scored(2), "full", "quest-b128"), LongGenBench(n=2)
+    folder = a_run(tmp_path / "a", task, lines, batch=2)
+    identity = json.loads((folder / "config.json").read_text())
+    timing = {"batch": 2, "context": 900, "steps_per_second": None}
+    with RunFolder(folder, identity) as other:
+        for tokens, seconds in ((300, 2.0), (100, 3.0)):
+            other.note("timings-0.jsonl", timing | {"method": "full", "tokens": tokens, "seconds": seconds})
+    out = tmp_path / "page.md"
+    (values,) = json_command("report", folder, "--out", out)["runs"]
+    assert values["methods"]["full"]["tokens_per_second"] == 80.0
+    assert values["methods"]["quest-b128"]["tokens_per_second"] is None
+    (row,) = re.findall(r"^\| full .*", out.read_text(), re.MULTILINE)
+    assert row.endswith(" 80.0 |") and "tokens/s" in out.with_suffix(".html").read_text()
+    with RunFolder(folder, identity) as other:  # other sizes of batches are no mean of these
+        other.note("timings-0.jsonl", timing | {"method": "full", "batch": 4, "tokens": 9, "seconds": 1.0})
+    assert read_run(folder).tokens_per_second("full") is None
+
+
+def test_a_report_does_not_depend_on_the_order_in_which_replies_were_finished(tmp_path):
+    lines = scored(4)
+    one = make_page([read_run(a_run(tmp_path / "a" / "x", LongGenBench(n=4), lines))], "page")[0]
+    by_method = sorted(reversed(lines), key=lambda line: METHODS.index(line["method"]))
+    other = make_page([read_run(a_run(tmp_path / "b" / "x", LongGenBench(n=4), by_method))], "page")[0]
+    assert one == other
+
+
 def some(lines, *methods):
     return [line for line in lines if line["method"] in methods]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -68,6 +69,17 @@ def test_a_mesh_and_a_model_that_holds_the_score_give_the_same_results(
     for other in found[1:]:
         assert other["scores"] == found[0]["scores"]
         np.testing.assert_allclose(other["nll"], found[0]["nll"], atol=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["device", "mesh"])
+def test_a_score_lies_where_the_weights_do(folders, tiny_folder, several):
+    model, device = rj.load_model(str(tiny_folder)), jax.devices()[2]
+    params = jax.device_put(model.params, device)
+    if several:  # one device of a mesh
+        params = rj.shard_params(params, model.config, rj.make_mesh(1, 1, [device]))
+    found = rj.load_score(dataclasses.replace(model, params=params), folders[0])
+    assert {tuple(leaf.devices()) for leaf in jax.tree.leaves(found.params)} == {(device,)}
+    assert found.params.layers[0].page_score is not None
 
 
 LEARNED = rj.DecodeConfig(score="learned", score_channels=CHANNELS, page_size=SIZE)

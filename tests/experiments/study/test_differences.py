@@ -127,6 +127,17 @@ def test_differences_are_in_percent_of_the_base():
     assert cells_of(with_bytes[0])[2] == "MB" and cells_of(with_bytes[3])[2] == "2.0"
 
 
+def test_there_is_no_percentage_of_nothing():
+    cells = [a_cell(**{SINK: 0, FORM: 0.5}), a_cell(**{SINK: 1, FORM: 0.5})]
+    form = differences.differences(cells, SINK, FORM, 2.0).splitlines()[3]
+    assert cells_of(form)[1] == "-" and cells_of(form)[2].startswith("-50.")
+    (verdict,) = differences.verdicts(cells, SINK, FORM).splitlines()[2:]
+    worst, best = map(float, cells_of(verdict)[-2:])
+    assert -51 < worst <= best < -49
+    (verdict,) = differences.verdicts(cells[:1], SINK, FORM).splitlines()[2:]
+    assert cells_of(verdict)[-2:] == ["-", "-"]
+
+
 def test_verdicts_count_by_blocks_and_by_texts():
     cell = a_cell(**{SINK: 1, FORM: 0.5, LOWER_HALF: 1.25})
     excess = cell.result(SINK, 1.0).excess + np.array([[0.3], [-0.1]])

@@ -10,10 +10,10 @@ import pytest
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare import comparison
 from retro_jax.experiments.compare.folder import Run
-from retro_jax.experiments.compare.sweep import run_name
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.estimates import estimate
 from retro_jax.experiments.io.estimates import ratio as by_token
+from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.study import data, tables, variants
 from retro_jax.experiments.study.command import Study
 from retro_jax.experiments.study.picture import position_pictures

@@ -1,0 +1,75 @@
+"""What completes a command line in a shell: commands and flags, as tyro tells them, and names that they take.
+
+Names are not choices of the flags themselves, which say in words what is near to a wrong one.
+"""
+
+import ast
+import contextlib
+import io
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+import tyro
+
+PREFIX = "COMPLETION_SPEC = "
+"""Of the line of a script that tells commands and flags, in Python."""
+
+
+def completion(commands: object, shell: str, on_model: Collection[str] = ()) -> str:
+    """Returns the script for a shell.
+
+    Args:
+      commands: all of them as one type that tyro reads.
+      shell: that tyro knows.
+      on_model: words of those whose argument is a model.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            tyro.cli(commands, prog="retro-jax", args=["--tyro-print-completion", shell])
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    names, lines = _names(on_model), printed.getvalue().splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith(PREFIX):
+            told = line.removeprefix(PREFIX)
+            if shell == "fish":  # within its quotes
+                told = re.sub(r"\\([\\\"$])", r"\1", told)
+            told = repr(_named(ast.literal_eval(told), names))
+            if shell == "fish":
+                told = re.sub(r"([\\\"$])", r"\\\1", told)
+            lines[number] = PREFIX + told
+    return "\n".join(lines)
+
+
+def _names(on_model: Collection[str]) -> Mapping[str, Mapping[str, Sequence[str]]]:
+    """By the word of a command, the names that its flags take, and its argument (""); by "" those of all."""
+    from retro_jax.methods import METHODS
+    from retro_jax.models.presets import SIZES, WHEELS
+    from retro_jax.presets import PRESETS
+    from retro_jax.selectors import SELECTORS
+
+    models = [*WHEELS, *(f"random:{size}" for size in SIZES)]
+    methods, scores, presets = list(METHODS), list(SELECTORS), list(PRESETS)
+    found = {word: {"": models} for word in on_model}
+    beside = [name for name, method in METHODS.items() if not method.dense and not method.scored]
+    found["compare"] = found.get("compare", {}) | {"--methods": beside}  # others run there anyway
+    found[""] = {"--method": methods, "--methods": methods, "--score": scores, "--scores": scores}
+    found[""]["--presets"] = presets
+    return found
+
+
+def _named(spec: dict, names: Mapping[str, Mapping[str, Sequence[str]]], command: str = "") -> dict:
+    """A command's options and those of the commands under it, with names where they take some."""
+    here = {**names[""], **names.get(command, {})}
+    options = []
+    for option in spec["options"]:
+        # Candidates are lines, so that an explanation of two lines would give a second one.
+        option = option | {"description": " ".join(option["description"].split())}
+        if (flag := option["flags"][0]) in here:
+            option |= {"type": "choice", "choices": here[flag]}
+        options.append(option)
+    options += [{"flags": [name], "description": "a model", "type": "flag"} for name in here.get("", ())]
+    under = {word: _named(other, names, word) for word, other in spec["subcommands"].items()}
+    return spec | {"options": options, "subcommands": under}
