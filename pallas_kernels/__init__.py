@@ -60,7 +60,7 @@ from pallas_kernels.statistics import (
     Statistics,
     register_statistic,
 )
-from pallas_kernels.update import refresh_statistics, update_pages
+from pallas_kernels.update import refresh_statistics, update_from_product, update_pages
 
 __all__ = [
     "CODES",
@@ -105,6 +105,7 @@ __all__ = [
     "select_pages",
     "selected_mass",
     "settle_blocks",
+    "update_from_product",
     "update_pages",
     "update_ring",
     "vector_bytes",

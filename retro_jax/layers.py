@@ -24,12 +24,12 @@ from pallas_kernels import (
     merge,
     merge_sinks,
     settle_blocks,
-    update_pages,
 )
 from retro_jax.budget import budget_pages, rules_of
 from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
-from retro_jax.learned import learned_queries, learned_score, refresh_summaries
+from retro_jax.heads import write_heads
+from retro_jax.learned import learned_queries, learned_score
 from retro_jax.mlp import mlp
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
@@ -124,8 +124,7 @@ def dense_layer(
     the operations on pages. The last result is what `mlp` says of experts.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    q, k, v = transformer.qkv(layer, model, kind, x, positions)
-    cache = _written(layer, model, kind, config, cache, k, v, start, valid, implementation)
+    q, cache = write_heads(layer, model, kind, config, cache, x, positions, start, valid, implementation)
     pages = cache.pages
     if cache.block_values is not None:
         # Also of the tokens that were in the window before these, which empty it.
@@ -188,10 +187,9 @@ def sparse_layer(
       `mlp` says of experts.
     """
     positions = slots.positions
-    q, k, v = transformer.qkv(layer, model, kind, x, positions)
-
     # Overwrite the stale keys and values of past queries; append the newest.
-    cache = _written(layer, model, kind, config, cache, k, v, slots.start, write, config.implementation)
+    tokens = x, positions, slots.start, write
+    q, cache = write_heads(layer, model, kind, config, cache, *tokens, config.implementation)
     if below is not None:
         # What to read is known before: XLA would write on the way, and keep a copy of the pages for it.
         cache = cache.replace(pages=lax.optimization_barrier(cache.pages))
@@ -249,36 +247,6 @@ def sparse_layer(
     cache = cache.replace(last_loaded=last_loaded, outputs=OutputCache(*outputs), kept=kept)
     seen = watch and watch(_rules(model, kind, config, cache), cache, query, Window(q, attention))
     return x, cache, selection, attending, seen, experts
-
-
-def _written(
-    layer: LayerParams,
-    model: ModelConfig,
-    kind: LayerKind,
-    config: DecodeConfig,
-    cache: LayerState,
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
-    start: Int[Array, " B"],
-    write: Bool[Array, "B T"],
-    implementation: str | None,
-) -> LayerState:
-    """The layer's state with keys and values written, and its page statistics, which follow."""
-    score = None if cache.statistics is None else learned_score(layer, config)
-    pages, statistics = update_pages(
-        cache.pages,
-        None if score else cache.statistics,
-        k,
-        v,
-        start,
-        write,
-        implementation=implementation,
-    )
-    if score:
-        statistics = refresh_summaries(
-            score, model, kind, cache.statistics, pages, start, write, implementation=implementation
-        )
-    return cache.replace(pages=pages, statistics=statistics)
 
 
 def _rules(model: ModelConfig, kind: LayerKind, config: DecodeConfig, cache: LayerState) -> Rules:

@@ -23,6 +23,7 @@ from tests.pallas_kernels.equality import (
     FUSED,
     SCORED,
     assert_close,
+    assert_same_heads,
     assert_same_selection,
     assert_same_update,
 )
@@ -31,6 +32,7 @@ from tests.pallas_kernels.inputs import (
     dtype_beside,
     pages_as,
     random_cache,
+    random_product,
     random_retro_inputs,
     random_statistics,
     random_update,
@@ -276,6 +278,23 @@ def test_update_equals_the_reference(tokens, page_size, dim, kind, dtype):
     inputs = random_update(rng, lengths, tokens, page_size, 2, dim, kind, dtype)
     inputs[5] = inputs[5].at[3].set(False)
     assert_same_update(run(update.update_pages, *inputs), inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "page_size", "group", "dim", "kind", "dtype", "made"),
+    [
+        (4, 16, 2, 64, "min_max", jnp.bfloat16, ("rope",)),
+        (1, 8, 3, 128, None, jnp.bfloat16, ("rope", "norms", "scale")),
+        (3, 16, 1, 64, "mean_key_int8", jnp.int8, ("rope", "bias")),
+        (2, 16, 2, 64, "mean_key", jnp.bfloat16, ()),
+    ],
+)
+def test_update_from_a_product_equals_the_reference(tokens, page_size, group, dim, kind, dtype, made):
+    rng = np.random.default_rng(tokens)
+    lengths = [5 * page_size + 3, 2, page_size + 1]
+    inputs, options = random_product(rng, lengths, tokens, page_size, group, dim, kind, dtype, made)
+    inputs[-1] = inputs[-1].at[2].set(False)
+    assert_same_heads(run(update.update_from_product, *inputs, **options), inputs, options)
 
 
 def bfloat16(*shape):
