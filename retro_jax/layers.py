@@ -182,9 +182,9 @@ def sparse_layer(
       watch: an analysis; None: none.
 
     Returns:
-      The corrected hidden states, the new state, the pages that were loaded, what `newly_attending` says of
-      them (None without older slots: the newest attends to all of them), what `watch` returned, and what
-      `mlp` says of experts.
+      The corrected hidden states, the new state, the pages that were loaded, the positions from which on
+      queries newly attend to them (see `attend_window`; None without older slots), what `watch` returned, and
+      what `mlp` says of experts.
     """
     positions = slots.positions
     # Overwrite the stale keys and values of past queries; append the newest.
@@ -201,19 +201,14 @@ def sparse_layer(
     query = Query(newest, positions[:, -1], slots.budgets, index, scored, layer.sinks)
     selection, kept = choose(config, _rules(model, kind, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
-    attending, last_loaded = None, cache.last_loaded
-    if positions.shape[1] > 1:
-        attending = newly_attending(page_ids, counts, last_loaded, config.page_size)
-        # That was read before attention overwrites it: else XLA would keep a copy.
-        attending, last_loaded = lax.optimization_barrier((attending, last_loaded))
     # Outputs that nothing else is done with have the digits that the projection takes.
     final = layer.sinks is None and not config.residual_pages and watch is None
-    o, lse, last_loaded, *outputs = attend_window(
+    o, lse, last_loaded, *outputs, attending = attend_window(
         q,
         pages,
         page_ids,
         counts,
-        last_loaded,
+        cache.last_loaded,
         positions,
         cache.outputs.o,
         cache.outputs.lse,
@@ -274,19 +269,3 @@ def settle(
             implementation=config.implementation,
         )
     )
-
-
-def newly_attending(
-    page_ids: Int[Array, "B K C"],
-    counts: Int[Array, "B K"],
-    last_loaded: Int[Array, "B K P"],
-    page_size: int,
-) -> Int[Array, "B K C"]:
-    """The position from which on queries attend to each selected page and have not before; else the largest.
-
-    Those are the positions after the step that loaded the page last, within the page or behind it.
-    """
-    selected = jnp.arange(page_ids.shape[-1]) < counts[..., None]
-    unseen = jnp.take_along_axis(last_loaded, page_ids, axis=2) + 1
-    first = jnp.maximum(unseen, page_ids * page_size)
-    return jnp.where(selected, first, jnp.iinfo(jnp.int32).max)

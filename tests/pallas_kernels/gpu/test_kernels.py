@@ -120,11 +120,14 @@ def test_a_window_moves_the_output_cache_of_active_sequences_on(window, group, d
     got = run(attention.attend_window, *inputs, dtype=dtype, blocks=Blocks(2, 2, 2))
     expected = jax.jit(functools.partial(attention_reference.attend_window, dtype=dtype))(*inputs)
     assert [(array.shape, array.dtype) for array in got] == [(array.shape, array.dtype) for array in expected]
-    for array, wanted, tolerance in zip(got, expected, (5e-3, 1e-3, 0.0, 5e-3, 1e-3), strict=True):
+    for array, wanted, tolerance in zip(got, expected, (5e-3, 1e-3, 0.0, 5e-3, 1e-3, 0.0), strict=True):
         if tolerance:
             assert_close(array, wanted, tolerance)
     for array, wanted in ((got[2], expected[2]), (got[3][1], inputs[6][1]), (got[4][1], inputs[7][1])):
         np.testing.assert_array_equal(array, wanted)
+    selected = np.arange(inputs[2].shape[2]) < np.asarray(inputs[3])[..., None]
+    assert selected.any()
+    np.testing.assert_array_equal(np.asarray(got[5])[selected], np.asarray(expected[5])[selected])
 
 
 def test_retro_attention_without_any_page_keeps_the_cached_output():
