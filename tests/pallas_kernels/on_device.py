@@ -348,7 +348,7 @@ def check(configuration, cases):
         got, again, expected = kernel(*inputs), kernel(*inputs), reference(*inputs)
         error, equal = configuration.errors(inputs, got, expected)
         worst, exact = max(worst, error), exact and equal
-        # What lies beyond the counts is as it was: all that is selected, what is said last of a window's pages.
+        # What lies beyond the counts is as it was: of a selection, and of what is said of a window's pages.
         if not isinstance(configuration, Select):
             results = [x[:5] if isinstance(configuration, Window) else x for x in (got, again)]
             pairs = zip(*map(jax.tree.leaves, results), strict=True)
