@@ -46,6 +46,7 @@ from pallas_kernels.sliding import (
     chunk_attention,
     read_ring,
     restore_ring,
+    ring_places,
     update_ring,
     window_attention,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "register_statistic",
     "restore_ring",
     "retro_attention",
+    "ring_places",
     "select_pages",
     "selected_mass",
     "settle_blocks",

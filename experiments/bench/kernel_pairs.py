@@ -32,7 +32,6 @@ from pallas_kernels import (
     retro_attention,
     select_pages,
     settle_blocks,
-    update_from_product,
     update_pages,
     update_ring,
     window_attention,
@@ -137,11 +136,6 @@ def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
         k = v = shape(B, tokens, K, D)
         learned = config.score == LEARNED
         fused = kept is not None and not learned and STATISTICS[kept.kind].fused_by(kernels)
-        if kernels == "mosaic_gpu" and not learned:
-            product, cos = shape(B, tokens, N * D + 2 * K * D), shape(B, tokens, D // 2, dtype="float32")
-            heads = product, None, None, None, cos, cos, *write
-            sizes = {"part_heads": K, "norm_eps": model.norm_eps, "q_scale": 1.0}
-            yield "update", _call(update_from_product, layer.pages, kept if fused else None, *heads, **sizes)
         yield "update", _call(update_pages, layer.pages, kept if fused else None, k, v, *write)
         if kept is not None and not fused:
             name = "summaries" if learned else "update"

@@ -9,7 +9,7 @@ import pytest
 
 import retro_jax as rj
 from pallas_kernels.update import api as update
-from retro_jax.heads import write_heads
+from retro_jax.heads import write_heads, write_ring_heads
 from retro_jax.models import LayerKind, ModelConfig, Rope, random_params
 
 MODEL = ModelConfig(
@@ -25,6 +25,20 @@ MODEL = ModelConfig(
 )
 NO_NORM = {"norm_eps": 0.0, "q_scale": 1.0}
 NORMED = {"qkv_bias": True, "qk_norm": True}
+
+
+def with_kernel(monkeypatch):
+    """Makes believe that a GPU is there, whose kernel the reference stands in for; the list of its calls."""
+    calls = []
+
+    def kernel(*arrays, **options):
+        calls.append(options)
+        return update.reference.update_from_product(*arrays, **options)
+
+    monkeypatch.setattr(update.mosaic_gpu, "update_from_product", kernel)
+    monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -47,24 +61,36 @@ def test_heads_of_the_product_are_those_of_the_model(monkeypatch, fields, kind, 
     start, write = jnp.array([-1, 13]), jnp.array([[False, True, True], [True, True, True]])
     positions = jnp.where(write, start[:, None] + jnp.arange(3), -1)
     x = jax.random.normal(jax.random.key(1), (2, 3, model.width))
-    calls = []
-
-    def kernel(*arrays, **options):
-        calls.append(options)
-        return update.reference.update_from_product(*arrays, **options)
 
     def heads():
         arguments = state.layers[0], x, positions, start, write, None
         return jax.jit(lambda: write_heads(layer, model, kind, config, *arguments))()
 
     expected = heads()
-    monkeypatch.setattr(update.mosaic_gpu, "update_from_product", kernel)
-    monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    calls = with_kernel(monkeypatch)
     got = heads()
     assert len(calls) == taken
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for array, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", (1, 3))
+def test_heads_of_the_product_are_written_around_the_end_of_a_ring(monkeypatch, tokens):
+    (layer,), (kind,) = random_params(MODEL, jax.random.key(0)).layers, MODEL.layers
+    pages = jnp.zeros((2, 4, 2, 2, 8, 16))
+    start, write = jnp.array([21, 3]), jnp.ones((2, tokens), bool)
+    x = jax.random.normal(jax.random.key(1), (2, tokens, MODEL.width))
+    arguments = 11, pages, x, start[:, None] + jnp.arange(tokens), start, write, None
+
+    def heads():
+        return jax.jit(lambda: write_ring_heads(layer, MODEL, kind, *arguments))()
+
+    expected = heads()
+    calls = with_kernel(monkeypatch)
+    got = heads()
+    assert len(calls) == (2 if tokens > 1 else 1)  # one of them from the first place on
+    for array, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(array, wanted, atol=1e-6)
 
 
