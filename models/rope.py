@@ -82,9 +82,24 @@ def apply_rope(
         rope: of the layer.
         max_positions: that the model is good for.
     """
-    frequencies, attention_factor = rope_frequencies(rope, x.shape[-1], max_positions)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return rotate(x, jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor)
+    cos, sin = rotation(positions, rope, x.shape[-1], max_positions)
+    return rotate(x, cos[..., None, :], sin[..., None, :])
+
+
+def rotation(
+    positions: Int[Array, "B T"], rope: Rope, head_dim: int, max_positions: int
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosines and sines of the angles by which pairs of channels are turned, times the attention factor.
+
+    Args:
+        positions: of the tokens.
+        rope: of the layer.
+        head_dim: D.
+        max_positions: that the model is good for.
+    """
+    frequencies, attention_factor = rope_frequencies(rope, head_dim, max_positions)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
 def rotate(

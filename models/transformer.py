@@ -120,21 +120,43 @@ def qkv(
 
     Queries carry the layer's scale, so that every attention multiplies its scores by D ** -0.5 alone.
     """
-    joined = product(_normed(x, layer.attn_norm, config), layer.wqkv)
+    return split_heads(layer, config, kind, joined_heads(layer, config, x), positions)
+
+
+def joined_heads(
+    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]
+) -> Float[Array, "B T QKV"]:
+    """Queries, keys and values as one product of the normed residual stream, without their biases."""
+    return product(_normed(x, layer.attn_norm, config), layer.wqkv)
+
+
+def split_heads(
+    layer: LayerParams,
+    config: ModelConfig,
+    kind: LayerKind,
+    joined: Float[Array, "B T QKV"],
+    positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+    """What `qkv` makes of the product of `joined_heads`."""
     if layer.bqkv is not None:
         joined = joined + layer.bqkv
     widths = joined_fields(config)["wqkv"].values()
     q, k, v = split_columns(joined, [*widths], config.parts)
     if config.joint_qk_norm:
         q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
-    q, k, v = (columns.reshape(*x.shape[:2], -1, config.head_dim) for columns in (q, k, v))
+    q, k, v = (columns.reshape(*joined.shape[:2], -1, config.head_dim) for columns in (q, k, v))
     if not config.joint_qk_norm:
         q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
     if kind.scale is not None:
-        q = (q.astype(jnp.float32) * (kind.scale * config.head_dim**0.5)).astype(q.dtype)
+        q = (q.astype(jnp.float32) * query_scale(config, kind)).astype(q.dtype)
     if kind.rope is not None:
         q, k = (apply_rope(heads, positions, kind.rope, config.max_positions) for heads in (q, k))
     return q, k, v
+
+
+def query_scale(config: ModelConfig, kind: LayerKind) -> float:
+    """What queries are multiplied by, beyond the D ** -0.5 of every attention."""
+    return 1.0 if kind.scale is None else kind.scale * config.head_dim**0.5
 
 
 @jax.named_scope("attention_output")

@@ -46,6 +46,7 @@ from pallas_kernels.sliding import (
     chunk_attention,
     read_ring,
     restore_ring,
+    ring_places,
     update_ring,
     window_attention,
 )
@@ -60,7 +61,7 @@ from pallas_kernels.statistics import (
     Statistics,
     register_statistic,
 )
-from pallas_kernels.update import refresh_statistics, update_pages
+from pallas_kernels.update import refresh_statistics, update_from_product, update_pages
 
 __all__ = [
     "CODES",
@@ -102,9 +103,11 @@ __all__ = [
     "register_statistic",
     "restore_ring",
     "retro_attention",
+    "ring_places",
     "select_pages",
     "selected_mass",
     "settle_blocks",
+    "update_from_product",
     "update_pages",
     "update_ring",
     "vector_bytes",

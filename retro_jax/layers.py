@@ -24,12 +24,12 @@ from pallas_kernels import (
     merge,
     merge_sinks,
     settle_blocks,
-    update_pages,
 )
 from retro_jax.budget import budget_pages, rules_of
 from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
-from retro_jax.learned import learned_queries, learned_score, refresh_summaries
+from retro_jax.heads import write_heads
+from retro_jax.learned import learned_queries, learned_score
 from retro_jax.mlp import mlp
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
@@ -124,8 +124,7 @@ def dense_layer(
     the operations on pages. The last result is what `mlp` says of experts.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    q, k, v = transformer.qkv(layer, model, kind, x, positions)
-    cache = _written(layer, model, kind, config, cache, k, v, start, valid, implementation)
+    q, cache = write_heads(layer, model, kind, config, cache, x, positions, start, valid, implementation)
     pages = cache.pages
     if cache.block_values is not None:
         # Also of the tokens that were in the window before these, which empty it.
@@ -183,15 +182,14 @@ def sparse_layer(
       watch: an analysis; None: none.
 
     Returns:
-      The corrected hidden states, the new state, the pages that were loaded, what `newly_attending` says of
-      them (None without older slots: the newest attends to all of them), what `watch` returned, and what
-      `mlp` says of experts.
+      The corrected hidden states, the new state, the pages that were loaded, the positions from which on
+      queries newly attend to them (see `attend_window`; None without older slots), what `watch` returned, and
+      what `mlp` says of experts.
     """
     positions = slots.positions
-    q, k, v = transformer.qkv(layer, model, kind, x, positions)
-
     # Overwrite the stale keys and values of past queries; append the newest.
-    cache = _written(layer, model, kind, config, cache, k, v, slots.start, write, config.implementation)
+    tokens = x, positions, slots.start, write
+    q, cache = write_heads(layer, model, kind, config, cache, *tokens, config.implementation)
     if below is not None:
         # What to read is known before: XLA would write on the way, and keep a copy of the pages for it.
         cache = cache.replace(pages=lax.optimization_barrier(cache.pages))
@@ -203,19 +201,14 @@ def sparse_layer(
     query = Query(newest, positions[:, -1], slots.budgets, index, scored, layer.sinks)
     selection, kept = choose(config, _rules(model, kind, config, cache), cache, query, below)
     page_ids, counts = selection.page_ids, selection.counts
-    attending, last_loaded = None, cache.last_loaded
-    if positions.shape[1] > 1:
-        attending = newly_attending(page_ids, counts, last_loaded, config.page_size)
-        # That was read before attention overwrites it: else XLA would keep a copy.
-        attending, last_loaded = lax.optimization_barrier((attending, last_loaded))
     # Outputs that nothing else is done with have the digits that the projection takes.
     final = layer.sinks is None and not config.residual_pages and watch is None
-    o, lse, last_loaded, *outputs = attend_window(
+    o, lse, last_loaded, *outputs, attending = attend_window(
         q,
         pages,
         page_ids,
         counts,
-        last_loaded,
+        cache.last_loaded,
         positions,
         cache.outputs.o,
         cache.outputs.lse,
@@ -251,36 +244,6 @@ def sparse_layer(
     return x, cache, selection, attending, seen, experts
 
 
-def _written(
-    layer: LayerParams,
-    model: ModelConfig,
-    kind: LayerKind,
-    config: DecodeConfig,
-    cache: LayerState,
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
-    start: Int[Array, " B"],
-    write: Bool[Array, "B T"],
-    implementation: str | None,
-) -> LayerState:
-    """The layer's state with keys and values written, and its page statistics, which follow."""
-    score = None if cache.statistics is None else learned_score(layer, config)
-    pages, statistics = update_pages(
-        cache.pages,
-        None if score else cache.statistics,
-        k,
-        v,
-        start,
-        write,
-        implementation=implementation,
-    )
-    if score:
-        statistics = refresh_summaries(
-            score, model, kind, cache.statistics, pages, start, write, implementation=implementation
-        )
-    return cache.replace(pages=pages, statistics=statistics)
-
-
 def _rules(model: ModelConfig, kind: LayerKind, config: DecodeConfig, cache: LayerState) -> Rules:
     rules = rules_of(config, cache.pages.shape[2], model.head_dim, jnp.dtype(model.dtype).itemsize)
     return replace(rules, rope=kind.rope, max_positions=model.max_positions)
@@ -306,19 +269,3 @@ def settle(
             implementation=config.implementation,
         )
     )
-
-
-def newly_attending(
-    page_ids: Int[Array, "B K C"],
-    counts: Int[Array, "B K"],
-    last_loaded: Int[Array, "B K P"],
-    page_size: int,
-) -> Int[Array, "B K C"]:
-    """The position from which on queries attend to each selected page and have not before; else the largest.
-
-    Those are the positions after the step that loaded the page last, within the page or behind it.
-    """
-    selected = jnp.arange(page_ids.shape[-1]) < counts[..., None]
-    unseen = jnp.take_along_axis(last_loaded, page_ids, axis=2) + 1
-    first = jnp.maximum(unseen, page_ids * page_size)
-    return jnp.where(selected, first, jnp.iinfo(jnp.int32).max)

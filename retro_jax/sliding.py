@@ -17,6 +17,7 @@ from pallas_kernels import (
 from pallas_kernels.sliding.api import Tokens
 from retro_jax.cache import LayerState
 from retro_jax.config import DecodeConfig
+from retro_jax.heads import write_ring_heads
 from retro_jax.mlp import mlp
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
@@ -56,9 +57,9 @@ def sliding_layer(
       The hidden states, the new state, and what `mlp` says of experts.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    q, k, v = transformer.qkv(layer, model, kind, x, positions)
+    tokens = x, positions, start, write
+    q, pages = write_ring_heads(layer, model, kind, ring, cache.pages, *tokens, implementation)
     sizes = {"ring": ring, "implementation": implementation}
-    pages = update_ring(cache.pages, k, v, start, write, **sizes)
     o = window_attention(q, pages, positions, layer.sinks, window=kind.window, **sizes)
     x = transformer.attention_output(layer, model, x, o)
     x, experts = mlp(layer, model, x, valid, implementation)

@@ -24,7 +24,7 @@ from retro_jax.sliding import sliding_layer
 from retro_jax.state import DecodeState
 
 Load = tuple[Selection, Int[Array, "B K C"] | None, int]
-"""What a sparse layer loaded, `newly_attending` of it, and the layer's window."""
+"""What a sparse layer loaded, from which positions on queries newly attend to it, and the layer's window."""
 
 
 @under_fixed_settings
@@ -191,8 +191,11 @@ def _pages_attended(positions: Int[Array, "B W"], loads: list[Load]) -> Float[Ar
     newest = jnp.where(positions[:, -1:] >= 0, sum(selection.counts for selection, _, _ in loads), 0)
     older = jnp.zeros((*newest.shape, W - 1), jnp.int32)
     for window in {window for *_, window in loads if window > 1}:
-        first = jnp.concatenate([first for _, first, other in loads if other == window], axis=2)
+        alike = [(selection.counts, first) for selection, first, other in loads if other == window]
+        first = jnp.concatenate([first for _, first in alike], axis=2)
+        selected = [jnp.arange(first.shape[2]) < counts[..., None] for counts, first in alike]
         newly = first[:, :, None] <= positions[:, None, -window:-1, None]
+        newly &= jnp.concatenate(selected, axis=2)[:, :, None]
         counts = jnp.sum(newly, axis=-1, dtype=jnp.int32)
         older += jnp.pad(counts, ((0, 0), (0, 0), (W - window, 0)))
     return jnp.mean(jnp.concatenate([older, newest[..., None]], axis=-1), axis=1, dtype=jnp.float32)

@@ -96,6 +96,7 @@ def attend_window(
     Int[Array, "B K P"],
     Float[Array, "B older N D"],
     Float[Array, "B older N"],
+    Int[Array, "B K C"] | None,
 ]:
     """`retro_attention` as a decode step takes it: it also moves the output cache on by one token.
 
@@ -114,7 +115,9 @@ def attend_window(
 
     Returns:
       o, in `dtype`, lse and last_loaded of `retro_attention`; then the output cache of the next step, in
-      float32: outputs and log-sum-exp of all slots but the oldest.
+      float32: outputs and log-sum-exp of all slots but the oldest; then of each selected page the position
+      from which on queries attend to it and have not before (beyond `counts` anything; None without older
+      slots, as the newest query attends to all).
 
     Raises:
       ValueError: heads or slots do not fit together.
@@ -125,10 +128,10 @@ def attend_window(
         "mosaic_gpu": mosaic_gpu.attend_window,
         "mosaic_tpu": mosaic_tpu.attend_window,
     }
-    results, kept = by_sequence(2, 2, 1, 2, 2), ()
+    results, kept = by_sequence(2, 2, 1, 2, 2, 1), ()
     if q.shape[1] == 1:  # XLA crashes on results without elements that are spread over GPUs
-        candidates = {name: _without_cache(attend) for name, attend in candidates.items()}
-        results, kept = results[:3], (cached_o, cached_lse)
+        candidates = {name: functools.partial(_of_newest, attend) for name, attend in candidates.items()}
+        results, kept = results[:3], (cached_o, cached_lse, None)
     found = dispatch(
         "attend_window",
         implementation,
@@ -148,14 +151,9 @@ def attend_window(
     return *found, *kept
 
 
-def _without_cache(attend: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """`attend_window` without the output cache among its results."""
-
-    @functools.wraps(attend)
-    def without(*arrays, **options):
-        return attend(*arrays, **options)[:3]
-
-    return without
+def _of_newest(attend: Callable[..., tuple[Array, ...]], *arrays: Any, **options: Any) -> tuple[Array, ...]:
+    """`attend_window` without what it returns of older slots."""
+    return attend(*arrays, **options)[:3]
 
 
 def _check_window(q: Float[Array, "B W N D"], pages: Pages, cached_o: Float[Array, "B older N D"]) -> None:

@@ -150,12 +150,26 @@ def attend_window(
     Int[Array, "B K P"],
     Float[Array, "B older N D"],
     Float[Array, "B older N"],
+    Int[Array, "B K C"],
 ]:
     """See `pallas_kernels.attention.api.attend_window`; `attention` is what computes `retro_attention`."""
+    first = first_attending(page_ids, last_loaded, pages.shape[4])
+    # That was read before attention overwrites it: else XLA would keep a copy.
+    first, last_loaded = lax.optimization_barrier((first, last_loaded))
     o, lse, last_loaded = attention(q, pages, page_ids, counts, last_loaded, positions, cached_o, cached_lse)
     cached_o = jnp.where(active[:, None, None, None], o[:, 1:], cached_o)
     cached_lse = jnp.where(active[:, None, None], lse[:, 1:], cached_lse)
-    return o.astype(dtype), lse, last_loaded, cached_o, cached_lse
+    return o.astype(dtype), lse, last_loaded, cached_o, cached_lse, first
+
+
+def first_attending(
+    page_ids: Int[Array, "B K C"], last_loaded: Int[Array, "B K P"], page_size: int
+) -> Int[Array, "B K C"]:
+    """The position from which on queries attend to each of these pages and have not before.
+
+    Those are the positions after the step that loaded the page last, within the page or behind it.
+    """
+    return jnp.maximum(jnp.take_along_axis(last_loaded, page_ids, axis=2) + 1, page_ids * page_size)
 
 
 def dense_attention(

@@ -9,8 +9,16 @@ from pallas_kernels.sliding.api import (
     chunk_attention,
     read_ring,
     restore_ring,
+    ring_places,
     update_ring,
     window_attention,
 )
 
-__all__ = ["chunk_attention", "read_ring", "restore_ring", "update_ring", "window_attention"]
+__all__ = [
+    "chunk_attention",
+    "read_ring",
+    "restore_ring",
+    "ring_places",
+    "update_ring",
+    "window_attention",
+]

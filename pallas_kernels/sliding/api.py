@@ -144,15 +144,23 @@ def update_ring(
         rows, T = first[:, None] + jnp.arange(ring), ring
         k, v = (jnp.take_along_axis(tokens, rows[..., None, None], axis=1) for tokens in (k, v))
         start, write = start + first, jnp.take_along_axis(write, rows, axis=1)
-    place = start % ring
-    # Up to the last place of the ring, and from its first one on.
-    ahead = place[:, None] + jnp.arange(T) < ring
-    pages, _ = update_pages(pages, None, k, v, place, write & ahead, implementation=implementation)
-    if T > 1:
-        pages, _ = update_pages(
-            pages, None, k, v, place - ring, write & ~ahead, implementation=implementation
-        )
+    for place, some in ring_places(start, write, ring):
+        pages, _ = update_pages(pages, None, k, v, place, some, implementation=implementation)
     return pages
+
+
+def ring_places(
+    start: Int[Array, " B"], write: Bool[Array, "B T"], ring: int
+) -> list[tuple[Int[Array, " B"], Bool[Array, "B T"]]]:
+    """Places of T consecutive positions, `ring` at most: the first one's, and which to write from there.
+
+    Once up to the last place of the ring and once from its first one on; that place then is negative.
+    """
+    T, place = write.shape[1], start % ring
+    if T == 1:
+        return [(place, write)]
+    ahead = place[:, None] + jnp.arange(T) < ring
+    return [(place, write & ahead), (place - ring, write & ~ahead)]
 
 
 def read_ring(pages: Pages, start: Int[Array, " B"], count: int, *, ring: int) -> Tokens:

@@ -1,8 +1,11 @@
 """Public functions of the page update."""
 
+import functools
+
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import by_sequence, dispatch, kernels_of_device
+from pallas_kernels.dispatch import BY_HEAD, by_sequence, dispatch, kernels_of_device
 from pallas_kernels.pages import Pages, check_pages
 from pallas_kernels.statistics import Statistics, statistic_of
 from pallas_kernels.update import reference
@@ -66,6 +69,93 @@ def update_pages(
         start,
         write,
     )
+
+
+def update_from_product(
+    pages: Pages,
+    statistics: Statistics | None,
+    product: Float[Array, "B T QKV"],
+    bias: Float[Array, " QKV"] | None,
+    q_norm: Float[Array, " D"] | None,
+    k_norm: Float[Array, " D"] | None,
+    cos: Float[Array, "B T half"] | None,
+    sin: Float[Array, "B T half"] | None,
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    *,
+    part_heads: int,
+    norm_eps: float,
+    q_scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N D"], Pages, Statistics | None]:
+    """`update_pages` of the keys and values in a joined product, and the queries in it.
+
+    A kernel rounds only what it returns and writes; the reference also what lies between bias, norm, scale
+    and rotary embedding.
+
+    Args:
+      pages: see `update_pages`, as `statistics`, `start` and `write`.
+      statistics: page statistics of the layer.
+      product: of T tokens' hidden states with the matrix in which those of queries, keys and values lie
+        joined in parts: each has the queries of `part_heads` KV heads, their keys, then their values.
+      bias: that is added to it; None: there is none.
+      q_norm: the weight of the root-mean-square norm of each query; None: they are not normed.
+      k_norm: that of keys.
+      cos: cosines of each token's angles, times what else scales them, by which the first 2 * half channels
+        of queries and keys are rotated, in the half-split layout; None: none are.
+      sin: and sines.
+      start: position of the first of the T tokens.
+      write: which of them to write.
+      part_heads: KV heads of a part.
+      norm_eps: of the norms.
+      q_scale: by which queries are multiplied.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      The queries, in the product's dtype, and the new pages and statistics.
+
+    Raises:
+      TypeError: as for `update_pages`.
+      ValueError: likewise; or the product's columns are not those of such heads.
+    """
+    check_pages(pages)
+    K, D = pages.shape[1], pages.shape[-1]
+    columns = product.shape[2]
+    if K % part_heads or columns % (K * D) or columns < 3 * K * D:
+        raise ValueError(
+            f"a product of {columns} columns in parts of {part_heads} KV heads is not that of {K} KV heads "
+            f"with head_dim {D}; it needs a multiple of {K * D} columns, {3 * K * D} or more, and equal parts"
+        )
+    kernels = implementation or kernels_of_device()
+    fused = statistics is None or statistic_of(statistics).fused_by(kernels)
+    sizes = {"part_heads": part_heads, "norm_eps": norm_eps, "q_scale": q_scale}
+    update = functools.partial(update_pages, implementation=implementation)
+    q, pages, fresh = dispatch(
+        "update_from_product",
+        implementation,
+        {
+            "xla": functools.partial(reference.update_from_product, update=update),
+            "mosaic_gpu": mosaic_gpu.update_from_product,
+        },
+        (
+            (*by_sequence(1, 1, 2), BY_HEAD, P(), P(), *by_sequence(None, None, None, None)),
+            by_sequence(2, 1, 1),
+        ),
+        pages,
+        statistics if fused else None,
+        product,
+        bias,
+        q_norm,
+        k_norm,
+        cos,
+        sin,
+        start,
+        write,
+        **sizes,
+    )
+    if not fused:
+        fresh = refresh_statistics(statistics, pages, start, write, implementation=implementation)
+    return q, pages, fresh
 
 
 def refresh_statistics(

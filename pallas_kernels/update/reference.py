@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.layout import KEYS
@@ -40,6 +41,55 @@ def update_pages(
     if statistics is not None:
         statistics = refresh_statistics(statistics, pages, start, write)
     return pages, statistics
+
+
+def update_from_product(
+    pages: Pages,
+    statistics: Statistics | None,
+    product: Float[Array, "B T QKV"],
+    bias: Float[Array, " QKV"] | None,
+    q_norm: Float[Array, " D"] | None,
+    k_norm: Float[Array, " D"] | None,
+    cos: Float[Array, "B T half"] | None,
+    sin: Float[Array, "B T half"] | None,
+    start: Int[Array, " B"],
+    write: Bool[Array, "B T"],
+    *,
+    part_heads: int,
+    norm_eps: float,
+    q_scale: float,
+    update: Callable[..., tuple[Pages, Statistics | None]] = update_pages,
+) -> tuple[Float[Array, "B T N D"], Pages, Statistics | None]:
+    """See `pallas_kernels.update.api.update_from_product`; `update` is what computes `update_pages`."""
+    B, T, _ = product.shape
+    K, D = pages.shape[1], pages.shape[-1]
+    if bias is not None:
+        product = product + bias
+    by_part = product.reshape(B, T, K // part_heads, -1, D)
+    q, k, v = (
+        heads.reshape(B, T, -1, D) for heads in jnp.split(by_part, (-2 * part_heads, -part_heads), axis=3)
+    )
+    q, k = (_normed(heads, weight, norm_eps) for heads, weight in ((q, q_norm), (k, k_norm)))
+    if q_scale != 1:
+        q = (q.astype(jnp.float32) * q_scale).astype(q.dtype)
+    if cos is not None:
+        q, k = (_rotated(heads, cos[:, :, None], sin[:, :, None]) for heads in (q, k))
+    return q, *update(pages, statistics, k, v, start, write)
+
+
+def _normed(heads, weight, eps):
+    if weight is None:
+        return heads
+    numbers = heads.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(numbers * numbers, axis=-1, keepdims=True) + eps)
+    return (numbers * scale * weight.astype(jnp.float32)).astype(heads.dtype)
+
+
+def _rotated(heads, cos, sin):
+    turned = 2 * cos.shape[-1]
+    first, second = jnp.split(heads[..., :turned].astype(jnp.float32), 2, axis=-1)
+    both = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([both.astype(heads.dtype), heads[..., turned:]], axis=-1)
 
 
 def refresh_statistics(

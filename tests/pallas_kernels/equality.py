@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import IMPLEMENTATIONS, SCORES, STATISTICS
+from pallas_kernels import IMPLEMENTATIONS, SCORES, STATISTICS, dequantized
 from pallas_kernels.selection import reference as selection
 from pallas_kernels.update import reference as update
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
@@ -62,6 +62,21 @@ def assert_same_update(got, inputs):
         return
     fresh = [np.asarray(result[1].values, np.float32) for result in (got, expected)]
     np.testing.assert_allclose(*fresh, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_heads(got, inputs, options):
+    """Queries, and what is written of a product, to a few roundings; pages that are not keep every bit."""
+    expected = jax.jit(functools.partial(update.update_from_product, **options))(*inputs)
+    tolerance = 4 / 127 if inputs[0].dtype.itemsize == 1 else 2 * float(jnp.finfo(inputs[2].dtype).eps)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(expected)]
+    assert_close(got[0], expected[0], 2 * float(jnp.finfo(inputs[2].dtype).eps))
+    pages, wanted, before = (np.asarray(dequantized(x), np.float32) for x in (got[1], expected[1], inputs[0]))
+    same = ((wanted == before) | (np.isnan(wanted) & np.isnan(before))).all(axis=-1)
+    np.testing.assert_array_equal(pages[same], wanted[same])
+    assert_close(pages[~same], wanted[~same], tolerance)
+    if inputs[1] is not None:
+        assert_close(*(result[2].at_float32() for result in (got, expected)), tolerance)
 
 
 def assert_same_selection(got, inputs, *, rounding=ROUNDING, **arguments):

@@ -55,6 +55,32 @@ def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_
     return [pages_as(pages, dtype), statistics, k, v, jnp.asarray(start), jnp.asarray(write)]
 
 
+def random_product(rng, lengths, tokens, page_size, group, dim, kind, dtype, made, num_pages=PAGES, heads=4):
+    """Arguments of `update_from_product` and its options; NaN where no token is written, but for queries.
+
+    `made` names what there is: "bias", "norms", "rope", and "scale" of queries. See `random_update`.
+    """
+    pages, statistics, k, v, start, write = random_update(
+        rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_pages
+    )
+    B, part_heads = len(lengths), 2
+    q = jnp.asarray(rng.standard_normal((B, tokens, heads * group, dim)), k.dtype)
+    by_part = [x.reshape(B, tokens, heads // part_heads, -1, dim) for x in (q, k, v)]
+    product = jnp.concatenate(by_part, axis=3).reshape(B, tokens, -1)
+
+    def floats(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    angles = 9 * floats(B, tokens, dim // 2)
+    arrays = (
+        floats(product.shape[2]).astype(product.dtype) if "bias" in made else None,
+        *((1 + 0.1 * floats(dim), 1 - 0.1 * floats(dim)) if "norms" in made else (None, None)),
+        *((jnp.cos(angles), jnp.sin(angles)) if "rope" in made else (None, None)),
+    )
+    options = {"part_heads": part_heads, "norm_eps": 1e-6, "q_scale": 0.75 if "scale" in made else 1.0}
+    return [pages, statistics, product, *arrays, start, write], options
+
+
 def random_cache(rng, lengths, page_size, heads=2, dim=8, num_pages=PAGES):
     """`pages`[B, K, P, 2, S, D] that hold `lengths` tokens; the rest is NaN."""
     pages = rng.standard_normal((len(lengths), heads, num_pages, 2, page_size, dim)).astype(np.float32)

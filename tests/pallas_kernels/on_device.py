@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import CODES, gpu, kernels_of_device, tpu
+from pallas_kernels import CODES, dequantized, gpu, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
 from pallas_kernels.experts import reference as experts_reference
@@ -35,6 +35,7 @@ from tests.pallas_kernels.inputs import (
     dtype_beside,
     pages_as,
     random_cache,
+    random_product,
     random_retro_inputs,
     random_statistics,
     random_update,
@@ -106,7 +107,12 @@ class Window(Attention):
 
     def errors(self, inputs, got, expected):
         error, same = super().errors(inputs, got, expected)
-        return max(error, *(relative(*pair) for pair in zip(got[3:], expected[3:], strict=True))), same
+        error = max(error, *(relative(*pair) for pair in zip(got[3:5], expected[3:5], strict=True)))
+        if self.sizes[2] > 1:
+            selected = np.arange(inputs[2].shape[2]) < np.asarray(inputs[3])[..., None]
+            first = [np.asarray(result[5])[selected] for result in (got, expected)]
+            same &= np.array_equal(*first)
+        return error, same
 
 
 class Dense(Attention):
@@ -221,6 +227,49 @@ class Update:
         return relative(*(result[1].at_float32() for result in (got, expected))), equal
 
 
+class Heads(Update):
+    """Page update and queries from a joined product, with all that there can be between, or some of it."""
+
+    MADE = itertools.cycle((("rope",), ("rope", "norms"), ("rope", "bias", "scale"), ()))
+
+    def __init__(self, dim, page_size, tokens, kind, dtype, group):
+        self.sizes, self.kind, self.dtype, self.made = (
+            (dim, page_size, tokens, group),
+            kind,
+            dtype,
+            next(self.MADE),
+        )
+        made = " ".join(self.made)
+        self.name = f"heads D={dim} S={page_size} T={tokens} G={group} {kind} {jnp.dtype(dtype).name} {made}"
+        options = self.drawn(np.random.default_rng(0))[1]
+        self.kernel, self.reference = (
+            jax.jit(functools.partial(module.update_from_product, **options))
+            for module in (update, update_reference)
+        )
+
+    def drawn(self, rng):
+        dim, page_size, tokens, group = self.sizes
+        pages = 1024 // page_size
+        lengths = rng.integers(1, pages * page_size + 1, B)
+        return random_product(
+            rng, lengths, tokens, page_size, group, dim, self.kind, self.dtype, self.made, pages, 2 * K
+        )
+
+    def inputs(self, rng):
+        return self.drawn(rng)[0]
+
+    def errors(self, inputs, got, expected):
+        """The larger of the errors of queries and of what is written; exact is what is not."""
+        pages, wanted, before = (
+            np.asarray(dequantized(x), np.float32) for x in (got[1], expected[1], inputs[0])
+        )
+        kept = ((wanted == before) | (np.isnan(wanted) & np.isnan(before))).all(axis=-1)
+        worst = max(relative(got[0], expected[0]), relative(pages[~kept], wanted[~kept]))
+        if self.kind:
+            worst = max(worst, relative(*(result[2].at_float32() for result in (got, expected))))
+        return worst, np.array_equal(pages[kept], wanted[kept], equal_nan=True)
+
+
 class Products:
     """Products with chosen matrices, some of which are not asked for."""
 
@@ -275,6 +324,8 @@ def configurations():
         yield Update(dim, page_size, next(counts), next(kinds), codes)
     if KERNELS != "mosaic_gpu":
         return
+    for dim, page_size, dtype in itertools.product(SUPPORTED.HEAD_DIMS, (8, 16), (jnp.bfloat16, jnp.int8)):
+        yield Heads(dim, page_size, next(counts), next(kinds), dtype, next(rows)[1])
     for dim, group, reduce in zip(SUPPORTED.HEAD_DIMS, (9, 16, 12), ("mean", "mass", "max"), strict=True):
         yield Select(dim, 16, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
     windows = itertools.product((64, 128), SUPPORTED.PAGE_SIZES, (jnp.bfloat16, *CODES))
@@ -297,8 +348,10 @@ def check(configuration, cases):
         got, again, expected = kernel(*inputs), kernel(*inputs), reference(*inputs)
         error, equal = configuration.errors(inputs, got, expected)
         worst, exact = max(worst, error), exact and equal
-        if not isinstance(configuration, Select):  # which leaves places beyond the counts as they were
-            pairs = zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True)
+        # What lies beyond the counts is as it was: of a selection, and of what is said of a window's pages.
+        if not isinstance(configuration, Select):
+            results = [x[:5] if isinstance(configuration, Window) else x for x in (got, again)]
+            pairs = zip(*map(jax.tree.leaves, results), strict=True)
             repeated &= all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
         inputs = configuration.inputs(rng)
     return {

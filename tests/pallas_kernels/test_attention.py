@@ -45,9 +45,14 @@ def test_a_window_moves_the_output_cache_of_active_sequences_on():
     np.testing.assert_array_equal(got[0], o.astype(jnp.bfloat16))
     for array, wanted in zip(got[1:3], (lse, last_loaded), strict=True):
         np.testing.assert_array_equal(array, wanted)
-    for moved, whole, before in zip(got[3:], (o, lse), (cached_o, cached_lse), strict=True):
+    for moved, whole, before in zip(got[3:5], (o, lse), (cached_o, cached_lse), strict=True):
         np.testing.assert_array_equal(moved[active], whole[active, 1:])
         np.testing.assert_array_equal(moved[~active], before[~active])
+    _, _, page_ids, counts, before, _ = inputs
+    assert counts.any()
+    for place in zip(*np.nonzero(np.arange(page_ids.shape[2]) < counts[..., None]), strict=True):
+        page = page_ids[place]
+        assert got[5][place] == max(before[(*place[:2], page)] + 1, page * 8)
 
 
 def test_dense_attention_rounds_once_to_the_dtype_that_is_asked_for():

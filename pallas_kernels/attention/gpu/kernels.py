@@ -38,7 +38,7 @@ def retro_attention(
 ) -> tuple[Float[Array, "B W N D"], Float[Array, "B W N"], Int[Array, "B K P"]]:
     """See `pallas_kernels.attention.api.retro_attention`."""
     loaded = jax.new_ref(last_loaded)
-    o, lse = _attend_to_selected(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
+    o, lse, *_ = _attend_to_selected(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
     cached = (cached_o, cached_lse) if q.shape[1] > 1 else None
     o, lse = merge_splits(o, lse, cached, None, q.shape, jnp.float32, interpret)
     return o, lse, loaded[...]
@@ -65,16 +65,17 @@ def attend_window(
     Int[Array, "B K P"],
     Float[Array, "B older N D"],
     Float[Array, "B older N"],
+    Int[Array, "B K C"] | None,
 ]:
     """See `pallas_kernels.attention.api.attend_window`."""
     loaded = jax.new_ref(last_loaded)
-    o, lse = _attend_to_selected(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
+    o, lse, *first = _attend_to_selected(q, pages, positions, (page_ids, counts, loaded), blocks, interpret)
     if q.shape[1] == 1:  # the output cache is empty
         o, lse = merge_splits(o, lse, None, None, q.shape, dtype, interpret)
-        return o, lse, loaded[...], cached_o, cached_lse
+        return o, lse, loaded[...], cached_o, cached_lse, None
     cached = jax.new_ref(cached_o), jax.new_ref(cached_lse)
     o, lse = merge_splits(o, lse, cached, active, q.shape, dtype, interpret)
-    return o, lse, loaded[...], cached[0][...], cached[1][...]
+    return o, lse, loaded[...], cached[0][...], cached[1][...], *first
 
 
 @operation
@@ -162,7 +163,8 @@ def _attend(q, pages, positions, selection, blocks, interpret, ring=None):
       ring: what the pages are; None: they begin with position 0.
 
     Returns:
-      o[B, K, splits, R8, D] and its base-2 log-sum-exp[B, K, splits, 64]; R8 is W * G rounded up to 8.
+      o[B, K, splits, R8, D] and its base-2 log-sum-exp[B, K, splits, 64]; R8 is W * G rounded up to 8. With
+      older slots and a selection, also the position from which on queries newly attend to each page[B, K, C].
     """
     B, W, N, D = q.shape
     K, P, _, S, _ = pages.shape[1:]
@@ -171,6 +173,7 @@ def _attend(q, pages, positions, selection, blocks, interpret, ring=None):
     kept = [pages.codes, pages.scales] if eight else [pages]
     copies = len(kept) * (1 if dense and blocks.pages <= P else blocks.pages)  # of one stage
     converted = [matrix((tokens, D), q.dtype)] * (2 * blocks.warpgroups)
+    of_pages = [] if dense or W == 1 else [jax.ShapeDtypeStruct(selection[0].shape, jnp.int32)]
     launch = kernel(
         functools.partial(
             attend_to_split,
@@ -184,6 +187,7 @@ def _attend(q, pages, positions, selection, blocks, interpret, ring=None):
         out_type=[
             jax.ShapeDtypeStruct((B, K, blocks.splits, -(-W * N // K // 8) * 8, D), jnp.float32),
             jax.ShapeDtypeStruct((B, K, blocks.splits, TILE_ROWS), jnp.float32),
+            *of_pages,
         ],
         grid=(B, K, blocks.splits),
         grid_names=("sequence", "head", "split"),

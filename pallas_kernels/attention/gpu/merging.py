@@ -93,9 +93,9 @@ def merge_splits(
             write(slot, *joined(slot))
             return
         (all_read,) = refs
+        moves = active_ref[b]  # looked up first, or all would wait for it last
         slots = [lax.axis_index("warpgroup") + first for first in range(0, W, warpgroups)]
         found = [joined(jnp.minimum(slot, W - 1)) for slot in slots]
-        moves = active_ref[b]
         plgpu.barrier_arrive(all_read)
         plgpu.barrier_wait(all_read)
         for slot, result in zip(slots, found, strict=True):

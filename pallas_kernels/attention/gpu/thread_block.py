@@ -89,10 +89,13 @@ class ThreadBlock:
             self.scales, *refs = refs
         if not dense:
             self.ids, self.counts, self.last_loaded, *refs = refs
-        # Outputs: o[B, K, splits, R8, D], lse[B, K, splits, 64]. Scratch: three tiles of queries and outputs
-        # [64, D], stages[stages, 2 * pages * S, D], maxima and sums[2, 64]; stages of scales
-        # [stages, 2 * pages * S], then for each warpgroup keys and values in 16 bits, [pages * S, D] both.
-        self.o, self.lse, self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *refs = refs
+        # Outputs: o[B, K, splits, R8, D], lse[B, K, splits, 64], of a selection for older slots too
+        # first_attending[B, K, C]. Scratch: three tiles of queries and outputs [64, D], stages
+        # [stages, 2 * pages * S, D], maxima and sums[2, 64]; stages of scales [stages, 2 * pages * S], then
+        # for each warpgroup keys and values in 16 bits, [pages * S, D] both.
+        self.o, self.lse, *refs = refs
+        self.first_attending = None if dense or self.q.shape[1] == 1 else refs.pop(0)
+        self.q_rows, self.q_tile, self.stages, self.o_tile, self.softmax, *refs = refs
         if eight:
             self.scale_stages, *refs = refs
             self.converted = [(refs.pop(0), refs.pop(0)) for _ in range(blocks.warpgroups)]
@@ -273,6 +276,10 @@ class ThreadBlock:
             for j, (page, load) in enumerate(zip(ids, loads, strict=True)):
                 room = position - jnp.where(self.there(step, page, j), page * S, _NOWHERE)
                 rooms.append(room if self.dense else jnp.where(load < position, room, -1))
+            if self.first_attending is not None:
+                for j, (page, load) in enumerate(zip(ids, loads, strict=True)):
+                    place = jnp.minimum((self.first + step) * self.blocks.pages + j, self.count - 1)
+                    self.first_attending[self.b, self.head, place] = jnp.maximum(load + 1, page * S)
             unwritten = functools.reduce(jnp.logical_or, [page * S + S - 1 > self.newest for page in ids])
             here = ids
             ids, loads = self._look_up(jnp.minimum(step + self.blocks.warpgroups, self.steps - 1))

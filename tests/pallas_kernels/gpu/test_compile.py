@@ -237,6 +237,46 @@ def test_update(compiled, dim, page_size, tokens, kind, dtype):
     assert memory.temp_size_in_bytes < math.prod(pages.shape) // 8
 
 
+@pytest.mark.parametrize(
+    ("dim", "page_size", "tokens", "kind", "dtype", "made"),
+    [
+        (128, 16, 4, "min_max", jnp.bfloat16, ("rope",)),  # Llama-3.1-8B
+        (128, 8, 1, "mean_key_int8", jnp.int8, ("rope", "norms")),
+        (64, 32, 3, None, jnp.bfloat16, ("rope", "bias", "scale")),
+        (256, 16, 2, "min_max", jnp.bfloat16, ("rope", "norms", "scale")),
+    ],
+)
+def test_update_from_a_product(compiled, dim, page_size, tokens, kind, dtype, made):
+    pages = shapes_of_pages(B, K, 256, 2, page_size, dim, dtype=dtype)
+    statistics = kind and shapes_of_statistics(kind, (B, K, 256), dim)
+    norm = shape(dim) if "norms" in made else None
+    angles = shape(B, tokens, dim // 2, dtype=jnp.float32) if "rope" in made else None
+    executable, kernels = compiled(
+        functools.partial(
+            update.update_from_product,
+            part_heads=2,
+            norm_eps=1e-6,
+            q_scale=2.0 if "scale" in made else 1.0,
+        ),
+        pages,
+        statistics,
+        shape(B, tokens, 6 * K * dim),
+        shape(6 * K * dim) if "bias" in made else None,
+        norm,
+        norm,
+        angles,
+        angles,
+        shape(B, dtype=jnp.int32),
+        shape(B, tokens, dtype=jnp.bool_),
+        donate=(0, 1),
+    )
+    assert_no_spills(kernels, "update_pages")
+    state = jax.tree.leaves((pages, statistics))
+    in_place = sum(array.size * array.dtype.itemsize for array in state)
+    assert executable.memory_analysis().alias_size_in_bytes == in_place
+    assert executable.memory_analysis().temp_size_in_bytes == 0  # nothing is made before it
+
+
 def test_a_decode_step_runs_through_the_kernels_and_copies_no_cache(compiled, monkeypatch):
     monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)

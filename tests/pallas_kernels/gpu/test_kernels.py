@@ -23,6 +23,7 @@ from tests.pallas_kernels.equality import (
     FUSED,
     SCORED,
     assert_close,
+    assert_same_heads,
     assert_same_selection,
     assert_same_update,
 )
@@ -31,6 +32,7 @@ from tests.pallas_kernels.inputs import (
     dtype_beside,
     pages_as,
     random_cache,
+    random_product,
     random_retro_inputs,
     random_statistics,
     random_update,
@@ -118,11 +120,14 @@ def test_a_window_moves_the_output_cache_of_active_sequences_on(window, group, d
     got = run(attention.attend_window, *inputs, dtype=dtype, blocks=Blocks(2, 2, 2))
     expected = jax.jit(functools.partial(attention_reference.attend_window, dtype=dtype))(*inputs)
     assert [(array.shape, array.dtype) for array in got] == [(array.shape, array.dtype) for array in expected]
-    for array, wanted, tolerance in zip(got, expected, (5e-3, 1e-3, 0.0, 5e-3, 1e-3), strict=True):
+    for array, wanted, tolerance in zip(got, expected, (5e-3, 1e-3, 0.0, 5e-3, 1e-3, 0.0), strict=True):
         if tolerance:
             assert_close(array, wanted, tolerance)
     for array, wanted in ((got[2], expected[2]), (got[3][1], inputs[6][1]), (got[4][1], inputs[7][1])):
         np.testing.assert_array_equal(array, wanted)
+    selected = np.arange(inputs[2].shape[2]) < np.asarray(inputs[3])[..., None]
+    assert selected.any()
+    np.testing.assert_array_equal(np.asarray(got[5])[selected], np.asarray(expected[5])[selected])
 
 
 def test_retro_attention_without_any_page_keeps_the_cached_output():
@@ -301,6 +306,23 @@ def test_update_equals_the_reference(tokens, page_size, dim, kind, dtype):
     inputs = random_update(rng, lengths, tokens, page_size, 2, dim, kind, dtype)
     inputs[5] = inputs[5].at[3].set(False)
     assert_same_update(run(update.update_pages, *inputs), inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "page_size", "group", "dim", "kind", "dtype", "made"),
+    [
+        (4, 16, 2, 64, "min_max", jnp.bfloat16, ("rope",)),
+        (1, 8, 3, 128, None, jnp.bfloat16, ("rope", "norms", "scale")),
+        (3, 16, 1, 64, "mean_key_int8", jnp.int8, ("rope", "bias")),
+        (2, 16, 2, 64, "mean_key", jnp.bfloat16, ()),
+    ],
+)
+def test_update_from_a_product_equals_the_reference(tokens, page_size, group, dim, kind, dtype, made):
+    rng = np.random.default_rng(tokens)
+    lengths = [5 * page_size + 3, 2, page_size + 1]
+    inputs, options = random_product(rng, lengths, tokens, page_size, group, dim, kind, dtype, made)
+    inputs[-1] = inputs[-1].at[2].set(False)
+    assert_same_heads(run(update.update_from_product, *inputs, **options), inputs, options)
 
 
 def bfloat16(*shape):
