@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import retro_jax as rj
-from pallas_kernels import Mailbox
+from pallas_kernels import Mailbox, add_sum
 from retro_jax import mlp
 from retro_jax.models import random_params
-from tests.retro_jax.tiny import ATOL, tiny
+from tests.retro_jax.tiny import ATOL, begin, tiny, token_ids
 
 B, T = 2, 3
 
@@ -73,3 +73,48 @@ def test_weights_are_spread_as_their_fields_say():
     assert mlp._spread(mlp.LayerParams, "wo") == P("model")
     assert mlp._spread(mlp.LayerParams, "w_gate_up") == P(None, "model")
     assert mlp._spread(mlp.LayerParams, "mlp_norm") == P()
+
+
+def test_a_mailbox_reaches_every_layer_of_a_step(monkeypatch):
+    """In place of the kernel a stand-in counts in the cells, and leaves the sum to XLA."""
+    model = tiny(2)
+    # Of a name of its own: programs are traced once for a configuration.
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, name="sums"))
+    config = rj.DecodeConfig("retro", window=3, page_size=8, budget_tokens=16, dense_layers=1)
+    tokens, turns = jnp.asarray(token_ids(2, 24)), []
+
+    def counted(x, part, norm, mailbox, *, eps, turn):
+        mailbox.cells[0, 0] += 1
+        turns.append(turn)
+        return add_sum(x, part, norm, None, eps=eps, turn=turn)
+
+    def steps(params, state, tokens):
+        for column in range(2):
+            state, logits = rj.decode_step(params, model.config, config, state, tokens[:, column])
+        return state.length, logits
+
+    def opened(rows, width, dtype):
+        cells.append(jax.new_ref(jnp.zeros((2, 1))))
+        return Mailbox(cells[-1], jnp.zeros((2, 1), jnp.int32))
+
+    def counting(params, state, tokens):
+        found = steps(params, state, tokens)
+        return *found, [ref[...] for ref in cells]
+
+    cells = []
+    state, _ = begin(tiny(2), config, token_ids(2, 24), (20, 13), 32)
+    expected = jax.jit(steps)(model.params, state, tokens[:, 20:])
+    monkeypatch.setattr(mlp, "open_mailbox", opened)
+    monkeypatch.setattr(mlp, "add_sum", counted)
+    mesh = rj.make_mesh(1, 2)
+    with jax.set_mesh(mesh):
+        params = rj.shard_params(model.params, model.config, mesh)
+        state = rj.shard_state(state, model.config, mesh)
+        found = jax.jit(counting)(params, state, tokens[:, 20:])
+    np.testing.assert_allclose(found[1], expected[1], atol=ATOL)
+    assert found[0].tolist() == expected[0].tolist() == [22, 15]
+    layers = model.config.num_layers
+    assert [ref.tolist() for ref in found[2]] == [
+        [[2.0 * layers]] * 2
+    ] * 2  # two sums a layer, on each device
+    assert set(zip(turns[::2], turns[1::2], strict=True)) == {(0, 1)}
