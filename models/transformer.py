@@ -170,6 +170,19 @@ def attention_output(
     return _add(x, branch, layer.attn_post_norm, config)
 
 
+def gated_mlp(
+    w_gate_up: Float[Array, "M twice_F"],
+    w_down: Float[Array, "F M"],
+    config: ModelConfig,
+    parts: int,
+    h: Float[Array, "B T M"],
+) -> Float[Array, "B T M"]:
+    """What a dense MLP adds for normed `h`: of all `parts`, or of those that a device of several has."""
+    gate, up = split_columns(product(h, w_gate_up), [w_down.shape[0]] * 2, parts)
+    gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return product(gate * up, w_down)
+
+
 def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
     """Adds the gated MLP (SwiGLU or GeGLU, arXiv 2002.05202) or chosen experts to the residual stream."""
     return counted_mlp(layer, config, x)[0]
@@ -198,9 +211,7 @@ def counted_mlp(
     """
     h, read = _normed(x, layer.mlp_norm, config), None
     if layer.experts is None:
-        gate, up = split_columns(product(h, layer.w_gate_up), [config.hidden_width] * 2, config.parts)
-        gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        branch = product(gate * up, layer.w_down)
+        branch = gated_mlp(layer.w_gate_up, layer.w_down, config, config.parts, h)
     else:
         valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
         branch, read = apply_experts(layer.experts, config.experts, config.parts, h, valid)

@@ -61,6 +61,7 @@ from pallas_kernels.statistics import (
     Statistics,
     register_statistic,
 )
+from pallas_kernels.sums import Mailbox, add_sum, open_mailbox
 from pallas_kernels.update import refresh_statistics, update_from_product, update_pages
 
 __all__ = [
@@ -75,12 +76,14 @@ __all__ = [
     "STATISTICS",
     "VALUES",
     "Fold",
+    "Mailbox",
     "PageScore",
     "PageStatistic",
     "PageVector",
     "Pages",
     "QuantizedPages",
     "Statistics",
+    "add_sum",
     "attend_estimates",
     "attend_pages",
     "attend_window",
@@ -94,6 +97,7 @@ __all__ = [
     "kernels_of_device",
     "merge",
     "merge_sinks",
+    "open_mailbox",
     "page_scores",
     "pages_for",
     "quantize",

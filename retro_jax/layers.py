@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
+    Mailbox,
     attend_estimates,
     attend_pages,
     attend_window,
@@ -30,7 +31,7 @@ from retro_jax.cache import LayerState, OutputCache
 from retro_jax.config import DecodeConfig
 from retro_jax.heads import write_heads
 from retro_jax.learned import learned_queries, learned_score
-from retro_jax.mlp import mlp
+from retro_jax.mlp import after_attention
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
@@ -116,12 +117,13 @@ def dense_layer(
     start: Int[Array, " B"],
     valid: Bool[Array, "B T"],
     implementation: str | None,
+    mailbox: Mailbox | None = None,
 ) -> tuple[Float[Array, "B T M"], LayerState, Float[Array, " B"] | None]:
     """A layer with full attention for T consecutive tokens from position `start` on.
 
     Writes keys and values of the valid ones. In a sparse layer, which prefill runs densely, page statistics
     follow, and what eviction carries; pages that were evicted earlier stay away. `implementation` is that of
-    the operations on pages. The last result is what `mlp` says of experts.
+    the operations on pages, `mailbox` of sums over devices. The last result is what `mlp` says of experts.
     """
     positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
     q, cache = write_heads(layer, model, kind, config, cache, x, positions, start, valid, implementation)
@@ -140,8 +142,7 @@ def dense_layer(
         if config.eviction.observe:
             rules = _rules(model, kind, config, cache)
             cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
-    x = transformer.attention_output(layer, model, x, o)
-    x, experts = mlp(layer, model, x, valid, implementation)
+    x, experts = after_attention(layer, model, x, o, valid, implementation, mailbox)
     return x, cache, experts
 
 
@@ -158,6 +159,7 @@ def sparse_layer(
     index: Int[Array, ""] | int,
     below: Selection | None = None,
     watch: Watch | None = None,
+    mailbox: Mailbox | None = None,
 ) -> tuple[
     Float[Array, "B W M"],
     LayerState,
@@ -180,6 +182,7 @@ def sparse_layer(
       index: which layer of the model it is.
       below: the pages of the layer's anchor, which it loads too; None: it selects its own.
       watch: an analysis; None: none.
+      mailbox: for sums over devices; None: XLA's.
 
     Returns:
       The corrected hidden states, the new state, the pages that were loaded, the positions from which on
@@ -237,8 +240,7 @@ def sparse_layer(
         attention, total = merge(o, lse, *estimates)
     attention = merge_sinks(attention, total, layer.sinks)
 
-    x = transformer.attention_output(layer, model, x, attention)
-    x, experts = mlp(layer, model, x, slots.valid, config.implementation)
+    x, experts = after_attention(layer, model, x, attention, slots.valid, config.implementation, mailbox)
     cache = cache.replace(last_loaded=last_loaded, outputs=OutputCache(*outputs), kept=kept)
     seen = watch and watch(_rules(model, kind, config, cache), cache, query, Window(q, attention))
     return x, cache, selection, attending, seen, experts

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
+    Mailbox,
     chunk_attention,
     read_ring,
     restore_ring,
@@ -18,7 +19,7 @@ from pallas_kernels.sliding.api import Tokens
 from retro_jax.cache import LayerState
 from retro_jax.config import DecodeConfig
 from retro_jax.heads import write_ring_heads
-from retro_jax.mlp import mlp
+from retro_jax.mlp import after_attention
 from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
@@ -38,6 +39,7 @@ def sliding_layer(
     valid: Bool[Array, "B W"],
     write: Bool[Array, "B W"],
     implementation: str | None,
+    mailbox: Mailbox | None = None,
 ) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, " B"] | None]:
     """A layer with a sliding window in a decode step: each query of the step attends to its own window.
 
@@ -52,6 +54,7 @@ def sliding_layer(
       valid: slots that hold a token.
       write: those whose keys and values are written, over stale ones where there are any.
       implementation: of the operations on pages.
+      mailbox: for sums over devices; None: XLA's.
 
     Returns:
       The hidden states, the new state, and what `mlp` says of experts.
@@ -61,8 +64,7 @@ def sliding_layer(
     q, pages = write_ring_heads(layer, model, kind, ring, cache.pages, *tokens, implementation)
     sizes = {"ring": ring, "implementation": implementation}
     o = window_attention(q, pages, positions, layer.sinks, window=kind.window, **sizes)
-    x = transformer.attention_output(layer, model, x, o)
-    x, experts = mlp(layer, model, x, valid, implementation)
+    x, experts = after_attention(layer, model, x, o, valid, implementation, mailbox)
     return x, cache.replace(pages=pages), experts
 
 
@@ -90,8 +92,7 @@ def sliding_chunk(
     # That was read before the ring is overwritten: else XLA would keep a copy.
     pages, o = lax.optimization_barrier((cache.pages, o))
     pages = update_ring(pages, k, v, start, valid, **sizes)
-    x = transformer.attention_output(layer, model, x, o)
-    x, _ = mlp(layer, model, x, valid, implementation)
+    x, _ = after_attention(layer, model, x, o, valid, implementation)
     return x, cache.replace(pages=pages)
 
 

@@ -13,6 +13,7 @@ from retro_jax.cache import StepMetrics
 from retro_jax.config import DecodeConfig
 from retro_jax.inputs import check_bools, check_ints
 from retro_jax.layers import Watch, dense_layer, sparse_layer, window_slots
+from retro_jax.mlp import step_mailbox
 from retro_jax.models import transformer
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.experts import expert_bytes
@@ -90,13 +91,15 @@ def watched_step(
 
     x = transformer.embed(params, model, tokens[:, None])
     layers, watched, experts = [], [], []
+    mailbox = step_mailbox(model, config, tokens.shape[0])
     by, newest = config.implementation, active[:, None]
     for layer, kind, cache, ring in stack[:first]:
         if ring is None:
-            x, cache, read = dense_layer(layer, model, kind, config, cache, x, state.length, newest, by)
+            token = cache, x, state.length, newest, by, mailbox
+            x, cache, read = dense_layer(layer, model, kind, config, *token)
         else:
             token = x, state.length, newest, newest
-            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *token, by)
+            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *token, by, mailbox)
         layers.append(cache)
         experts.append(read)
 
@@ -112,13 +115,13 @@ def watched_step(
         write = slots.valid if config.overwrite and index > first else slots.newest
         if ring is not None:
             queries = x, slots.start, slots.valid, write
-            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *queries, by)
+            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *queries, by, mailbox)
             layers.append(cache)
             experts.append(read)
             continue
         below = None if plan.anchors[index] else loaded
         x, cache, loaded, attending, seen, read = sparse_layer(
-            layer, model, kind, config, cache, x, slots, write, index, below, watch
+            layer, model, kind, config, cache, x, slots, write, index, below, watch, mailbox
         )
         layers.append(cache)
         experts.append(read)

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import topologies
 
 import retro_jax as rj
+from pallas_kernels.sums.gpu import peers
 from retro_jax.compilation import SEVERAL_GPUS
 from retro_jax.experiments.machine.programs import not_cached
 from retro_jax.experiments.runs.compile import COLLECTIVES
@@ -65,20 +66,50 @@ def test_references_sum_twice_a_layer_and_gather_nothing(mesh, config):
     check(lowered(MODEL, config, rj.make_mesh(*mesh)).compile().as_text(), MODEL.num_layers)
 
 
-@pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs the packages of cuda-compiler.txt")
-def test_kernels_of_two_gpus_sum_twice_a_layer_and_gather_nothing(monkeypatch):
-    for module in ("dispatch", "update.api"):
-        monkeypatch.setattr(f"pallas_kernels.{module}.kernels_of_device", lambda: "mosaic_gpu")
-    linked = H100.replace("core_count", "device_interconnect_info { active_links: 18 } core_count", 1)
-    topology = topologies.get_topology_desc(platform="cuda", target_config=linked, topology="1x1x2")
-    model = dataclasses.replace(
-        MODEL, num_layers=1, head_dim=128, width=256, hidden_width=256, dtype="bfloat16"
-    )
-    config = rj.DecodeConfig("quest", dense_layers=0, budget_tokens=64)
-    with not_cached():
-        step = lowered(model, config, rj.make_mesh(1, 2, topology.devices))
-        program = step.compile(compiler_options=SEVERAL_GPUS).as_text()
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A program of one layer of a width for two linked H100s that reach each other's memory."""
+
+    def compiled(width: int) -> str:
+        for module in ("dispatch", "update.api", "sums.api"):
+            monkeypatch.setattr(f"pallas_kernels.{module}.kernels_of_device", lambda: "mosaic_gpu")
+        monkeypatch.setattr(peers, "reach_each_other", lambda: True)
+        linked = H100.replace("core_count", "device_interconnect_info { active_links: 18 } core_count", 1)
+        topology = topologies.get_topology_desc(platform="cuda", target_config=linked, topology="1x1x2")
+        model = dataclasses.replace(
+            MODEL, num_layers=1, head_dim=128, width=width, hidden_width=256, dtype="bfloat16"
+        )
+        config = rj.DecodeConfig("quest", dense_layers=0, budget_tokens=64)
+        with not_cached():
+            step = lowered(model, config, rj.make_mesh(1, 2, topology.devices))
+            return step.compile(compiler_options=SEVERAL_GPUS).as_text()
+
+    return compiled
+
+
+NEEDS_CUDA = pytest.mark.skipif(
+    find_spec("jax_cuda13_plugin") is None, reason="needs the packages of cuda-compiler.txt"
+)
+
+
+@NEEDS_CUDA
+def test_kernels_of_two_gpus_sum_twice_a_layer_and_gather_nothing(two_gpus):
+    program = two_gpus(256)  # of a width without a kernel for sums
     assert len(re.findall("mosaic_gpu", program)) > 3
     # By XLA's own choice it would be KERNEL_STRATEGY_TRITON_ONE_SHOT, which CUDA graphs cannot hold.
     assert set(re.findall(r"KERNEL_STRATEGY_\w+", program)) == {"KERNEL_STRATEGY_DEFAULT"}
     check(program, layers=1)
+
+
+@NEEDS_CUDA
+def test_gpus_that_reach_each_other_sum_by_themselves(two_gpus):
+    """What is left to XLA: one gather of addresses a step, and one sum of what the metrics count."""
+    program = two_gpus(1024)
+    found = exchanged(program)
+    assert found["all-gather"] == 1
+    assert found["all-reduce"] <= 1
+    sums = [line for line in program.splitlines() if "custom-call(" in line and "/add_sum/" in line]
+    assert len(sums) == 2
+    # A copy of the cells would not be where others write; XLA makes none where all change them in place.
+    assert all("output_to_operand_aliasing" in line for line in sums)
+    assert not re.search(r"bf16\[1,2,2,2,1024\]\S* copy\(", program)

@@ -22,6 +22,7 @@ from pallas_kernels.attention.gpu import kernels as attention
 from pallas_kernels.experts.gpu import kernels as experts
 from pallas_kernels.gpu import DTYPES, HEAD_DIMS, PAGE_SIZES
 from pallas_kernels.selection.gpu import kernels as selection
+from pallas_kernels.sums.gpu import kernels as sums
 from pallas_kernels.update.gpu import kernels as update
 from retro_jax import DecodeConfig, decode_step, init_state, models, preset, verified_decode
 from retro_jax.experiments.machine.programs import not_cached
@@ -91,6 +92,37 @@ def assert_no_spills(kernels, *names):
 def assert_tma_and_wgmma(ptx):
     assert "cp.async.bulk.tensor" in ptx
     assert "wgmma.mma_async" in ptx
+
+
+@pytest.mark.parametrize(("width", "senders", "norm"), [(4096, 2, True), (8192, 8, False)])
+def test_sums_over_devices(compiled, width, senders, norm):
+    """Of one device of several, whose cells are changed in place."""
+
+    def two(x, parts, norm):
+        cells, address = sums.open_cells(4, width, x.dtype, senders)
+        cells, addresses = jax.new_ref(cells), jnp.tile(address, (senders, 1))
+        for turn in range(2):
+            sender = jnp.zeros(1, jnp.int32)
+            x, _ = sums.add_sum(x, parts, norm, cells, addresses, sender, eps=1e-5, turn=turn)
+            x = x[0]
+        return x
+
+    weight = shape(width) if norm else None
+    executable, kernels = compiled(two, shape(4, width), shape(1, 4, width), weight)
+    assert_no_spills(kernels, "open_cells", "add_sum")
+    program = executable.as_text()
+    assert (
+        len(
+            re.findall(
+                r"add_sum\S*/mpmd_map.*output_to_operand_aliasing|output_to_operand_aliasing.*add_sum",
+                program,
+            )
+        )
+        == 2
+    )
+    ptx = kernels["add_sum"][0]
+    assert ptx.count("ld.relaxed.sys") == senders * width // 1024
+    assert "bra again" in ptx
 
 
 ROWS = itertools.cycle([(4, 4), (1, 1), (16, 4), (2, 8), (3, 5)])  # (window, group)

@@ -1,0 +1,91 @@
+"""Public functions of sums over devices."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import HEADS, SEQUENCES, kernels_of_device
+from pallas_kernels.sums import reference
+from pallas_kernels.sums.gpu import kernels as mosaic_gpu
+from pallas_kernels.sums.gpu import peers
+
+BY_DEVICE = P((SEQUENCES, HEADS))
+
+
+class Mailbox(NamedTuple):
+    """Where devices leave what they add, until it is read.
+
+    Attributes:
+      cells: a reference to an array that `add_sum` changes in place: on each device of the mesh, two turns of
+        rows of a part from each device that shares its sequences.
+      addresses: where each of these devices has its cells. They come from all of them, so that none is
+        written to before it is open.
+    """
+
+    cells: Any  # [devices, 2, R, senders, M]
+    addresses: Int[Array, "devices senders 2"]
+
+
+def open_mailbox(rows: int, width: int, dtype: Any) -> Mailbox | None:
+    """A mailbox on each device of the mesh that is set, for the sums of one step.
+
+    Args:
+      rows: R, as many as any of the sums has on a device.
+      width: M.
+      dtype: of the parts.
+
+    Returns:
+      The mailbox; None where sums are XLA's: on one device, without a kernel for these, or where the devices
+      cannot reach each other's memory.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shared = tuple(mesh.shape) == (SEQUENCES, HEADS) and mesh.shape[HEADS] > 1 and not mesh.manual_axes
+    if not shared or kernels_of_device() != "mosaic_gpu" or not peers.reach_each_other():
+        return None
+    devices, dtype = mesh.shape[HEADS], jnp.dtype(dtype)
+    if not mosaic_gpu.supported(rows, width, dtype, devices):
+        return None
+
+    def opened():
+        cells, address = mosaic_gpu.open_cells(rows, width, dtype, devices)
+        return cells, lax.all_gather(address[0], HEADS)[None]
+
+    spread = jax.shard_map(opened, in_specs=(), out_specs=(BY_DEVICE, BY_DEVICE), check_vma=False)
+    cells, addresses = spread()
+    return Mailbox(jax.new_ref(cells), addresses)
+
+
+def add_sum(
+    x: Float[Array, "R M"],
+    part: Float[Array, "R M"],
+    norm: Float[Array, " M"] | None,
+    mailbox: Mailbox | None,
+    *,
+    eps: float,
+    turn: int,
+) -> tuple[Float[Array, "R M"], Float[Array, "R M"]]:
+    """Adds the sum of all devices' parts to the residual stream, and norms it; within `shard_map`.
+
+    Parts are summed in float32 in the order of the devices, so that all have the same result to the last bit.
+
+    Args:
+      x: the residual stream, the same on all devices of the mesh axis `HEADS`.
+      part: what this device adds to it.
+      norm: weight of a root-mean-square norm; None: no norm.
+      mailbox: of `open_mailbox`, this device's part of it; None: XLA sums.
+      eps: of the norm.
+      turn: 0 or 1; another one than that of the sum before, unless devices have waited for each other since.
+
+    Returns:
+      The residual stream, and its norm; without a norm the stream twice.
+    """
+    if mailbox is None:
+        return reference.add_sum(x, part, norm, eps=eps)
+    cells, addresses = mailbox
+    sender = lax.axis_index(HEADS)[None]
+    sums = mosaic_gpu.add_sum(x, part[None], norm, cells, addresses[0], sender, eps=eps, turn=turn)
+    return sums[0][0], sums[1][0]

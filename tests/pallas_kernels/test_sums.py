@@ -1,0 +1,108 @@
+"""Sums over devices: their definition on CPU devices, and where the kernel takes over."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import retro_jax as rj
+from pallas_kernels import Mailbox, add_sum, open_mailbox
+from pallas_kernels.dispatch import HEADS
+from pallas_kernels.sums import api
+from pallas_kernels.sums.gpu import kernels, peers
+from retro_jax.models.transformer import rms_norm
+
+EPS = 1e-5
+
+
+@pytest.mark.parametrize("norm", (True, False))
+def test_the_definition_adds_all_parts_and_norms(norm):
+    rng = np.random.default_rng(0)
+    x, parts, weight = (jnp.asarray(rng.normal(size=size), "float32") for size in ((3, 8), (2, 3, 8), 8))
+
+    def local(x, part):
+        return add_sum(x, part[0], weight if norm else None, None, eps=EPS, turn=0)
+
+    with jax.set_mesh(rj.make_mesh(1, 2)):
+        spread = jax.shard_map(local, in_specs=(P(), P(HEADS)), out_specs=P(), check_vma=False)
+        total, normed = jax.jit(spread)(x, parts)
+    np.testing.assert_allclose(total, x + parts.sum(0), rtol=1e-6)
+    np.testing.assert_allclose(normed, rms_norm(total, weight, EPS) if norm else total, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype", "senders", "taken"),
+    (
+        (4, 4096, "bfloat16", 2, True),
+        (128, 8192, "float16", 8, True),
+        (129, 4096, "bfloat16", 2, False),
+        (4, 16384, "bfloat16", 2, False),
+        (4, 4096 + 512, "bfloat16", 2, False),
+        (4, 4096, "float32", 2, False),
+        (4, 4096, "bfloat16", 16, False),
+    ),
+)
+def test_the_kernel_says_what_it_takes(rows, width, dtype, senders, taken):
+    assert kernels.supported(rows, width, jnp.dtype(dtype), senders) == taken
+
+
+@pytest.mark.parametrize(
+    ("mesh", "device", "reach"),
+    (
+        ((1, 1), "mosaic_gpu", True),
+        ((2, 1), "mosaic_gpu", True),
+        ((1, 2), None, True),
+        ((1, 2), "mosaic_gpu", False),
+    ),
+)
+def test_sums_are_left_to_xla_where_the_kernel_cannot_be(monkeypatch, mesh, device, reach):
+    monkeypatch.setattr(api, "kernels_of_device", lambda: device)
+    monkeypatch.setattr(peers, "reach_each_other", lambda: reach)
+    with jax.set_mesh(rj.make_mesh(*mesh)):
+        assert open_mailbox(4, 4096, "bfloat16") is None
+
+
+def test_a_mailbox_is_opened_on_every_device(monkeypatch):
+    """Where devices reach each other; what the kernel writes is made up here."""
+
+    def open_cells(rows, width, dtype, senders):
+        here = jax.lax.axis_index(HEADS)
+        return jnp.zeros((1, 2, rows, senders, width), dtype), jnp.stack([here, 7 + here])[None]
+
+    monkeypatch.setattr(api, "kernels_of_device", lambda: "mosaic_gpu")
+    monkeypatch.setattr(peers, "reach_each_other", lambda: True)
+    monkeypatch.setattr(kernels, "open_cells", open_cells)
+
+    def opened():
+        mailbox = open_mailbox(4, 1024, "bfloat16")
+        assert isinstance(mailbox, Mailbox)
+        return mailbox.cells[...], mailbox.addresses
+
+    with jax.set_mesh(rj.make_mesh(2, 2)):
+        cells, addresses = jax.jit(opened)()
+    assert cells.shape == (4, 2, 4, 2, 1024)
+    assert addresses.tolist() == [[[0, 7], [1, 8]]] * 4
+
+
+@pytest.mark.parametrize(("answers", "reach"), (([0, 0], True), ([0, 1], False)))
+def test_the_driver_is_asked_for_every_pair_of_gpus(monkeypatch, answers, reach):
+    asked = []
+
+    def can_access(can, one, other):
+        asked.append((one, other))
+        can._obj.value = 1
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(peers.ctypes, "CDLL", lambda _: SimpleNamespace(cuDeviceCanAccessPeer=can_access))
+    peers._driver_says.cache_clear()
+    assert peers._driver_says((3, 5)) is reach
+    assert asked == [(3, 5), (5, 3)]
+    peers._driver_says.cache_clear()
+
+
+def test_without_a_driver_no_gpu_is_reached():
+    peers._driver_says.cache_clear()
+    assert not peers.reach_each_other() or jax.devices()[0].platform == "gpu"
