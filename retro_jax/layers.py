@@ -32,7 +32,6 @@ from retro_jax.config import DecodeConfig
 from retro_jax.heads import write_heads
 from retro_jax.learned import learned_queries, learned_score
 from retro_jax.mlp import after_attention
-from retro_jax.models import transformer
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
 from retro_jax.rules import Query, Rules
