@@ -36,6 +36,7 @@ from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
+from retro_jax.experiments.io.settings import distinct_names
 from retro_jax.experiments.io.text import text_tokens
 from retro_jax.experiments.machine.programs import release
 from retro_jax.presets import preset_fields
@@ -200,10 +201,12 @@ class BenchVerify(BenchVerifyFlags):
                 raise ValueError(f"--acceptances has {share}; it must be in 0..1")
         fields = {name: {"method": name} for name in self.methods}
         fields |= {f"preset {name}": dict(preset_fields(name)) for name in self.presets}
-        found = {
-            name: [self.config.config(**own, **budget_fields(budget)) for budget in self.budgets]
-            for name, own in fields.items()
-        }
+        by_budget = [
+            list(self.config.configs({name: own | more for name, own in fields.items()}).values())
+            for more in map(budget_fields, self.budgets)
+        ]
+        names = distinct_names(by_budget[0], told=("budget", "budget_tokens"))  # which have a column
+        found = {name: list(configs) for name, *configs in zip(names, *by_budget, strict=True)}
         for config, k in itertools.product(itertools.chain(*found.values()), self.drafts):
             check_verify(config, k, self.capacity)
         return found

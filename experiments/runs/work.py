@@ -164,13 +164,12 @@ def decode_many(
     Raises:
       NonFiniteLogits: see `generate_many`; the message names the example.
     """
-    rows = [batch[place] for place in missing]
+    start, rows = time.perf_counter(), [batch[place] for place in missing]
     requests = [
         Request(row.prompt, row.example.max_new_tokens, key)
         for row, key in zip(rows, _keys(sampling, rows), strict=True)
     ]
     longest, capacity = max(request.max_new_tokens for request in requests), _capacity(model, batch)
-    start = time.perf_counter()
     replies = generate_many(
         model, requests, config, longest, slots=slots, sampling=sampling, capacity=capacity
     )

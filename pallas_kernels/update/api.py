@@ -12,6 +12,10 @@ from pallas_kernels.update import reference
 from pallas_kernels.update.gpu import kernels as mosaic_gpu
 from pallas_kernels.update.tpu import kernels as mosaic_tpu
 
+FEW_TOKENS = 9
+"""Tokens of which a kernel makes heads while it writes: those of a window of 8, or 8 drafts and one more.
+More are a program that takes long to compile, and save no more launches."""
+
 
 def update_pages(
     pages: Pages,
@@ -91,7 +95,7 @@ def update_from_product(
     """`update_pages` of the keys and values in a joined product, and the queries in it.
 
     A kernel rounds only what it returns and writes; the reference also what lies between bias, norm, scale
-    and rotary embedding.
+    and rotary embedding. Of more than `FEW_TOKENS` XLA makes the heads.
 
     Args:
       pages: see `update_pages`, as `statistics`, `start` and `write`.
@@ -130,11 +134,15 @@ def update_from_product(
     fused = statistics is None or statistic_of(statistics).fused_by(kernels)
     sizes = {"part_heads": part_heads, "norm_eps": norm_eps, "q_scale": q_scale}
     update = functools.partial(update_pages, implementation=implementation)
+    composed = functools.partial(reference.update_from_product, update=update)
+    if product.shape[1] > FEW_TOKENS:
+        made = product, bias, q_norm, k_norm, cos, sin
+        return composed(pages, statistics, *made, start, write, **sizes)
     q, pages, fresh = dispatch(
         "update_from_product",
         implementation,
         {
-            "xla": functools.partial(reference.update_from_product, update=update),
+            "xla": composed,
             "mosaic_gpu": mosaic_gpu.update_from_product,
         },
         (

@@ -324,8 +324,9 @@ def configurations():
         yield Update(dim, page_size, next(counts), next(kinds), codes)
     if KERNELS != "mosaic_gpu":
         return
+    few = itertools.cycle((1, 4, update_api.FEW_TOKENS))
     for dim, page_size, dtype in itertools.product(SUPPORTED.HEAD_DIMS, (8, 16), (jnp.bfloat16, jnp.int8)):
-        yield Heads(dim, page_size, next(counts), next(kinds), dtype, next(rows)[1])
+        yield Heads(dim, page_size, next(few), next(kinds), dtype, next(rows)[1])
     for dim, group, reduce in zip(SUPPORTED.HEAD_DIMS, (9, 16, 12), ("mean", "mass", "max"), strict=True):
         yield Select(dim, 16, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
     windows = itertools.product((64, 128), SUPPORTED.PAGE_SIZES, (jnp.bfloat16, *CODES))

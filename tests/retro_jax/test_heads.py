@@ -1,6 +1,7 @@
 """Heads that a kernel makes of the joined product are those of the model, written into the same places."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,21 @@ def test_heads_of_the_product_are_written_around_the_end_of_a_ring(monkeypatch, 
     assert len(calls) == (2 if tokens > 1 else 1)  # one of them from the first place on
     for array, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(array, wanted, atol=1e-6)
+
+
+def test_heads_of_many_tokens_are_not_the_kernels(monkeypatch):
+    calls = with_kernel(monkeypatch)
+    for tokens in (update.FEW_TOKENS, update.FEW_TOKENS + 1):
+        jax.eval_shape(
+            functools.partial(update.update_from_product, part_heads=2, **NO_NORM),
+            jnp.zeros((1, 4, 2, 2, 8, 16), jnp.bfloat16),
+            None,
+            jnp.zeros((1, tokens, 5 * 64), jnp.bfloat16),
+            *[None] * 5,
+            jnp.zeros(1, int),
+            jnp.ones((1, tokens), bool),
+        )
+        assert len(calls) == 1
 
 
 def test_a_product_of_other_heads_is_refused():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,18 @@ def test_where_texts_part():
     run = FullRun(np.array([[1, 2, 3], [4, 5, 6]]), np.array([[9.0, 8, 7], [6, 0.5, 4]]), 1.0, 1.0)
     assert run.parted([[1, 2, 3, 7], [4, 6]]) == [{"sequence": 1, "after": 1, "gap": 0.5}]
     assert run.parted([[1], [4, 5, 6]]) == []
+
+
+def test_a_setting_of_some_methods_is_for_these_and_named():
+    bench = BenchVerify(model="m", methods=("quest", "retro"), presets=("paper",), budgets=(64, 0.15))
+    common = replace(bench.config, dense_layers=0, revised_layers=0.5)
+    found = replace(bench, config=common).configurations()
+    assert {name: [own.revised_layers for own in configs] for name, configs in found.items()} == {
+        "quest": [1.0, 1.0],
+        "retro-w4-revised0.5": [0.5, 0.5],
+        "preset paper-w4-revised0.5": [0.5, 0.5],
+    }
+    assert [(own.budget_tokens, own.budget) for own in found["quest"]] == [(64, 0.15), (None, 0.15)]
 
 
 def test_bench_verify(json_command, failure, tmp_path):
