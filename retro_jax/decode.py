@@ -91,7 +91,7 @@ def decode(
         tokens = jnp.where(active, chosen, tokens)
         stopped = jnp.any(tokens[:, None] == stop_tokens, axis=1)
         remaining = jnp.where(active & ~stopped, remaining - 1, 0)
-        finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
+        finite = all_finite(logits) | ~active
         logprobs = -negative_log_likelihood(logits, tokens)
         return (state, tokens, remaining), (tokens, active, logprobs, finite, state.metrics)
 
@@ -153,7 +153,7 @@ def teacher_force(
         tokens, targets, active = inputs
         state, logits = decode_step(params, model, config, state, tokens, active)
         nll = negative_log_likelihood(logits, targets)
-        finite = jnp.all(jnp.isfinite(logits), axis=-1) | ~active
+        finite = all_finite(logits) | ~active
         hits = active & finite & (jnp.argmax(logits, axis=-1) == targets)
         return state, (jnp.where(active, nll, 0.0), hits, finite, state.metrics)
 
@@ -165,6 +165,15 @@ def teacher_force(
 
 @under_fixed_settings
 def negative_log_likelihood(logits: Float[Array, "B V"], targets: Int[Array, " B"]) -> Float[Array, " B"]:
-    """Natural log, float32."""
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    """Natural log, float32; NaN for a target that is no token."""
+    # A sum, since several devices have a part of the logits each: looked up, all of them would be gathered.
+    tokens = jnp.arange(logits.shape[1])
+    chosen = jnp.sum(jnp.where(tokens == targets[:, None], logits, 0), axis=-1)
+    known = (targets >= 0) & (targets < logits.shape[1])
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(known, chosen, jnp.nan)
+
+
+def all_finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Whether all logits of a sequence are finite."""
+    # Counted in the numbers that devices sum anyway, in one sum with what the log-likelihood needs.
+    return jnp.sum(~jnp.isfinite(logits), axis=-1, dtype=jnp.float32) == 0

@@ -6,6 +6,7 @@ import pytest
 
 import retro_jax as rj
 from retro_jax import models
+from retro_jax.decode import all_finite, negative_log_likelihood
 from tests.retro_jax.test_texts import Letters
 from tests.retro_jax.tiny import ATOL, tiny, token_ids
 
@@ -46,3 +47,15 @@ def test_tokens_behind_a_stop_string_have_none():
     for whole, tokens, logprobs in zip(free.logprobs, made.tokens, made.logprobs, strict=True):
         assert len(logprobs) == len(tokens)
         np.testing.assert_allclose(logprobs, whole[: len(tokens)], atol=10 * ATOL)
+
+
+def test_only_tokens_have_a_likelihood():
+    logits = np.log(np.array([[1.0, 2, 5]] * 4, np.float32))
+    nll = negative_log_likelihood(jax.numpy.asarray(logits), jax.numpy.array([0, 2, 3, -1]))
+    np.testing.assert_allclose(nll, [np.log(8), np.log(8 / 5), np.nan, np.nan], rtol=1e-6)
+
+
+def test_one_logit_that_is_not_finite_is_found():
+    logits = np.zeros((4, 3), np.float32)
+    logits[[1, 2, 3], [0, 1, 2]] = np.nan, np.inf, -np.inf
+    assert all_finite(jax.numpy.asarray(logits)).tolist() == [True, False, False, False]
