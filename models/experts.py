@@ -1,11 +1,12 @@
 """Mixtures of experts: a router chooses a few small MLPs for each token, whose weighted outputs are summed.
 
-An expert that any token of a pass chose is read once for all of them, and no other is. Either one after
-another is applied to its own tokens; or, where a product with chosen matrices is given and tokens are few,
-all of them are to all tokens: how long that takes their reading tells alone.
+An expert that any token of a pass chose is read once for all of them, and no other is. One after another is
+applied to its own tokens; or, where tokens are few and a function for them is given, all of them are to all
+tokens: how long that takes their reading tells alone.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import flax.struct
 import jax
@@ -54,13 +55,28 @@ class Routed:
     sizes: Int[Array, " E"]
 
 
-ChosenProducts = Callable[..., Float[Array, "C T N"]]
-"""As `pallas_kernels.chosen_products`."""
+FewTokens = Callable[..., tuple[Float[Array, "R M"], Int[Array, ""]]]
+"""As `pallas_kernels.mixture_of_experts`."""
 ApplyExperts = Callable[
     [ExpertParams, Experts, int, Float[Array, "B T M"], Bool[Array, "B T"]],
     tuple[Float[Array, "B T M"], Float[Array, " B"]],
 ]
 """As `apply_experts`."""
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """SwiGLU (arXiv 2002.05202), or gpt-oss's with limits: see `Experts`."""
+
+    limit: float | None
+    alpha: float
+
+    def __call__(self, gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """What goes into down, elementwise."""
+        if self.limit is not None:
+            gate = jnp.minimum(gate, self.limit)
+            up = jnp.clip(up, -self.limit, self.limit) + 1
+        return gate * jax.nn.sigmoid(self.alpha * gate) * up
 
 
 @jax.named_scope("experts")
@@ -70,7 +86,7 @@ def apply_experts(
     parts: int,
     h: Float[Array, "B T M"],
     valid: Bool[Array, "B T"],
-    products: ChosenProducts | None = None,
+    few: FewTokens | None = None,
 ) -> tuple[Float[Array, "B T M"], Float[Array, " B"]]:
     """The weighted sum of the outputs of each token's experts.
 
@@ -80,20 +96,30 @@ def apply_experts(
         parts: in which gate and up lie joined.
         h: what goes in, normed.
         valid: tokens that count; the others choose no experts, and get zeros.
-        products: of few tokens with chosen matrices. None: a loop, which waits for its end to be known.
+        few: what few tokens go through. None: a loop, which waits for its end to be known.
 
     Returns:
         The sums, and how many experts are read, shared equally by the sequences that have valid tokens.
     """
     tokens = h.reshape(-1, h.shape[-1])
-    if products is None or len(tokens) > FEW_TOKENS:
+    if few is None or len(tokens) > FEW_TOKENS:
         routed = route(params, experts, tokens, valid.ravel())
         out, read = _in_turn(params, experts, parts, tokens, routed), jnp.sum(routed.sizes > 0)
     else:
-        # Once for all products. The router's of a single row, XLA would not leave to the matrix unit.
-        padded = jnp.pad(tokens, ((0, -len(tokens) % 8), (0, 0)))
-        routed = route(params, experts, padded, valid.ravel())
-        out, read = _at_once(params, experts, parts, padded, routed, products)
+        out, read = few(
+            tokens,
+            params.router,
+            params.gate_up,
+            params.down,
+            params.router_bias,
+            params.gate_up_bias,
+            params.down_bias,
+            valid.ravel(),
+            per_token=experts.per_token,
+            normalized=experts.normalized,
+            parts=parts,
+            activation=SwiGLU(experts.swiglu_limit, experts.swiglu_alpha),
+        )
     active = jnp.any(valid, axis=1)
     read = read / jnp.maximum(jnp.sum(active), 1)
     return out.astype(h.dtype).reshape(h.shape), jnp.where(active, read, 0.0)
@@ -114,19 +140,14 @@ def experts_read(experts: Experts, tokens: int | float) -> float:
     return experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
 
 
-def route(
-    params: ExpertParams, experts: Experts, h: Float[Array, "rows M"], valid: Bool[Array, " T"]
-) -> Routed:
-    """Chooses the experts of each token; there may be more rows than tokens."""
+def route(params: ExpertParams, experts: Experts, h: Float[Array, "T M"], valid: Bool[Array, " T"]) -> Routed:
+    """Chooses the experts of each token."""
     logits = jnp.einsum("tm,me->te", h, params.router, preferred_element_type=jnp.float32)
     if params.router_bias is not None:
         logits += params.router_bias.astype(jnp.float32)
-    chosen, ids = (array[: len(valid)] for array in lax.top_k(logits, experts.per_token))
-    if experts.normalized:  # term by term: a sum over an axis would be launched by itself
-        weights = jnp.exp(chosen - chosen[:, :1])
-        shares = weights / sum(weights[:, j, None] for j in range(experts.per_token))
-    else:
-        shares = jnp.exp(chosen - jax.nn.logsumexp(logits[: len(valid)], axis=-1, keepdims=True))
+    chosen, ids = lax.top_k(logits, experts.per_token)
+    over = chosen if experts.normalized else logits
+    shares = jnp.exp(chosen - jax.nn.logsumexp(over, axis=-1, keepdims=True))
     ids = jnp.where(valid[:, None], ids, experts.count)
     return Routed(ids, shares, jnp.sum(ids[..., None] == jnp.arange(experts.count), axis=(0, 1)))
 
@@ -153,55 +174,6 @@ def _in_turn(
     return lax.fori_loop(0, ends[-1], add_block, jnp.zeros(h.shape, jnp.float32))
 
 
-def _at_once(
-    params: ExpertParams,
-    experts: Experts,
-    parts: int,
-    h: Float[Array, "rows M"],
-    routed: Routed,
-    products: ChosenProducts,
-) -> tuple[Float[Array, "T M"], Int[Array, ""] | int]:
-    """All chosen experts for all tokens, most of which have no share in most of their outputs.
-
-    By comparisons, and with gaps: a sort or a compaction would take launches of its own.
-
-    Returns:
-        The sums, and how many experts are read; of a single token, whose experts differ, at most.
-    """
-    tokens, per_token = routed.ids.shape
-    if tokens == 1:
-        chosen = jnp.where(routed.ids[0] == experts.count, -1, routed.ids[0])
-    elif experts.count < routed.ids.size:
-        chosen = jnp.where(routed.sizes > 0, jnp.arange(experts.count), -1)
-    else:
-        chosen = _without_repetition(routed.ids.ravel(), experts.count)
-
-    gate_up = products(h[None], params.gate_up, chosen, dtype=h.dtype)
-    if params.gate_up_bias is not None:
-        gate_up += params.gate_up_bias[chosen][:, None]
-    out = products(gated(experts, parts, gate_up), params.down, chosen, dtype=jnp.float32)[:, :tokens]
-    if params.down_bias is not None:
-        out += params.down_bias[chosen][:, None].astype(jnp.float32)
-
-    # Term by term, as in `route`. What has no share has no meaning.
-    if tokens == 1:
-        terms = [jnp.where(chosen[j] >= 0, routed.shares[:, j] * out[j], 0.0) for j in range(per_token)]
-        return sum(terms), per_token
-    shares = sum(
-        jnp.where(routed.ids[:, j] == chosen[:, None], routed.shares[:, j], 0.0) for j in range(per_token)
-    )[..., None]
-    return jnp.sum(jnp.where(shares > 0, shares * out, 0.0), axis=0), jnp.sum(chosen >= 0)
-
-
-def _without_repetition(ids: Int[Array, " C"], nothing: int) -> Int[Array, " C"]:
-    """The ids, and -1 for `nothing` and for what was there before, in one reduction."""
-    number = jnp.arange(ids.size)
-    before = (ids == ids[:, None]) & (number < number[:, None])
-    itself = jnp.where(ids == nothing, -1, ids)
-    found = jnp.where(before, -1, jnp.where(number == number[:, None], itself, nothing))
-    return jnp.min(found, axis=1)
-
-
 def _expert(
     params: ExpertParams, experts: Experts, parts: int, h: Float[Array, "T M"], expert: Int[Array, ""]
 ) -> Float[Array, "T M"]:
@@ -209,15 +181,7 @@ def _expert(
     gate_up = h @ params.gate_up[expert]
     if params.gate_up_bias is not None:
         gate_up += params.gate_up_bias[expert]
-    inner = gated(experts, parts, gate_up)
+    activation = SwiGLU(experts.swiglu_limit, experts.swiglu_alpha)
+    inner = activation(*split_columns(gate_up, [gate_up.shape[-1] // 2] * 2, parts))
     out = jnp.einsum("tf,fm->tm", inner, params.down[expert], preferred_element_type=jnp.float32)
     return out if params.down_bias is None else out + params.down_bias[expert].astype(jnp.float32)
-
-
-def gated(experts: Experts, parts: int, gate_up: Float[Array, "... columns"]) -> Float[Array, "... F"]:
-    """SwiGLU (arXiv 2002.05202), or gpt-oss's with limits."""
-    gate, up = split_columns(gate_up, [gate_up.shape[-1] // 2] * 2, parts)
-    if experts.swiglu_limit is not None:
-        gate = jnp.minimum(gate, experts.swiglu_limit)
-        up = jnp.clip(up, -experts.swiglu_limit, experts.swiglu_limit) + 1
-    return gate * jax.nn.sigmoid(experts.swiglu_alpha * gate) * up

@@ -29,7 +29,7 @@ from pallas_kernels.attention import (
     settle_blocks,
 )
 from pallas_kernels.dispatch import IMPLEMENTATIONS, kernels_of_device
-from pallas_kernels.experts import chosen_products
+from pallas_kernels.experts import mixture_of_experts
 from pallas_kernels.layout import KEYS, VALUES, pages_for
 from pallas_kernels.pages import (
     CODES,
@@ -89,7 +89,6 @@ __all__ = [
     "attend_window",
     "attention_mass",
     "choose_pages",
-    "chosen_products",
     "chunk_attention",
     "dense_attention",
     "dequantized",
@@ -97,6 +96,7 @@ __all__ = [
     "kernels_of_device",
     "merge",
     "merge_sinks",
+    "mixture_of_experts",
     "open_mailbox",
     "page_scores",
     "pages_for",

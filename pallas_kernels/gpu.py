@@ -59,6 +59,10 @@ def kernel(
     grid_names: Sequence[str],
     scratch: Sequence[Any] = (),
     warpgroups: int = 1,
+    waits: bool = True,
+    cluster: Sequence[int] = (),
+    cluster_names: Sequence[str] = (),
+    reduction_bytes: int = 2048,
     interpret: Any = None,
 ) -> Callable[..., Any]:
     """A kernel whose arguments may be Refs, which it then changes in place.
@@ -75,15 +79,19 @@ def kernel(
       grid_names: a name for each axis of the grid.
       scratch: shared memory and barriers.
       warpgroups: of 128 threads each.
+      waits: for the kernels before it to end. False: the body does, by `wait_for_kernels_before`, and until
+        then touches nothing that they write.
+      cluster: blocks that run side by side, for each of the grid.
+      cluster_names: a name for each axis of the cluster.
+      reduction_bytes: of shared memory for reductions over several warps: 16 for each result in 32 bits.
       interpret: `InterpretGPUParams` to run it in the interpreter.
     """
     before_launch()
     thread_name = "warpgroup" if warpgroups > 1 else None
 
     def scoped(*refs):
-        if interpret is None:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
+        if waits:
+            wait_for_kernels_before(interpret)
         pl.run_scoped(
             lambda *scratch_refs: body(*refs, *scratch_refs), *scratch, collective_axes=thread_name or ()
         )
@@ -94,19 +102,31 @@ def kernel(
         mesh=plgpu.Mesh(
             grid=tuple(grid),
             grid_names=tuple(grid_names),
+            cluster=tuple(cluster),
+            cluster_names=tuple(cluster_names),
             num_threads=warpgroups if warpgroups > 1 else None,
             thread_name=thread_name,
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
         interpret=interpret if interpret is not None else False,
         name=name,
     )
 
 
-def matrix(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory for an operand of wgmma, (..., rows, columns), in the layout that it wants."""
+def wait_for_kernels_before(interpret: Any) -> None:
+    """Waits for what they write, and lets the kernel after this one be set up."""
+    if interpret is None:
+        plgpu.griddepcontrol_wait()
+        plgpu.griddepcontrol_launch_dependents()
+
+
+def matrix(shape: Sequence[int], dtype: Any, beside: int | None = None) -> Any:
+    """Shared memory for an operand of wgmma, (..., rows, columns), in the layout that it wants.
+
+    Both of its operands want the same: `beside` is the columns of the other, where those are fewer.
+    """
     itemsize = jnp.dtype(dtype).itemsize
-    row = min(128, shape[-1] * itemsize)  # bytes
+    row = min(128, (beside or shape[-1]) * itemsize)  # bytes
     transforms = (plgpu.TilingTransform((8, row // itemsize)), plgpu.SwizzleTransform(row))
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 

@@ -16,13 +16,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import Mailbox, add_sum, chosen_products, open_mailbox
+from pallas_kernels import Mailbox, add_sum, mixture_of_experts, open_mailbox
 from pallas_kernels.dispatch import HEADS, SEQUENCES, traced_for
 from pallas_kernels.sums.api import BY_DEVICE
 from retro_jax.config import DecodeConfig
 from retro_jax.models import transformer
 from retro_jax.models.config import Experts, ModelConfig
-from retro_jax.models.experts import ChosenProducts, ExpertParams, apply_experts
+from retro_jax.models.experts import ExpertParams, FewTokens, apply_experts
 from retro_jax.models.transformer import LayerParams
 
 
@@ -110,17 +110,17 @@ def mlp(
 ) -> tuple[Float[Array, "B T M"], Float[Array, " B"] | None]:
     """`transformer.counted_mlp` on the devices of the mesh that is set.
 
-    `implementation` is that of products of few tokens with chosen experts on a GPU, which in a loop would
-    wait for the host to learn of its end; "xla" is that loop, since XLA would copy the chosen experts.
+    `implementation` is that of experts of few tokens on a GPU, which in a loop would wait for the host to
+    learn of its end; "xla" is that loop, since XLA would copy the chosen experts.
     """
-    products = None
+    few = None
     if implementation != "xla" and traced_for().platform == "gpu":
-        products = functools.partial(chosen_products, implementation=implementation)
-    return transformer.counted_mlp(layer, model, x, valid, functools.partial(_on_mesh, products))
+        few = functools.partial(mixture_of_experts, implementation=implementation)
+    return transformer.counted_mlp(layer, model, x, valid, functools.partial(_on_mesh, few))
 
 
 def _on_mesh(
-    products: ChosenProducts | None,
+    few: FewTokens | None,
     params: ExpertParams,
     experts: Experts,
     parts: int,
@@ -130,13 +130,13 @@ def _on_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     ours = {SEQUENCES, HEADS} == {*mesh.axis_names} and {*mesh.axis_types} == {AxisType.Auto}
     if mesh.size == 1 or not ours:
-        return apply_experts(params, experts, parts, h, valid, products)
+        return apply_experts(params, experts, parts, h, valid, few)
 
     def local(params, h, valid):
         if params.down_bias is not None:  # once in the sum over devices
             first = lax.axis_index(HEADS) == 0
             params = params.replace(down_bias=jnp.where(first, params.down_bias, 0))
-        out, read = apply_experts(params, experts, parts // mesh.shape[HEADS], h, valid, products)
+        out, read = apply_experts(params, experts, parts // mesh.shape[HEADS], h, valid, few)
         return lax.psum(out, HEADS), read
 
     by_sequence = P(SEQUENCES)

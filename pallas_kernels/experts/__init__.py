@@ -1,5 +1,5 @@
-"""Products with matrices that are chosen at run time: experts' weights, of which few are read."""
+"""Mixtures of experts for few rows: a router, and the experts that it chose, of which each is read once."""
 
-from pallas_kernels.experts.api import chosen_products
+from pallas_kernels.experts.api import mixture_of_experts
 
-__all__ = ["chosen_products"]
+__all__ = ["mixture_of_experts"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import mixture_of_experts
 from retro_jax.drafts import weight_bytes
 from retro_jax.models import Experts, LayerKind, ModelConfig, random_params
 from retro_jax.models import experts as module
@@ -21,12 +22,6 @@ KINDS = {
     "gpt-oss": dataclasses.replace(PLAIN, biases=True, swiglu_limit=0.5, swiglu_alpha=1.7),
     "all of them": Experts(3, 3, 4),
 }
-
-
-def products(x, matrices, ids, dtype):
-    """As `pallas_kernels.chosen_products`, NaN where none is asked for."""
-    found = jnp.einsum("ctk,ckn->ctn", jnp.broadcast_to(x, (len(ids), *x.shape[1:])), matrices[ids])
-    return jnp.where((ids >= 0)[:, None, None], found, jnp.nan).astype(dtype)
 
 
 def by_definition(weights: dict, experts: Experts, h: np.ndarray) -> np.ndarray:
@@ -58,7 +53,7 @@ def test_outputs_are_those_of_each_expert_by_itself(kind, monkeypatch):
     sizes = config.experts, config.parts
     out, read = apply_experts(params.layers[0].experts, *sizes, jnp.asarray(h), jnp.ones((2, 7), bool))
     at_once, read_at_once = apply_experts(
-        params.layers[0].experts, *sizes, jnp.asarray(h), jnp.ones((2, 7), bool), products
+        params.layers[0].experts, *sizes, jnp.asarray(h), jnp.ones((2, 7), bool), mixture_of_experts
     )
     np.testing.assert_allclose(at_once, out, atol=1e-5)
     np.testing.assert_array_equal(read, read_at_once)
@@ -86,36 +81,12 @@ def test_only_the_experts_of_valid_tokens_are_read():
         gate_up=params.gate_up.at[others].set(np.nan), down=params.down.at[others].set(np.nan)
     )
     h = jnp.asarray(np.where(valid[..., None], h, np.nan))
-    for how in (None, products):
+    for how in (None, mixture_of_experts):
         out, _ = apply_experts(poisoned, experts, config.parts, h, inputs[-1], how)
         np.testing.assert_allclose(np.asarray(out)[valid], np.asarray(expected)[valid], atol=1e-5)
         assert not np.asarray(out)[~valid].any()
     # The two sequences with valid tokens share what is read.
     np.testing.assert_array_equal(read, np.array([len(chosen) / 2, 0, len(chosen) / 2], np.float32))
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_each_expert_of_few_tokens_is_asked_for_once(tokens):
-    """Of fewer choices than there are experts, some of them the same, and of a single token."""
-    experts = dataclasses.replace(PLAIN, count=9)
-    config = dataclasses.replace(CONFIG, experts=experts)
-    params = random_params(config, jax.random.key(5)).layers[0].experts
-    h = jax.random.normal(jax.random.key(6), (tokens, 1, 8))
-    for valid in (jnp.ones((tokens, 1), bool), jnp.zeros((tokens, 1), bool)):
-        asked = []
-
-        def counted(x, matrices, ids, dtype):
-            asked.append([*map(int, ids)])  # noqa: B023
-            return products(x, matrices, ids, dtype)
-
-        inputs = experts, config.parts, h, valid
-        expected, read = apply_experts(params, *inputs)
-        out, read_at_once = apply_experts(params, *inputs, counted)
-        np.testing.assert_allclose(out, expected, atol=1e-5)
-        np.testing.assert_array_equal(read, read_at_once)
-        once = [expert for expert in asked[0] if expert >= 0]
-        assert len({*once}) == len(once) == int(read.sum() + 0.5)
-        assert asked[0] == asked[1] and len(asked[0]) == 2 * tokens
 
 
 def test_experts_that_are_read_are_those_of_even_choices():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import CODES, STATISTICS, QuantizedPages, quantize
+from pallas_kernels.experts.reference import choose
 
 PAGES = 12
 
@@ -126,3 +127,34 @@ def random_retro_inputs(rng, lengths, window, group, page_size, heads=2, dim=8, 
     cached_o[np.isneginf(cached_lse)] = 0
     q = rng.standard_normal((B, window, heads * group, dim)).astype(np.float32)
     return q, pages, page_ids, counts, last_loaded, positions, cached_o, cached_lse
+
+
+def silu(gate, up):
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def bounded(gate, up):
+    return jnp.minimum(gate, 0.5) * jax.nn.sigmoid(1.7 * gate) * (jnp.clip(up, -0.5, 0.5) + 1)
+
+
+def random_experts(rng, rows, width, hidden, experts, per_token, biased, valid, dtype):
+    """Arguments of a mixture of experts, and how many are read.
+
+    Rows that do not count are NaN, and so is what no other row chooses.
+    """
+    valid = jnp.asarray(valid)
+    h, router = rng.standard_normal((rows, width)), rng.standard_normal((width, experts)) * width**-0.5
+    gate_up = rng.standard_normal((experts, width, 2 * hidden)) * width**-0.5
+    down = rng.standard_normal((experts, hidden, width)) * hidden**-0.5
+    biases = [
+        0.3 * rng.standard_normal(shape) for shape in (experts, (experts, 2 * hidden), (experts, width))
+    ]
+    h, router, router_bias = (jnp.asarray(array, dtype) for array in (h, router, biases[0]))
+    _, chosen = choose(h, router, router_bias if biased else None, valid, per_token, True)
+    read = np.asarray(chosen).any(0)
+    for array in (gate_up, down, *biases[1:]):
+        array[~read] = np.nan
+    h = jnp.where(valid[:, None], h, jnp.nan)
+    weights = [jnp.asarray(array, dtype) for array in (gate_up, down)]
+    biases = [router_bias, *(jnp.asarray(bias, dtype) for bias in biases[1:])] if biased else [None] * 3
+    return (h, router, *weights, *biases, valid), int(read.sum())

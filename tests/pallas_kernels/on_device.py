@@ -21,7 +21,7 @@ from pallas_kernels import CODES, dequantized, gpu, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
 from pallas_kernels.experts import reference as experts_reference
-from pallas_kernels.experts.gpu import kernels as experts
+from pallas_kernels.experts.gpu import kernels as experts_gpu
 from pallas_kernels.scores import GROUP_REDUCE
 from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
@@ -32,13 +32,16 @@ from pallas_kernels.update import reference as update_reference
 from retro_jax.experiments.io.provenance import provenance
 from tests.pallas_kernels.equality import FUSED, SCORED
 from tests.pallas_kernels.inputs import (
+    bounded,
     dtype_beside,
     pages_as,
     random_cache,
+    random_experts,
     random_product,
     random_retro_inputs,
     random_statistics,
     random_update,
+    silu,
     window_positions,
 )
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
@@ -270,34 +273,31 @@ class Heads(Update):
         return worst, np.array_equal(pages[kept], wanted[kept], equal_nan=True)
 
 
-class Products:
-    """Products with chosen matrices, some of which are not asked for."""
+class Experts:
+    """Mixtures of experts, of which some rows do not count."""
 
-    def __init__(self, shared, rows, depth, width, dtype):
-        of = "one" if shared else "each"
-        self.name = f"chosen_products {of} T={rows} {depth} x {width} {jnp.dtype(dtype).name}"
-        self.sizes, self.dtype = (1 if shared else 6, rows, depth, width), dtype
-
-        def asked(products):
-            def masked(x, matrices, ids):
-                y = products(x, matrices, ids, dtype=jnp.float32)
-                return jnp.where((ids >= 0)[:, None, None], y, 0.0)
-
-            return jax.jit(masked)
-
-        self.kernel, self.reference = map(asked, (experts.chosen_products, experts_reference.chosen_products))
+    def __init__(self, rows, width, hidden, experts, per_token, biased, dtype):
+        sizes = f"R={rows} {width} x {hidden} E={experts} k={per_token}"
+        self.name = f"mixture_of_experts {sizes}{' biased' * biased} {jnp.dtype(dtype).name}"
+        self.sizes, self.dtype = (rows, width, hidden, experts, per_token, biased), dtype
+        options = {
+            "per_token": per_token,
+            "normalized": not biased,
+            "parts": 1,
+            "activation": bounded if biased else silu,
+        }
+        self.kernel, self.reference = (
+            jax.jit(functools.partial(module.mixture_of_experts, **options))
+            for module in (experts_gpu, experts_reference)
+        )
 
     def inputs(self, rng):
-        products, rows, depth, width = self.sizes
-        matrices = rng.standard_normal((9, depth, width)) * depth**-0.5
-        ids = rng.permutation(9)[:6]
-        ids[rng.integers(6)] = -1
-        matrices[np.setdiff1d(np.arange(9), ids)] = np.nan
-        x = rng.standard_normal((products, rows, depth))
-        return jnp.asarray(x, self.dtype), jnp.asarray(matrices, self.dtype), jnp.asarray(ids, jnp.int32)
+        valid = rng.random(self.sizes[0]) < 0.8
+        valid[0] = True
+        return random_experts(rng, *self.sizes, valid, self.dtype)[0]
 
     def errors(self, inputs, got, expected):
-        return relative(got, expected), True
+        return relative(got[0], expected[0]), int(got[1]) == int(expected[1])
 
 
 def configurations():
@@ -334,8 +334,9 @@ def configurations():
         yield Sliding(dim, page_size, *next(rows), dtype)
     for dim, group, reduce in zip(CHANNELS, (3, 4), ("mass", "mass"), strict=True):
         yield Select(dim, 8, "mean_key", "mean_key_int8", reduce, group, next(pages), jnp.bfloat16)
-    for rows, (depth, width) in itertools.product((1, 4, 33, 64), ((2048, 1536), (768, 2048), (64, 64))):
-        yield Products(rows % 2, rows, depth, width, next(dtypes))
+    mixtures = ((2048, 768, 24, 8, False), (576, 320, 8, 2, True), (64, 64, 200, 4, False))
+    for rows, (width, hidden, experts, per_token, biased) in itertools.product((1, 4, 33, 64), mixtures):
+        yield Experts(rows, width, hidden, experts, per_token, biased, next(dtypes))
 
 
 def check(configuration, cases):

@@ -104,7 +104,7 @@ def choose_pages(
         if parts > 1:
             offset = count(scan, lambda score, page: chosen(score, page, high, ties) & (page < start))
         end = jnp.minimum(jnp.minimum(start + share * TILE_ROWS, tiles * TILE_ROWS), pages)
-        write = _write_one_by_one if interpret is not None else write_pages
+        write = write_one_by_one if interpret is not None else write_pages
         write(scores_smem, warps_smem, ids_ref.at[b, head], start, end, offset, budget, high, ties)
 
     launch = kernel(
@@ -147,7 +147,7 @@ def _log_sums(norms_ref, blocks, group):
     return [jnp.sum(jnp.where(head == g, joined, 0.0)) for g in range(group)]
 
 
-def _write_one_by_one(scores_smem, _, ids_ref, start, end, offset, budget, high, ties):
+def write_one_by_one(scores_smem, _, ids_ref, start, end, offset, budget, high, ties):
     """As `write_pages`, where its instructions cannot be simulated."""
 
     def write(page, offset):

@@ -26,7 +26,7 @@ from pallas_kernels.sums.gpu import kernels as sums
 from pallas_kernels.update.gpu import kernels as update
 from retro_jax import DecodeConfig, decode_step, init_state, models, preset, verified_decode
 from retro_jax.experiments.machine.programs import not_cached
-from tests.pallas_kernels.inputs import dtype_beside, shapes_of_statistics
+from tests.pallas_kernels.inputs import bounded, dtype_beside, shapes_of_statistics, silu
 from tests.retro_jax.tiny import tiny
 
 pytestmark = [
@@ -138,19 +138,28 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("products", "rows", "depth", "width", "count", "dtype"),
-    [(1, 1, 2048, 1536, 8, jnp.bfloat16), (32, 64, 2880, 2880, 32, jnp.float32)],
+    ("rows", "width", "hidden", "count", "per_token", "biased"),
+    [(1, 2048, 768, 128, 8, False), (64, 2880, 2880, 32, 4, True)],
 )
-def test_products_with_chosen_matrices(compiled, products, rows, depth, width, count, dtype):
-    """Gate and up of Qwen3-30B-A3B for one token, down of gpt-oss-20b for many."""
-    executable, kernels = compiled(
-        functools.partial(experts.chosen_products, dtype=dtype),
-        shape(products, rows, depth),
-        shape(count, depth, width),
-        shape(count, dtype=jnp.int32),
+def test_mixture_of_experts(compiled, rows, width, hidden, count, per_token, biased):
+    """Qwen3-30B-A3B for one token, gpt-oss-20b for many."""
+    weights = shape(width, count), shape(count, width, 2 * hidden), shape(count, hidden, width)
+    biases = shape(count), shape(count, 2 * hidden), shape(count, width)
+    _, kernels = compiled(
+        functools.partial(
+            experts.mixture_of_experts,
+            per_token=per_token,
+            normalized=True,
+            parts=1,
+            activation=bounded if biased else silu,
+        ),
+        shape(rows, width),
+        *weights,
+        *(biases if biased else [None] * 3),
+        shape(rows, dtype=jnp.bool_),
     )
-    assert_no_spills(kernels, "chosen_products")
-    assert executable.memory_analysis().temp_size_in_bytes < count * depth * width
+    assert_no_spills(kernels, "choose_experts", "apply_experts")
+    assert_tma_and_wgmma(kernels["apply_experts"][0])
 
 
 @pytest.mark.parametrize(("dim", "page_size", "window", "group", "dtype"), CASES)
