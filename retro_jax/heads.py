@@ -1,14 +1,14 @@
 """The heads of a layer's tokens: queries, and keys and values as they are written into the cache.
 
-On GPUs one kernel does all that follows the joined product, where it can; elsewhere, and where a score has
-learned what to keep of pages, heads are XLA's until they are written.
+Heads are XLA's until they are written. On Hopper GPUs a kernel can do all that follows the joined product in
+one launch; it is used where kernels are asked for by name (`implementation="mosaic_gpu"`), since it has run in
+steps there but was compared with its definition in the interpreter only.
 """
 
 from collections.abc import Callable
 
 from jaxtyping import Array, Bool, Float, Int
 
-import pallas_kernels.dispatch
 from pallas_kernels import ring_places, update_from_product, update_pages, update_ring
 from pallas_kernels.pages import Pages
 from retro_jax.cache import LayerState
@@ -102,8 +102,8 @@ def _fused(
     implementation: str | None,
 ) -> Callable | None:
     """`update_from_product` of pages, statistics, product, start, write; None where that is no kernel's."""
-    of_kernels = implementation != "xla" and pallas_kernels.dispatch.kernels_of_device() == "mosaic_gpu"
-    if not of_kernels or model.joint_qk_norm:
+    some_channels = kind.rope is not None and kind.rope.channels not in (None, model.head_dim)
+    if implementation != "mosaic_gpu" or model.joint_qk_norm or some_channels:
         return None
     cos = sin = None
     if kind.rope is not None:

@@ -320,7 +320,7 @@ def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
     with jax.set_mesh(mesh):
         state, logits = force(sharded, config, state, tokens, STEPS)
     np.testing.assert_allclose(logits, expected, atol=ATOL)
-    operations = {"update_from_product", "dense_attention"}
+    operations = {"update_pages", "dense_attention"}
     if method == "retro":
         operations |= {"select_pages", "attend_window"}
     assert seen == {(name, (2, 1)) for name in operations}

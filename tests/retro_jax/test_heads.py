@@ -37,6 +37,7 @@ def with_kernel(monkeypatch):
         return update.reference.update_from_product(*arrays, **options)
 
     monkeypatch.setattr(update.mosaic_gpu, "update_from_product", kernel)
+    monkeypatch.setattr(update.mosaic_gpu, "update_pages", update.reference.update_pages)
     monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     return calls
@@ -47,7 +48,7 @@ def with_kernel(monkeypatch):
     [
         ({}, LayerKind(), True),
         (NORMED, LayerKind(Rope(500.0), scale=0.1), True),
-        ({}, LayerKind(Rope(channels=8)), True),
+        ({}, LayerKind(Rope(channels=8)), False),  # the kernel rotates all or none
         ({"qk_norm": True}, LayerKind(rope=None), True),
         (NORMED | {"joint_qk_norm": True}, LayerKind(), False),  # of all heads, which no device has by itself
     ],
@@ -63,13 +64,13 @@ def test_heads_of_the_product_are_those_of_the_model(monkeypatch, fields, kind, 
     positions = jnp.where(write, start[:, None] + jnp.arange(3), -1)
     x = jax.random.normal(jax.random.key(1), (2, 3, model.width))
 
-    def heads():
-        arguments = state.layers[0], x, positions, start, write, None
+    def heads(implementation):
+        arguments = state.layers[0], x, positions, start, write, implementation
         return jax.jit(lambda: write_heads(layer, model, kind, config, *arguments))()
 
-    expected = heads()
+    expected = heads(None)
     calls = with_kernel(monkeypatch)
-    got = heads()
+    got = heads("mosaic_gpu")
     assert len(calls) == taken
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for array, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -82,14 +83,14 @@ def test_heads_of_the_product_are_written_around_the_end_of_a_ring(monkeypatch, 
     pages = jnp.zeros((2, 4, 2, 2, 8, 16))
     start, write = jnp.array([21, 3]), jnp.ones((2, tokens), bool)
     x = jax.random.normal(jax.random.key(1), (2, tokens, MODEL.width))
-    arguments = 11, pages, x, start[:, None] + jnp.arange(tokens), start, write, None
+    arguments = 11, pages, x, start[:, None] + jnp.arange(tokens), start, write
 
-    def heads():
-        return jax.jit(lambda: write_ring_heads(layer, MODEL, kind, *arguments))()
+    def heads(implementation):
+        return jax.jit(lambda: write_ring_heads(layer, MODEL, kind, *arguments, implementation))()
 
-    expected = heads()
+    expected = heads(None)
     calls = with_kernel(monkeypatch)
-    got = heads()
+    got = heads("mosaic_gpu")
     assert len(calls) == (2 if tokens > 1 else 1)  # one of them from the first place on
     for array, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(array, wanted, atol=1e-6)
