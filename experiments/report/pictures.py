@@ -7,9 +7,9 @@ import numpy as np
 
 from retro_jax import DecodeConfig
 from retro_jax.experiments.compare.pictures import EXCESS, EXPOSURE, LATER_STEPS
-from retro_jax.experiments.io.budgets import budget_fields, budget_value
+from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import LEAST_EXAMPLES, Interval, bootstrap
-from retro_jax.experiments.io.settings import run_name
+from retro_jax.experiments.io.settings import distinct_names
 from retro_jax.experiments.pictures.files import Layout, pictures
 from retro_jax.experiments.pictures.panels import FULL, LEVEL, QUEST, Curves, Line, Look, Scale, looks
 from retro_jax.experiments.pictures.words import counted, shortened
@@ -19,7 +19,6 @@ from retro_jax.experiments.report.data import (
     excess_by_position,
     same_json,
 )
-from retro_jax.fields import DecodeFields
 
 BLOCK = 256
 """Tokens in a point of the curves of likelihood, at most."""
@@ -192,7 +191,8 @@ def _budget(run: Measured, method: str) -> float | None:
 
 def _family(run: Measured, method: str) -> str:
     """The name of a method without its budget."""
-    return run_name(replace(run.configs[method], **budget_fields(DecodeFields.budget)))
+    (name,) = distinct_names([run.configs[method]], told=("budget", "budget_tokens"))
+    return name
 
 
 def _looks(runs: Sequence[Measured], whole: bool = False) -> dict[str, Look]:

@@ -240,6 +240,9 @@ def test_reports(drawn, methods, likelihoods):
     ]
     assert all("n = 2 examples" in figure.get_supxlabel() for figure in drawn)
     assert len(drawn[0].axes) == (4 if methods is MANY else 1)  # a panel for each budget
+    told = {text.get_text() for text in drawn[0].legends[0].get_texts()}
+    presets = {"preset quest", "preset mean-key", *(f"preset paper-w{window}" for window in (2, 4, 8))}
+    assert told & presets == (presets if methods is MANY else set())
 
 
 @pytest.mark.parametrize(("examples", "intervals"), [(2, False), (6, True)])
