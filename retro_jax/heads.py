@@ -1,8 +1,8 @@
 """The heads of a layer's tokens: queries, and keys and values as they are written into the cache.
 
 Heads are XLA's until they are written. On Hopper GPUs a kernel can do all that follows the joined product in
-one launch; it is used where kernels are asked for by name (`implementation="mosaic_gpu"`): it has run in steps
-there, but was compared with its definition in the interpreter only.
+one launch; it is used where kernels are asked for by name (`implementation="mosaic_gpu"`), for it has run in
+steps there, but was compared with its definition in the interpreter only.
 """
 
 from collections.abc import Callable
