@@ -246,16 +246,15 @@ class BenchDecode(BenchDecodeFlags):
         rows = results(milliseconds)
         full = next((name for name, config in configs.items() if config.attention.dense), None)
         for contestant in contestants:
-            row, bytes_read = rows[contestant.name], read[contestant.name]
+            row, bytes_read, experts = (of[contestant.name] for of in (rows, read, of_experts))
             row |= {"kv_bytes": bytes_read, "scan_ms": scans.get(contestant.name)}
             if model.config.experts is not None:
-                row["expert_bytes"] = of_experts[contestant.name]
+                row["expert_bytes"] = experts
             if contestant is torch:
                 # The whole cache, dense; transformers' cache is its own matter.
                 bytes_read = dense_kv_bytes(model, capacity)
             row["limit_ms"] = None
             if bytes_read is not None:
-                experts = of_experts[contestant.name]
                 row["limit_ms"] = limit_ms(model, self.batch, bytes_read, experts, bandwidth)
         return {
             "context": context,

@@ -264,31 +264,6 @@ def test_ties_go_to_the_lower_page(parts, kind, group_reduce):
         assert sorted(row[:count].tolist()) == sorted(expected_row[:count].tolist())
 
 
-@pytest.mark.parametrize(("kind", "group_reduce"), [("mean_key", "mean"), ("mean_key_int8", "mass")])
-def test_scores_that_are_no_numbers_leave_whole_selections(kind, group_reduce):
-    """What a sequence's NaN or infinities select has no meaning, but lies in the cache."""
-    keys = np.random.default_rng(0).standard_normal((2, 1, 72, 1, 64))
-    keys[0, :, 9:60:5], keys[1, :, 9:60:5] = np.nan, np.inf
-    inputs = (
-        jnp.ones((2, 1, 64), jnp.bfloat16),
-        STATISTICS[kind].keep(jnp.asarray(keys, jnp.bfloat16)),
-        jnp.asarray([70 * 16, 72 * 16 - 1], jnp.int32),
-        jnp.asarray([65, 50], jnp.int32),
-    )
-    arguments = {
-        "page_size": 16,
-        "capacity": 70,
-        "score": "mean_key",
-        "group_reduce": group_reduce,
-        "sink_pages": 1,
-    }
-    ids, counts = run(selection.select_pages, *inputs, parts=1, **arguments)
-    for row, count, pages in zip(ids[:, 0], counts[:, 0], (71, 72), strict=True):
-        chosen = row[:count].tolist()
-        assert len(set(chosen)) == count
-        assert {0, pages - 1} <= set(chosen) <= set(range(pages))
-
-
 @pytest.mark.parametrize(
     ("tokens", "page_size", "dim", "kind", "dtype"),
     [

@@ -1,10 +1,15 @@
-"""The search for a threshold admits as many pages as the budget, whatever their scores."""
+"""As many pages are selected as the budget has, whatever their scores."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import STATISTICS
+from pallas_kernels.selection.gpu import kernels as selection
 from pallas_kernels.selection.gpu.threshold import chosen, find_threshold
 
 PAGES = 256
@@ -57,3 +62,29 @@ def test_the_budgets_pages_are_admitted(scores):
     for admits, score, count in zip(found, values, pages, strict=True):
         score, admits = score[:count], admits[:count]
         assert score[admits].min() >= score[~admits].max(initial=-np.inf)
+
+
+@pytest.mark.parametrize(("kind", "group_reduce"), [("mean_key", "mean"), ("mean_key_int8", "mass")])
+def test_scores_that_are_no_numbers_leave_whole_selections(kind, group_reduce):
+    """What a sequence's NaN or infinities select has no meaning, but lies in the cache."""
+    keys = np.random.default_rng(0).standard_normal((2, 1, 72, 1, 64))
+    keys[0, :, 9:60:5], keys[1, :, 9:60:5] = np.nan, np.inf
+    inputs = (
+        jnp.ones((2, 1, 64), jnp.bfloat16),
+        STATISTICS[kind].keep(jnp.asarray(keys, jnp.bfloat16)),
+        jnp.asarray([70 * 16, 72 * 16 - 1], jnp.int32),
+        jnp.asarray([65, 50], jnp.int32),
+    )
+    arguments = {
+        "page_size": 16,
+        "capacity": 70,
+        "score": "mean_key",
+        "group_reduce": group_reduce,
+        "sink_pages": 1,
+    }
+    select = functools.partial(selection.select_pages, interpret=plgpu.InterpretGPUParams(), **arguments)
+    ids, counts = jax.jit(select)(*inputs)
+    for row, count, pages in zip(ids[:, 0], counts[:, 0], (71, 72), strict=True):
+        chosen = row[:count].tolist()
+        assert len(set(chosen)) == count
+        assert {0, pages - 1} <= set(chosen) <= set(range(pages))
