@@ -12,10 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.compaction import write_one_by_one, write_pages
 from pallas_kernels.gpu import SHARED_MEMORY, TILE_ROWS, kernel, matrix, wait_for_kernels_before
 from pallas_kernels.grid_barrier import BLOCK, cluster_barrier, cluster_of, meet_in_cluster
-from pallas_kernels.selection.gpu.choice import write_one_by_one
-from pallas_kernels.selection.gpu.compaction import write_pages
 
 TILE = 64
 MOST_BLOCKS = 8  # of a cluster

@@ -10,10 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.compaction import chosen, write_one_by_one, write_pages
 from pallas_kernels.gpu import TILE_ROWS, kernel
-from pallas_kernels.selection.gpu.compaction import write_pages
 from pallas_kernels.selection.gpu.scoring import LOWEST, blocks_of_threads, comparable, page_of
-from pallas_kernels.selection.gpu.threshold import chosen, count, find_threshold
+from pallas_kernels.selection.gpu.threshold import count, find_threshold
 
 CHUNK = 32
 """Tiles that are counted at once."""
@@ -145,19 +145,3 @@ def _log_sums(norms_ref, blocks, group):
     joined = top + jnp.log2(jnp.exp2(norms - lax.broadcast_in_dim(top, norms.shape, [1])).sum(axis=0))
     head = plgpu.broadcasted_iota(jnp.int32, joined.shape, 0, layout=layout.reduce(0))
     return [jnp.sum(jnp.where(head == g, joined, 0.0)) for g in range(group)]
-
-
-def write_one_by_one(scores_smem, _, ids_ref, start, end, offset, budget, high, ties):
-    """As `write_pages`, where its instructions cannot be simulated."""
-
-    def write(page, offset):
-        score = scores_smem[lax.div(page, jnp.int32(TILE_ROWS)), lax.rem(page, jnp.int32(TILE_ROWS))]
-        take = chosen(score, page, high, ties) & (offset < budget)
-
-        @pl.when(take)
-        def _():
-            ids_ref[offset] = page
-
-        return offset + take.astype(jnp.int32)
-
-    lax.fori_loop(start, end, write, offset)

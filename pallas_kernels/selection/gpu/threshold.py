@@ -17,11 +17,6 @@ Scan = Callable[..., Sequence[Array]]
 """scan(step, *initial): folds `step(carry, scores, pages)` over all pages, elementwise over a chunk."""
 
 
-def chosen(score: Array, page: Array, high: Float[Array, ""], ties: Int[Array, ""]) -> Bool[Array, "..."]:
-    """Whether pages belong to the set that `find_threshold` describes."""
-    return (score > high) | ((score == high) & (page < ties))
-
-
 def count(scan: Scan, function: Callable[[Array, Array], Bool[Array, "..."]]) -> Int[Array, ""]:
     """The number of pages for which `function(scores, pages)` holds."""
     (total,) = scan(lambda carry, *args: [carry[0] + function(*args).astype(jnp.int32)], jnp.int32(0))

@@ -9,8 +9,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import STATISTICS
+from pallas_kernels.compaction import chosen
 from pallas_kernels.selection.gpu import kernels as selection
-from pallas_kernels.selection.gpu.threshold import chosen, find_threshold
+from pallas_kernels.selection.gpu.threshold import find_threshold
 
 PAGES = 256
 

@@ -5,13 +5,22 @@ Every thread looks at a page of its own. A warp's ballot tells each thread how m
 
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, memref, scf
+from jaxtyping import Array, Bool, Float, Int
 
 _WARP = 32
 _WARPS = 4
+
+
+def chosen(score: Array, page: Array, high: Float[Array, ""], ties: Int[Array, ""]) -> Bool[Array, "..."]:
+    """Whether pages belong to the set that a threshold describes."""
+    return (score > high) | ((score == high) & (page < ties))
 
 
 def write_pages(scores_smem, warps_smem, ids_ref, *scalars: Any) -> None:
@@ -105,3 +114,20 @@ def _write(_, scores_smem, warps_smem, ids_ref, *scalars):
 
 def _value(scalar):
     return scalar if isinstance(scalar, ir.Value) else scalar.registers.item()
+
+
+def write_one_by_one(scores_smem, _, ids_ref, start, end, offset, budget, high, ties):
+    """As `write_pages`, where its instructions cannot be simulated."""
+    columns = jnp.int32(scores_smem.shape[1])
+
+    def write(page, offset):
+        score = scores_smem[lax.div(page, columns), lax.rem(page, columns)]
+        take = chosen(score, page, high, ties) & (offset < budget)
+
+        @pl.when(take)
+        def _():
+            ids_ref[offset] = page
+
+        return offset + take.astype(jnp.int32)
+
+    lax.fori_loop(start, end, write, offset)
