@@ -375,10 +375,9 @@ def latency_pictures(values: dict, stem: str) -> dict[str, bytes]:
       PNG files by name.
     """
     measured = values["contexts"]
-    method_looks = looks(measured[0]["contestants"], known_looks(values["configs"]))
     contexts = [each["context"] for each in measured]
     times, traffic = [], []
-    for name, look in method_looks.items():
+    for name, look in looks(measured[0]["contestants"], known_looks(values["configs"])).items():
         rows = [each["contestants"][name] for each in measured]
         low, high = zip(*(row["ms_10_90"] for row in rows), strict=True)
         times.append(Line(name, look, contexts, [row["ms_per_step"] for row in rows], low, high))

@@ -1,4 +1,3 @@
-import contextlib
 import json
 import os
 from dataclasses import replace
@@ -8,17 +7,13 @@ import numpy as np
 import pytest
 
 import retro_jax.experiments.runs.run
-from retro_jax import NonFiniteLogits, Sampling, preset
+from retro_jax import preset
 from retro_jax.experiments.io.models import known_model
 from retro_jax.experiments.io.settings import run_name
 from retro_jax.experiments.runs.compile import compile_run
 from retro_jax.experiments.runs.config import RunConfig
 from retro_jax.experiments.runs.configs import CONFIGS
-from retro_jax.experiments.runs.plan import make_plan, plan_text
-from retro_jax.experiments.runs.run import TERMINATED
-from retro_jax.experiments.runs.work import Row, decode_many
-from retro_jax.experiments.tasks import Example
-from retro_jax.experiments.tasks.aime24 import AIME24
+from retro_jax.experiments.runs.plan import make_plan
 from retro_jax.experiments.tasks.recall import Recall
 from retro_jax.models.presets import SIZES
 from tests.experiments.runs import stand_in
@@ -55,91 +50,6 @@ def test_run_continues_where_it_stopped_with_the_same_bytes(json_command, argume
     assert file.read_bytes() == whole
     monkeypatch.setattr(retro_jax.experiments.runs.run, "decode_batch", None)  # nothing is left to decode
     assert json_command(*arguments)["results"] == 9
-
-
-SAMPLED = ("--task.no-forced", "--samples", 2, "--temperature", 1.0, "--methods", "quest")
-
-
-def by_sample(out):
-    """The results of a run of one method, each of which must be there once."""
-    found = lines(out)
-    results = {(line["example"], line["sample"]): line | {"config": None} for line in found}
-    assert len(results) == len(found) == 6
-    return results
-
-
-def test_replies_do_not_depend_on_what_is_decoded_with_them(json_command, arguments, tmp_path):
-    json_command(*arguments, *SAMPLED)
-    came_and_went = by_sample(tmp_path / "out")
-    assert len({line["text"] for line in came_and_went.values()}) == 6  # seeds of their own
-    (timing,) = map(json.loads, (tmp_path / "out" / "timings-0.jsonl").read_text().splitlines())
-    assert timing["tokens"] == sum(line["tokens"] for line in came_and_went.values())
-    assert timing["seconds"] > 0 and timing["steps_per_second"] is None
-    json_command(*arguments[:-1], tmp_path / "fixed", *SAMPLED, "--batch", 3, "--no-continuous")
-    assert by_sample(tmp_path / "fixed") == came_and_went
-    assert len((tmp_path / "fixed" / "timings-0.jsonl").read_text().splitlines()) == 2  # batches
-
-
-def test_replies_that_came_and_went_are_made_once(json_command, command, arguments, tmp_path, monkeypatch):
-    stops = iter((False, False, True))
-    monkeypatch.setattr(
-        retro_jax.experiments.runs.run,
-        "stop_on_sigterm",
-        lambda: contextlib.nullcontext(lambda: next(stops, False)),
-    )
-    status, _, _ = command(*arguments, *SAMPLED)
-    file = tmp_path / "out" / "results-0.jsonl"
-    assert status == TERMINATED and len(file.read_text().splitlines()) == 2  # as soon as they were finished
-    os.truncate(file, file.stat().st_size - 7)  # a torn line
-    seen, real = [], retro_jax.experiments.runs.work.generate_many
-
-    def counted(model, requests, *arguments, **options):
-        seen.append(len(requests))
-        return real(model, requests, *arguments, **options)
-
-    monkeypatch.setattr(retro_jax.experiments.runs.work, "generate_many", counted)
-    monkeypatch.setattr(retro_jax.experiments.runs.run, "ROUNDS", 1)  # other batches than before
-    json_command(*arguments, *SAMPLED)
-    assert sum(seen) == 5 and max(seen) == 2
-    json_command(*arguments[:-1], tmp_path / "whole", *SAMPLED)
-    assert by_sample(tmp_path / "out") == by_sample(tmp_path / "whole")
-
-
-def test_a_reply_that_is_not_finite_is_named(monkeypatch):
-    def broken(model, requests, *_, **__):
-        yield SimpleNamespace(index=1, tokens=[], finished=False, metrics=None)
-        raise NonFiniteLogits("of prompt 0", SimpleNamespace(index=0, tokens=[1, 2]))
-
-    monkeypatch.setattr("retro_jax.experiments.runs.work.generate_many", broken)
-    tokenizer = SimpleNamespace(decode=lambda ids: "")
-    model = SimpleNamespace(tokenizer=tokenizer, config=SIZES["tiny"])
-    batch = [Row(Example(id=name, prompt="", answers=("1",), max_new_tokens=5), 0, (1,)) for name in "abc"]
-    found = decode_many(model, None, AIME24(), batch, [1, 2], 2, Sampling())
-    assert next(found)[0] == 2  # the place in the batch, not among what was missing
-    with pytest.raises(NonFiniteLogits, match="the logits of b are not finite after 2 new tokens"):
-        next(found)
-
-
-def test_sequences_come_and_go_where_replies_are_generated():
-    config = RunConfig(model="random:tiny", task=Recall(pairs=4, questions=2, count=2), batch=4)
-    generated = replace(config, task=replace(config.task, forced=False))
-    one, several, fixed, forced = (
-        make_plan(each)
-        for each in (
-            replace(generated, batch=1),
-            generated,
-            replace(generated, continuous=False),
-            config,
-        )
-    )
-    assert forced.forced and not several.forced
-    sequence = one.caches["full"]
-    assert fixed.caches["full"] == forced.caches["full"] == pytest.approx(4 * sequence, abs=100)
-    assert several.caches["full"] == pytest.approx(6 * sequence, abs=100)  # of newcomers, and what they share
-    told = plan_text(generated, several, generated.configurations())
-    assert "4 together, the next as soon as one ends" in told
-    assert "in 1 batches of 4" in plan_text(config, forced, config.configurations())
-    assert replace(generated, continuous=False).identity() == generated.identity()
 
 
 def test_a_mesh_gives_the_same_results(json_command, arguments, tmp_path):
