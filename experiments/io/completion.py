@@ -13,6 +13,11 @@ import tyro
 
 PREFIX = "COMPLETION_SPEC = "
 """Of the line of a script that tells commands and flags, in Python."""
+JOINED = 'all_subcommands = set(spec.get("subcommands", {}).keys())'
+"""In a script, the names of commands that bash has split at colons, which are put together again."""
+
+BEFORE_COLON = 'elif [[ "$prev" != "${COMP_WORDS[0]}" && "$prev" != -* ]]; then'
+"""In that for bash, which word belongs to the one after it: only what stands before a colon."""
 
 
 def completion(commands: object, shell: str, on_model: Collection[str] = ()) -> str:
@@ -31,6 +36,7 @@ def completion(commands: object, shell: str, on_model: Collection[str] = ()) -> 
         if stop.code:
             raise
     names, lines = _names(on_model), printed.getvalue().splitlines()
+    split = sorted({name for own in names.values() for some in own.values() for name in some if ":" in name})
     for number, line in enumerate(lines):
         if line.startswith(PREFIX):
             told = line.removeprefix(PREFIX)
@@ -40,6 +46,10 @@ def completion(commands: object, shell: str, on_model: Collection[str] = ()) -> 
             if shell == "fish":
                 told = re.sub(r"([\\\"$])", r"\\\1", told)
             lines[number] = PREFIX + told
+        elif line.strip() == BEFORE_COLON:
+            lines[number] = line.replace("[[", '[[ "$cur" == :* &&', 1)
+        elif line.strip() == JOINED:
+            lines[number] += f".union({split})"
     return "\n".join(lines)
 
 

@@ -127,6 +127,9 @@ def test_bash_completes(completion, tmp_path):
     assert tab("run", "smollm2-recall", "--task.co") == {"--task.count"}
     assert tab("score", "some-model", "--preset", "") == {*PRESETS, *EARLIER_NAMES, "None"}
     assert tab("score", "smol") == set(WHEELS)
+    assert tab("score", "random", ":", "tin") == {"tiny"}  # bash splits words at colons
+    assert {"tiny", "llama3.1-8b"} < tab("score", "random", ":")
+    assert tab("score", "random", ":", "tiny", "--method", "qu") == {"quest"}
     assert tab("score", "some-model", "--method", "") == set(METHODS)
     assert tab("run", "smollm2-recall", "--methods", "full", "qu") == {"quest"}
     assert not {*WHEELS} & tab("run", "smollm2-recall", "")  # whose argument is no model
