@@ -229,7 +229,8 @@ def _leaderboard(board: Leaderboard) -> Iterator[Table]:
                 fewer = f" (of {count})" if value is not None and count < column.examples else ""
                 cells.append(None if value is None else (value.mean, value.text(2) + fewer))
             cells += [(row.mean.mean, row.mean.text(2)) if row.mean else None] if means else []
-            body.append([*cells, (row.kv_bytes / 1e6, f"{row.kv_bytes / 1e6:.2f}")])
+            read = None if row.kv_bytes is None else (row.kv_bytes / 1e6, f"{row.kv_bytes / 1e6:.2f}")
+            body.append([*cells, read])
         told = "" if budget is None else f", budget {budget_words(budget)}"
         yield Table(f"Leaderboard of {board.model}{told}", heads, body, RANKED)
 

@@ -17,7 +17,8 @@ from retro_jax.experiments.tasks import TASKS
 NOTE = (
     "By task, with its length in tokens where it has one, and the number of examples. Bold is the best of a "
     "block beside full attention; where intervals overlap, that decides nothing. *Mean*: of the columns with "
-    "scores, each counting the same. Of unfinished runs, what is there."
+    "scores, each counting the same; it and the bytes of a step are told of methods that all columns have. "
+    "Of unfinished runs, what is there."
 )
 NOT_IN_NAMES = ("budget", "budget_tokens", "prefill_chunk", "implementation")
 """Fields of a configuration that blocks tell, or that change the speed of a method alone."""
@@ -64,7 +65,7 @@ class Row:
       best: by column, whether no other sparse method of its block is better.
       mean: over the columns with scores; None where one is missing, or there is one only.
       best_mean: whether no other sparse method of its block has a better one.
-      kv_bytes: that a step reads, the mean over runs.
+      kv_bytes: that a step reads, the mean over runs; None where one is missing.
     """
 
     method: str
@@ -73,7 +74,7 @@ class Row:
     best: Sequence[bool]
     mean: Interval | None
     best_mean: bool
-    kv_bytes: float
+    kv_bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,10 @@ def _row(
     found = [column.values(label) for column, label in zip(columns, labels, strict=True)]
     values = [bootstrap(values) if values else None for values in found]
     scored = [values for column, values in zip(columns, found, strict=True) if not column.run.is_likelihood]
-    read = {
+    read = {  # of all runs or of none: a mean over some would stand beside one over others
         id(column.run): column.run.mean(label, "kv_bytes")
         for column, label in zip(columns, labels, strict=True)
-        if label
+        if all(labels)
     }
     return Row(
         method=name,
@@ -205,7 +206,7 @@ def _row(
         best=[False] * len(columns),
         mean=bootstrap(*scored) if len(scored) > 1 and all(scored) else None,
         best_mean=False,
-        kv_bytes=float(np.mean(list(read.values()))) if read else float("nan"),
+        kv_bytes=float(np.mean(list(read.values()))) if read else None,
     )
 
 
@@ -245,7 +246,7 @@ def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str
             fewer = f" (of {count})" if value is not None and count < column.examples else ""
             cells.append(_cell(value, best) + fewer)
         cells += [_cell(row.mean, row.best_mean)] if means else []
-        body.append([*cells, f"{row.kv_bytes / 1e6:.2f}"])
+        body.append([*cells, "" if row.kv_bytes is None else f"{row.kv_bytes / 1e6:.2f}"])
     told = "" if budget is None else f"Budget {budget_words(budget)}:\n\n"
     return told + markdown(["method", *heads, *(["mean"] if means else []), "KV MB/step"], body)
 
