@@ -211,7 +211,8 @@ def test_the_picture_has_a_panel_for_each_cell_and_budget():
         ((), "holds no study"),
     ],
 )
-def test_refused(failure, tmp_path, flags, message):
+def test_refused(failure, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
     assert message in failure("study", *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
