@@ -23,7 +23,7 @@ def chosen(score: Array, page: Array, high: Float[Array, ""], ties: Int[Array, "
     return (score > high) | ((score == high) & (page < ties))
 
 
-def write_pages(scores_smem, warps_smem, ids_ref, *scalars: Any) -> None:
+def write_pages(scores_smem: Any, warps_smem: Any, ids_ref: Any, *scalars: Any, interpret: Any) -> None:
     """Writes the pages of a range that were chosen, in their order.
 
     A page is chosen if its score is above `high`, or is `high` and the page lies before `ties`.
@@ -34,7 +34,11 @@ def write_pages(scores_smem, warps_smem, ids_ref, *scalars: Any) -> None:
       ids_ref: page_ids[C] in global memory.
       *scalars: start and end of the range, where in `ids_ref` to begin, the size of what may be written
         there, high (float32), ties.
+      interpret: `InterpretGPUParams` where the kernel runs in the interpreter, which has no ballots.
     """
+    if interpret is not None:
+        _write_one_by_one(scores_smem, ids_ref, *scalars)
+        return
     scalar = plgpu.Layout.WG_SPLAT(())
     plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), *[scalar] * len(scalars))
@@ -116,13 +120,12 @@ def _value(scalar):
     return scalar if isinstance(scalar, ir.Value) else scalar.registers.item()
 
 
-def write_one_by_one(scores_smem, _, ids_ref, start, end, offset, budget, high, ties):
-    """As `write_pages`, where its instructions cannot be simulated."""
+def _write_one_by_one(scores_smem, ids_ref, start, end, offset, size, high, ties):
     columns = jnp.int32(scores_smem.shape[1])
 
     def write(page, offset):
         score = scores_smem[lax.div(page, columns), lax.rem(page, columns)]
-        take = chosen(score, page, high, ties) & (offset < budget)
+        take = chosen(score, page, high, ties) & (offset < size)
 
         @pl.when(take)
         def _():

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.compaction import write_one_by_one, write_pages
+from pallas_kernels.compaction import write_pages
 from pallas_kernels.gpu import SHARED_MEMORY, TILE_ROWS, kernel, matrix, wait_for_kernels_before
 from pallas_kernels.grid_barrier import BLOCK, cluster_barrier, cluster_of, meet_in_cluster
 
@@ -132,9 +132,9 @@ def choose_experts(
             number = jnp.sum(used).astype(jnp.int32)
             count_ref[0] = number
             zero_ref[0] = jnp.int32(0)
-            write = write_one_by_one if interpret is not None else write_pages
             limits = jnp.int32(0), jnp.int32(experts), jnp.int32(0), jnp.int32(capacity)
-            write(used_smem, warps_smem, ids_ref, *limits, jnp.float32(0.5), jnp.int32(0))
+            threshold = jnp.float32(0.5), jnp.int32(0)
+            write_pages(used_smem, warps_smem, ids_ref, *limits, *threshold, interpret=interpret)
 
     launch = kernel(
         body,

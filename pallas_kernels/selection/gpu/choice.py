@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
-from pallas_kernels.compaction import chosen, write_one_by_one, write_pages
+from pallas_kernels.compaction import chosen, write_pages
 from pallas_kernels.gpu import TILE_ROWS, kernel
 from pallas_kernels.selection.gpu.scoring import LOWEST, blocks_of_threads, comparable, page_of
 from pallas_kernels.selection.gpu.threshold import count, find_threshold
@@ -104,8 +104,8 @@ def choose_pages(
         if parts > 1:
             offset = count(scan, lambda score, page: chosen(score, page, high, ties) & (page < start))
         end = jnp.minimum(jnp.minimum(start + share * TILE_ROWS, tiles * TILE_ROWS), pages)
-        write = write_one_by_one if interpret is not None else write_pages
-        write(scores_smem, warps_smem, ids_ref.at[b, head], start, end, offset, budget, high, ties)
+        scalars = start, end, offset, budget, high, ties
+        write_pages(scores_smem, warps_smem, ids_ref.at[b, head], *scalars, interpret=interpret)
 
     launch = kernel(
         body,
