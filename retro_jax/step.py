@@ -194,9 +194,9 @@ def _pages_attended(positions: Int[Array, "B W"], loads: list[Load]) -> Float[Ar
     newest = jnp.where(positions[:, -1:] >= 0, sum(selection.counts for selection, _, _ in loads), 0)
     older = jnp.zeros((*newest.shape, W - 1), jnp.int32)
     for window in {window for *_, window in loads if window > 1}:
-        alike = [(selection.counts, first) for selection, first, other in loads if other == window]
-        first = jnp.concatenate([first for _, first in alike], axis=2)
-        selected = [jnp.arange(first.shape[2]) < counts[..., None] for counts, first in alike]
+        alike = [(selection.counts, own) for selection, own, other in loads if other == window]
+        first = jnp.concatenate([own for _, own in alike], axis=2)
+        selected = [jnp.arange(own.shape[2]) < counts[..., None] for counts, own in alike]
         newly = first[:, :, None] <= positions[:, None, -window:-1, None]
         newly &= jnp.concatenate(selected, axis=2)[:, :, None]
         counts = jnp.sum(newly, axis=-1, dtype=jnp.int32)

@@ -194,11 +194,10 @@ def _row(
     found = [column.values(label) for column, label in zip(columns, labels, strict=True)]
     values = [bootstrap(values) if values else None for values in found]
     scored = [values for column, values in zip(columns, found, strict=True) if not column.run.is_likelihood]
-    read = {  # of all runs or of none: a mean over some would stand beside one over others
-        id(column.run): column.run.mean(label, "kv_bytes")
-        for column, label in zip(columns, labels, strict=True)
-        if all(labels)
-    }
+    kv_bytes = None
+    if all(labels):  # else a mean over some runs would stand beside one over others
+        runs = {id(column.run): (column.run, label) for column, label in zip(columns, labels, strict=True)}
+        kv_bytes = float(np.mean([run.mean(label, "kv_bytes") for run, label in runs.values()]))
     return Row(
         method=name,
         values=values,
@@ -206,7 +205,7 @@ def _row(
         best=[False] * len(columns),
         mean=bootstrap(*scored) if len(scored) > 1 and all(scored) else None,
         best_mean=False,
-        kv_bytes=float(np.mean(list(read.values()))) if read else None,
+        kv_bytes=kv_bytes,
     )
 
 
