@@ -30,7 +30,7 @@ from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
-from retro_jax.experiments.io.settings import distinct_names
+from retro_jax.experiments.io.settings import by_distinct_name
 from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.machine.programs import release
 from retro_jax.experiments.pictures.files import pictures
@@ -204,8 +204,7 @@ class BenchDecode(BenchDecodeFlags):
             else:
                 methods[name] = {"method": name}
         presets = {f"preset {name}": preset_fields(name) for name in self.presets}
-        configs = list(self.config.configs(methods | presets).values())
-        return dict(zip(distinct_names(configs), configs, strict=True))
+        return by_distinct_name(self.config.configs(methods | presets).values())
 
     def _capacity(self, context: int) -> int:
         """Tokens of a sequence that one contestant decodes or begins with."""

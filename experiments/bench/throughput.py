@@ -24,7 +24,7 @@ from retro_jax.experiments.bench.throughput_report import (
 from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
-from retro_jax.experiments.io.settings import distinct_names
+from retro_jax.experiments.io.settings import by_distinct_name
 from retro_jax.experiments.io.text import text_tokens
 from retro_jax.experiments.machine.memory import check_memory
 from retro_jax.experiments.machine.programs import release
@@ -145,11 +145,11 @@ class BenchThroughput(BenchThroughputFlags):
                 raise FileNotFoundError(f"there is no file {path}")
         methods = {name: {"method": name} for name in self.methods}
         methods |= {f"preset {name}": preset_fields(name) for name in self.presets}
-        configs = list(self.config.configs(methods).values())
-        for config in configs:
+        configs = by_distinct_name(self.config.configs(methods).values())
+        for config in configs.values():
             if self._verified(config):
                 check_verify(config, self.verify)
-        return dict(zip(distinct_names(configs), configs, strict=True))
+        return configs
 
     def asked(self, model: Model, limits: tuple[int, int]) -> Asked:
         """The prompts, of least and most so many tokens.

@@ -1,6 +1,6 @@
 """The settings by which configurations are told apart, and what configurations are called by them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -153,6 +153,12 @@ def distinct_names(configs: "Sequence[DecodeConfig]", told: Collection[str] = ()
         ]
         names.append("-".join([_by_preset(DecodeFields(**plain)), *found]))
     return names
+
+
+def by_distinct_name(configs: "Iterable[DecodeConfig]") -> "dict[str, DecodeConfig]":
+    """Returns configurations by their `distinct_names`."""
+    configs = list(configs)
+    return dict(zip(distinct_names(configs), configs, strict=True))
 
 
 def _used(config: "DecodeConfig", field: str) -> object:
