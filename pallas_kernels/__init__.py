@@ -61,7 +61,7 @@ from pallas_kernels.statistics import (
     Statistics,
     register_statistic,
 )
-from pallas_kernels.sums import Mailbox, add_sum, open_mailbox
+from pallas_kernels.sums import Mailbox, add_parts, add_sum, depth_splits, open_mailbox
 from pallas_kernels.update import refresh_statistics, update_from_product, update_pages
 
 __all__ = [
@@ -83,6 +83,7 @@ __all__ = [
     "Pages",
     "QuantizedPages",
     "Statistics",
+    "add_parts",
     "add_sum",
     "attend_estimates",
     "attend_pages",
@@ -91,6 +92,7 @@ __all__ = [
     "choose_pages",
     "chunk_attention",
     "dense_attention",
+    "depth_splits",
     "dequantized",
     "empty_pages",
     "kernels_of_device",

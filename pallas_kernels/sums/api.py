@@ -1,4 +1,4 @@
-"""Public functions of sums over devices."""
+"""Public functions of sums that go to the residual stream."""
 
 from typing import Any, NamedTuple
 
@@ -8,12 +8,82 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import HEADS, SEQUENCES, kernels_of_device
+from pallas_kernels.dispatch import HEADS, SEQUENCES, dispatch, kernels_of_device
+from pallas_kernels.gpu import DTYPES
 from pallas_kernels.sums import reference
 from pallas_kernels.sums.gpu import kernels as mosaic_gpu
+from pallas_kernels.sums.gpu import parts as mosaic_gpu_parts
 from pallas_kernels.sums.gpu import peers
 
 BY_DEVICE = P((SEQUENCES, HEADS))
+SPLITS = 8
+"""Parts of a product of few rows: as many as XLA makes on an H100, for most widths."""
+MOST_SPLIT_ROWS = 64
+"""Of more rows the parts themselves take too long to write and to read."""
+
+
+def depth_splits(rows: int, depth: int, dtype: Any, implementation: str | None = None) -> int:
+    """Into how many parts to cut the depth of a product (split-K) for `add_parts` to add them up.
+
+    Args:
+      rows: of the product.
+      depth: of it.
+      dtype: of what is multiplied.
+      implementation: of `add_parts`.
+
+    Returns:
+      How many, which divides the depth; 1 where XLA adds up what it cuts by itself: without a kernel, among
+      several devices, or of many rows.
+    """
+    kernels = implementation != "xla" and kernels_of_device() == "mosaic_gpu"
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    few = rows <= MOST_SPLIT_ROWS and depth % (8 * SPLITS) == 0 and jnp.dtype(dtype) in DTYPES
+    return SPLITS if kernels and alone and few else 1
+
+
+def add_parts(
+    x: Float[Array, "B T M"],
+    parts: Float[Array, "S B rows M"],
+    post_norm: Float[Array, " M"] | None,
+    norm: Float[Array, " M"] | None,
+    *,
+    eps: float,
+    multiplier: float = 1.0,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
+    """Adds the sum of some parts to the residual stream, and norms it.
+
+    The sum, taken in float32, has the dtype of the stream, and so it has after its own norm and its
+    multiplication. On TPUs XLA does that by itself.
+
+    Args:
+      x: the residual stream.
+      parts: of what is added, in any dtype: one, or several of one product (see `depth_splits`). Rows of a
+        sequence beyond its T are not read.
+      post_norm: weight of a root-mean-square norm of their sum; None: no norm.
+      norm: weight of that of the result; None: no norm.
+      eps: of the norms.
+      multiplier: of the sum, after its norm.
+      implementation: see `pallas_kernels.dispatch`.
+
+    Returns:
+      The residual stream, and its norm; without a norm the stream twice.
+    """
+    if implementation in (None, "mosaic_tpu") and kernels_of_device() == "mosaic_tpu":
+        implementation = "xla"
+    sequences = P(SEQUENCES)
+    return dispatch(
+        "add_parts",
+        implementation,
+        {"xla": reference.add_parts, "mosaic_gpu": mosaic_gpu_parts.add_parts},
+        ((sequences, P(None, SEQUENCES), P(), P()), (sequences, sequences)),
+        x,
+        parts,
+        post_norm,
+        norm,
+        eps=eps,
+        multiplier=multiplier,
+    )
 
 
 class Mailbox(NamedTuple):

@@ -158,3 +158,13 @@ def random_experts(rng, rows, width, hidden, experts, per_token, biased, valid, 
     weights = [jnp.asarray(array, dtype) for array in (gate_up, down)]
     biases = [router_bias, *(jnp.asarray(bias, dtype) for bias in biases[1:])] if biased else [None] * 3
     return (h, router, *weights, *biases, valid), int(read.sum())
+
+
+def random_parts(rng, batch, tokens, width, parts, post_norm, norm, dtype):
+    """Arguments of `add_parts`: several parts in float32, NaN in rows that are none of the stream's."""
+    rows = tokens + (batch == tokens == 1 < parts)  # as a single row comes in a product's parts
+    x = jnp.asarray(rng.standard_normal((batch, tokens, width)), dtype)
+    made = rng.standard_normal((parts, batch, rows, width))
+    made[:, :, tokens:] = np.nan
+    weights = [jnp.asarray(rng.uniform(0.5, 2, width), dtype) if each else None for each in (post_norm, norm)]
+    return x, jnp.asarray(made, dtype if parts == 1 else jnp.float32), *weights

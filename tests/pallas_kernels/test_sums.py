@@ -1,5 +1,7 @@
-"""Sums over devices: their definition on CPU devices, and where the kernel takes over."""
+"""Sums that go to the residual stream: their definitions on CPU devices, and where kernels take over."""
 
+import functools
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -9,13 +11,87 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import retro_jax as rj
-from pallas_kernels import Mailbox, add_sum, open_mailbox
+from pallas_kernels import Mailbox, add_parts, add_sum, depth_splits, open_mailbox
 from pallas_kernels.dispatch import HEADS
-from pallas_kernels.sums import api
-from pallas_kernels.sums.gpu import kernels, peers
+from pallas_kernels.sums import api, reference
+from pallas_kernels.sums.gpu import kernels, parts, peers
 from retro_jax.models.transformer import rms_norm
+from tests.pallas_kernels.equality import assert_close
+from tests.pallas_kernels.gpu.test_kernels import run
+from tests.pallas_kernels.inputs import random_parts
 
 EPS = 1e-5
+
+
+@pytest.mark.parametrize(("post_norm", "norm"), [*itertools.product((False, True), repeat=2)])
+def test_parts_are_summed_normed_multiplied_added_and_normed(post_norm, norm):
+    arguments = random_parts(np.random.default_rng(0), 2, 3, 8, 4, post_norm, norm, jnp.float32)
+    x, branch, *weights = arguments
+    total, normed = add_parts(*arguments, eps=EPS, multiplier=0.5)
+    branch = branch.sum(0)
+    branch = rms_norm(branch, weights[0], EPS) if post_norm else branch
+    np.testing.assert_allclose(total, x + 0.5 * branch, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(normed, rms_norm(total, weights[1], EPS) if norm else total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multiplier", "dtype"),
+    (
+        ((1, 1, 512, 8, False, True), 1.0, jnp.bfloat16),
+        ((2, 2, 576, 1, True, True), 0.22, jnp.float16),
+        ((1, 2, 48, 3, True, False), 1.0, jnp.bfloat16),
+    ),
+)
+def test_the_kernel_for_parts_equals_its_definition(sizes, multiplier, dtype):
+    """A row that comes twice, every way to cut rows, and each norm."""
+    arguments = random_parts(np.random.default_rng(0), *sizes, dtype)
+    options = {"eps": EPS, "multiplier": multiplier}
+    got = run(parts.add_parts, *arguments, **options)
+    expected = jax.jit(functools.partial(reference.add_parts, **options))(*arguments)
+    for each, wanted in zip(got, expected, strict=True):
+        assert each.dtype == wanted.dtype == dtype
+        assert_close(each, wanted, float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "says"),
+    (
+        (64, jnp.float32, "dtype float32 has no Mosaic GPU kernel"),
+        (8200, jnp.bfloat16, r"8200 columns have no Mosaic GPU kernel \(multiples of 16 up to 8192\)"),
+        (40, jnp.bfloat16, "40 columns"),
+    ),
+)
+def test_the_kernel_for_parts_refuses_in_words(width, dtype, says):
+    arguments = random_parts(np.random.default_rng(0), 1, 1, width, 1, False, True, dtype)
+    with pytest.raises(NotImplementedError, match=says):
+        parts.add_parts(*arguments, eps=EPS, multiplier=1.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kernels", "mesh", "splits"),
+    (
+        ((64, 4096, "bfloat16"), "mosaic_gpu", (1, 1), 8),
+        ((65, 4096, "bfloat16"), "mosaic_gpu", (1, 1), 1),
+        ((4, 4096 + 32, "bfloat16"), "mosaic_gpu", (1, 1), 1),
+        ((4, 4096, "float32"), "mosaic_gpu", (1, 1), 1),
+        ((4, 4096, "bfloat16", "xla"), "mosaic_gpu", (1, 1), 1),
+        ((4, 4096, "bfloat16"), "mosaic_tpu", (1, 1), 1),
+        ((4, 4096, "bfloat16"), "mosaic_gpu", (1, 2), 1),
+    ),
+)
+def test_the_depth_of_few_rows_is_cut_where_a_kernel_adds_the_parts_up(
+    monkeypatch, sizes, kernels, mesh, splits
+):
+    monkeypatch.setattr(api, "kernels_of_device", lambda: kernels)
+    with jax.set_mesh(rj.make_mesh(*mesh)):
+        assert depth_splits(*sizes) == splits
+
+
+def test_parts_are_left_to_xla_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(api, "kernels_of_device", lambda: "mosaic_tpu")
+    arguments = random_parts(np.random.default_rng(0), 1, 1, 8, 1, False, True, jnp.float32)
+    found, named = (add_parts(*arguments, eps=EPS, implementation=by) for by in (None, "mosaic_tpu"))
+    np.testing.assert_array_equal(found, named)
 
 
 @pytest.mark.parametrize("norm", (True, False))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu import DTYPES, kernel
 from pallas_kernels.sums.gpu.exchange import EMPTY, layout, numbers_at_once, sum_rows, write_address
+from pallas_kernels.sums.gpu.rows import normed
 
 TURNS = 2
 MOST_ROWS = 128
@@ -106,15 +107,14 @@ def add_sum(
 
         # What needs no other device is loaded before the wait for them.
         part, old = load(parts_ref.at[device, row]), load(x_ref.at[row]).astype(jnp.float32)
-        weight = None if norm is None else load(norm_ref).astype(jnp.float32)
+        weight = None if norm is None else load(norm_ref)
         place = (turn * most_rows + row) * senders + sender_ref[device]
         total = sum_rows(part, cells_ref.at[device, turn, row], addresses_ref, place)
         new = (old + total).astype(x.dtype)
         sums_ref[device, row] = new
         if norm is not None:
-            new = new.astype(jnp.float32)
-            scale = lax.rsqrt(jnp.sum(new * new) / width + eps)
-            normed_ref[0][device, row] = (new * scale * weight).astype(x.dtype)
+            (h,) = normed([new.astype(jnp.float32)], [weight], eps)
+            normed_ref[0][device, row] = h.astype(x.dtype)
 
     launch = kernel(
         body,
