@@ -99,7 +99,8 @@ def apply_experts(
         few: what few tokens go through. None: a loop, which waits for its end to be known.
 
     Returns:
-        The sums, and how many experts are read, shared equally by the sequences that have valid tokens.
+        The sums, float32, and how many experts are read, shared equally by the sequences that have valid
+        tokens.
     """
     tokens = h.reshape(-1, h.shape[-1])
     if few is None or len(tokens) > FEW_TOKENS:
@@ -122,7 +123,7 @@ def apply_experts(
         )
     active = jnp.any(valid, axis=1)
     read = read / jnp.maximum(jnp.sum(active), 1)
-    return out.astype(h.dtype).reshape(h.shape), jnp.where(active, read, 0.0)
+    return out.reshape(h.shape), jnp.where(active, read, 0.0)
 
 
 def expert_bytes(model: ModelConfig) -> int:

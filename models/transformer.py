@@ -2,7 +2,8 @@
 
 The pieces (`embed`, `qkv`, `attention_output`, `mlp`, `logits`) leave attention itself to the caller, so that
 a decode loop can put any attention between them. `forward` joins them with plain dense attention; it is what
-each family is compared with Hugging Face transformers by.
+each family is compared with Hugging Face transformers by. Smaller pieces leave norms and additions to the
+residual stream to the caller too (`joined_heads`, `attention_parts`, `mlp_parts`, `head`).
 
 Matrices are stored (in, out) and used as `x @ w`. Layers are separate arrays under an unrolled Python loop:
 slicing a stacked array would copy each layer's weights on a CPU. Norms and rotary angles are computed in
@@ -68,7 +69,7 @@ def rms_norm(x: Float[Array, "... C"], weight: Float[Array, " C"], eps: float) -
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _normed(x: Float[Array, "... C"], weight: Float[Array, " C"] | None, config: ModelConfig) -> Array:
+def normed(x: Float[Array, "... C"], weight: Float[Array, " C"] | None, config: ModelConfig) -> Array:
     """`rms_norm` by the weight of a norm that there may be."""
     return x if weight is None else rms_norm(x, weight, config.norm_eps)
 
@@ -80,7 +81,7 @@ def _add(
     config: ModelConfig,
 ) -> Float[Array, "B T M"]:
     """The residual stream with what attention or mlp adds to it."""
-    branch = _normed(branch, norm, config)
+    branch = normed(branch.astype(x.dtype), norm, config)
     if config.residual_multiplier != 1:
         branch = branch * config.residual_multiplier
     return x + branch
@@ -101,11 +102,32 @@ def product(x: Float[Array, "B T width"], w: Float[Array, "width columns"]) -> F
     """
     if x.size > x.shape[-1] or w.size >= 1 << 24:
         return x @ w
-    return lax.platform_dependent(x, w, cuda=_product_of_padded_row, default=jnp.matmul)
+    return lax.platform_dependent(x, w, cuda=_product_of_repeated_row, default=jnp.matmul)
 
 
-def _product_of_padded_row(x: Float[Array, "1 1 width"], w: Float[Array, "width columns"]) -> Array:
-    return (jnp.pad(x, ((0, 0), (0, 7), (0, 0))) @ w)[:, :1]
+def _product_of_repeated_row(x: Float[Array, "1 1 width"], w: Float[Array, "width columns"]) -> Array:
+    return (_repeated(x, 8) @ w)[:, :1]
+
+
+def _repeated(x: Float[Array, "1 1 width"], times: int) -> Float[Array, "1 times width"]:
+    """A single row several times: a product reads them so from the one, and a row's padding from a copy."""
+    return jnp.broadcast_to(x, (1, times, x.shape[2]))
+
+
+def split_product(
+    x: Float[Array, "B T width"], w: Float[Array, "width columns"], splits: int
+) -> Float[Array, "splits B rows columns"]:
+    """Parts whose sum is x @ w, each over its piece of the depth (split-K), float32 if there are several.
+
+    So XLA itself multiplies few rows on a GPU, to keep all of it busy, and adds the parts up by a launch of
+    its own. Several parts of a single row come with a second row like it: of one alone XLA would make what
+    `product` avoids.
+    """
+    if splits == 1:
+        return product(x, w)[None]
+    x = _repeated(x, 2) if x.size == x.shape[-1] else x
+    pieces = x.reshape(*x.shape[:2], splits, -1), w.reshape(splits, -1, w.shape[1])
+    return jnp.einsum("btsk,skm->sbtm", *pieces, preferred_element_type=jnp.float32)
 
 
 @jax.named_scope("qkv")
@@ -120,14 +142,14 @@ def qkv(
 
     Queries carry the layer's scale, so that every attention multiplies its scores by D ** -0.5 alone.
     """
-    return split_heads(layer, config, kind, joined_heads(layer, config, x), positions)
+    return split_heads(
+        layer, config, kind, joined_heads(layer, normed(x, layer.attn_norm, config)), positions
+    )
 
 
-def joined_heads(
-    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]
-) -> Float[Array, "B T QKV"]:
+def joined_heads(layer: LayerParams, h: Float[Array, "B T M"]) -> Float[Array, "B T QKV"]:
     """Queries, keys and values as one product of the normed residual stream, without their biases."""
-    return product(_normed(x, layer.attn_norm, config), layer.wqkv)
+    return product(h, layer.wqkv)
 
 
 def split_heads(
@@ -143,10 +165,10 @@ def split_heads(
     widths = joined_fields(config)["wqkv"].values()
     q, k, v = split_columns(joined, [*widths], config.parts)
     if config.joint_qk_norm:
-        q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
+        q, k = normed(q, layer.q_norm, config), normed(k, layer.k_norm, config)
     q, k, v = (columns.reshape(*joined.shape[:2], -1, config.head_dim) for columns in (q, k, v))
     if not config.joint_qk_norm:
-        q, k = _normed(q, layer.q_norm, config), _normed(k, layer.k_norm, config)
+        q, k = normed(q, layer.q_norm, config), normed(k, layer.k_norm, config)
     if kind.scale is not None:
         q = (q.astype(jnp.float32) * query_scale(config, kind)).astype(q.dtype)
     if kind.rope is not None:
@@ -159,69 +181,77 @@ def query_scale(config: ModelConfig, kind: LayerKind) -> float:
     return 1.0 if kind.scale is None else kind.scale * config.head_dim**0.5
 
 
-@jax.named_scope("attention_output")
 def attention_output(
     layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"], o: Float[Array, "B T N D"]
 ) -> Float[Array, "B T M"]:
     """Adds the projected attention output to the residual stream."""
-    branch = product(o.astype(x.dtype).reshape(*x.shape[:2], -1), layer.wo)
-    if layer.bo is not None:
-        branch = branch + layer.bo
+    (branch,) = attention_parts(layer, o.astype(x.dtype))
     return _add(x, branch, layer.attn_post_norm, config)
 
 
-def gated_mlp(
-    w_gate_up: Float[Array, "M twice_F"],
-    w_down: Float[Array, "F M"],
-    config: ModelConfig,
-    parts: int,
-    h: Float[Array, "B T M"],
-) -> Float[Array, "B T M"]:
-    """What a dense MLP adds for normed `h`: of all `parts`, or of those that a device of several has."""
-    gate, up = split_columns(product(h, w_gate_up), [w_down.shape[0]] * 2, parts)
+@jax.named_scope("attention_output")
+def attention_parts(
+    layer: LayerParams, o: Float[Array, "B T N D"], splits: int = 1
+) -> Float[Array, "S B rows M"]:
+    """Parts of the projected attention output: so many (see `split_product`), or one with a bias."""
+    parts = split_product(o.reshape(*o.shape[:2], -1), layer.wo, 1 if layer.bo is not None else splits)
+    return parts if layer.bo is None else parts + layer.bo
+
+
+def gated(
+    w_gate_up: Float[Array, "M twice_F"], config: ModelConfig, parts: int, h: Float[Array, "B T M"]
+) -> Float[Array, "B T F"]:
+    """What goes into down in a dense MLP: of all `parts`, or of those that a device of several has."""
+    gate, up = split_columns(product(h, w_gate_up), [w_gate_up.shape[1] // 2] * 2, parts)
     gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return product(gate * up, w_down)
+    return gate * up
 
 
 def mlp(layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
     """Adds the gated MLP (SwiGLU or GeGLU, arXiv 2002.05202) or chosen experts to the residual stream."""
-    return counted_mlp(layer, config, x)[0]
+    valid = jnp.ones(x.shape[:2], bool)
+    (branch,), _ = mlp_parts(layer, config, normed(x, layer.mlp_norm, config), valid)
+    return _add(x, branch, layer.mlp_post_norm, config)
 
 
 @jax.named_scope("mlp")
-def counted_mlp(
+def mlp_parts(
     layer: LayerParams,
     config: ModelConfig,
-    x: Float[Array, "B T M"],
-    valid: Bool[Array, "B T"] | None = None,
+    h: Float[Array, "B T M"],
+    valid: Bool[Array, "B T"],
     apply_experts: ApplyExperts = apply_experts,
-) -> tuple[Float[Array, "B T M"], Float[Array, " B"] | None]:
-    """`mlp`, and how many experts it reads.
+    splits: int = 1,
+) -> tuple[Float[Array, "S B rows M"], Float[Array, " B"] | None]:
+    """Parts of what the MLP or chosen experts add to the residual stream, and how many experts are read.
 
     Args:
         layer: weights.
         config: sizes.
-        x: the residual stream.
-        valid: tokens that count; the others choose no experts. None: all.
+        h: the residual stream, normed.
+        valid: tokens that count; the others choose no experts.
         apply_experts: how experts are applied.
+        splits: parts of a dense MLP, see `split_product`.
 
     Returns:
-        The residual stream, and how many experts are read, shared equally by the sequences that have valid
-        tokens; None in a layer without experts.
+        The parts, one of them if there are experts, and how many experts are read, shared equally by the
+        sequences that have valid tokens; None in a layer without experts.
     """
-    h, read = _normed(x, layer.mlp_norm, config), None
     if layer.experts is None:
-        branch = gated_mlp(layer.w_gate_up, layer.w_down, config, config.parts, h)
-    else:
-        valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
-        branch, read = apply_experts(layer.experts, config.experts, config.parts, h, valid)
-    return _add(x, branch, layer.mlp_post_norm, config), read
+        inner = gated(layer.w_gate_up, config, config.parts, h)
+        return split_product(inner, layer.w_down, splits), None
+    branch, read = apply_experts(layer.experts, config.experts, config.parts, h, valid)
+    return branch[None], read
 
 
 @jax.named_scope("logits")
 def logits(params: Params, config: ModelConfig, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
     """Float32 logits of the next token after each position."""
-    h = rms_norm(x, params.final_norm, config.norm_eps)
+    return head(params, config, rms_norm(x, params.final_norm, config.norm_eps))
+
+
+def head(params: Params, config: ModelConfig, h: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
+    """`logits` of the residual stream as `final_norm` has normed it."""
     if params.head is None:
         logits = jnp.einsum("btm,vm->btv", h, params.embed, preferred_element_type=jnp.float32)
     else:

@@ -11,6 +11,7 @@ from retro_jax.models.transformer import Params
 from retro_jax.plan import layer_plan
 from retro_jax.sliding import sliding_chunk
 from retro_jax.state import DecodeState
+from retro_jax.stream import begin, norms
 
 
 def dense_pass(
@@ -37,9 +38,9 @@ def dense_pass(
       The new state and float32 logits of the token after the last one; without meaning where the length is 0.
     """
     # Chunks are matters of large matrix products, which XLA does well; the kernels are for a few tokens.
-    state, x = dense_hidden(params, model, config, state, tokens, lengths, implementation="xla")
+    state, h = dense_hidden(params, model, config, state, tokens, lengths, implementation="xla")
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return state, transformer.logits(params, model, jnp.take_along_axis(x, last, axis=1))[:, 0]
+    return state, transformer.head(params, model, jnp.take_along_axis(h, last, axis=1))[:, 0]
 
 
 def dense_hidden(
@@ -51,25 +52,26 @@ def dense_hidden(
     lengths: Int[Array, " B"],
     implementation: str | None,
 ) -> tuple[DecodeState, Float[Array, "B T M"]]:
-    """`dense_pass`, with the hidden states that the last layer leaves of every token.
+    """`dense_pass`, with the hidden states that the last layer leaves of every token, normed for the head.
 
-    They have no meaning beyond a sequence's length. `implementation` is that of the operations on pages.
+    They have no meaning beyond a sequence's length. `implementation` is that of the operations.
     """
     state.check_cache(config)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    x = transformer.embed(params, model, tokens)
+    first, *behind = norms(params)
+    stream = begin(transformer.embed(params, model, tokens), first, model)
     layers = []
-    rings = layer_plan(model, config).rings
-    for layer, kind, cache, ring in zip(params.layers, model.layers, state.layers, rings, strict=True):
-        tokens = cache, x, state.length, valid, implementation
+    stack = params.layers, behind, model.layers, state.layers, layer_plan(model, config).rings
+    for layer, norm, kind, cache, ring in zip(*stack, strict=True):
+        tokens = cache, stream, norm, state.length, valid, implementation
         if ring is None:
-            x, cache, _ = dense_layer(layer, model, kind, config, *tokens)
+            stream, cache, _ = dense_layer(layer, model, kind, config, *tokens)
         else:
-            x, cache = sliding_chunk(layer, model, kind, ring, *tokens)
+            stream, cache = sliding_chunk(layer, model, kind, ring, *tokens)
         layers.append(cache)
     state = state.replace(
         length=state.length + lengths,
         decoded=jnp.where(lengths > 0, 0, state.decoded),
         layers=tuple(layers),
     )
-    return state, x
+    return state, stream.h

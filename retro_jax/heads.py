@@ -26,7 +26,7 @@ def write_heads(
     kind: LayerKind,
     config: DecodeConfig,
     cache: LayerState,
-    x: Float[Array, "B T M"],
+    h: Float[Array, "B T M"],
     positions: Int[Array, "B T"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
@@ -42,13 +42,13 @@ def write_heads(
       kind: of this layer.
       config: how to decode.
       cache: this layer's state.
-      x: hidden states.
+      h: hidden states, normed.
       positions: of the tokens, -1 for one without a query.
       start: position of the first of them.
       write: those whose keys and values are written, over stale ones where there are any.
       implementation: of the operations on pages.
     """
-    joined = transformer.joined_heads(layer, model, x)
+    joined = transformer.joined_heads(layer, h)
     score = None if cache.statistics is None else learned_score(layer, config)
     fused = None if score else _fused(layer, model, kind, positions, implementation)
     if fused:
@@ -77,14 +77,14 @@ def write_ring_heads(
     kind: LayerKind,
     ring: int,
     pages: Pages,
-    x: Float[Array, "B T M"],
+    h: Float[Array, "B T M"],
     positions: Int[Array, "B T"],
     start: Int[Array, " B"],
     write: Bool[Array, "B T"],
     implementation: str | None,
 ) -> tuple[Float[Array, "B T N D"], Pages]:
     """`write_heads` into a ring of so many places, of no more tokens than that."""
-    joined = transformer.joined_heads(layer, model, x)
+    joined = transformer.joined_heads(layer, h)
     fused = _fused(layer, model, kind, positions, implementation)
     if fused is None:
         q, k, v = transformer.split_heads(layer, model, kind, joined, positions)

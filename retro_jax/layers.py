@@ -37,6 +37,7 @@ from retro_jax.models.transformer import LayerParams
 from retro_jax.rules import Query, Rules
 from retro_jax.selection import Selection, choose
 from retro_jax.state import DecodeState
+from retro_jax.stream import Norm, Stream
 
 
 @flax.struct.dataclass
@@ -112,37 +113,41 @@ def dense_layer(
     kind: LayerKind,
     config: DecodeConfig,
     cache: LayerState,
-    x: Float[Array, "B T M"],
+    stream: Stream,
+    norm: Norm,
     start: Int[Array, " B"],
     valid: Bool[Array, "B T"],
     implementation: str | None,
     mailbox: Mailbox | None = None,
-) -> tuple[Float[Array, "B T M"], LayerState, Float[Array, " B"] | None]:
+) -> tuple[Stream, LayerState, Float[Array, " B"] | None]:
     """A layer with full attention for T consecutive tokens from position `start` on.
 
     Writes keys and values of the valid ones. In a sparse layer, which prefill runs densely, page statistics
-    follow, and what eviction carries; pages that were evicted earlier stay away. `implementation` is that of
-    the operations on pages, `mailbox` of sums over devices. The last result is what `mlp` says of experts.
+    follow, and what eviction carries; pages that were evicted earlier stay away. `norm` is that of what comes
+    behind the layer, `implementation` that of the operations, `mailbox` of sums over devices. The last result
+    is what `mlp` says of experts.
     """
-    positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    q, cache = write_heads(layer, model, kind, config, cache, x, positions, start, valid, implementation)
+    T, dtype = stream.h.shape[1], stream.h.dtype
+    positions = jnp.where(valid, start[:, None] + jnp.arange(T), -1)
+    tokens = stream.h, positions, start, valid
+    q, cache = write_heads(layer, model, kind, config, cache, *tokens, implementation)
     pages = cache.pages
     if cache.block_values is not None:
         # Also of the tokens that were in the window before these, which empty it.
         unsettled = config.slots - 1
         settled = start + jnp.sum(valid, axis=1)
-        tokens = x.shape[1] + unsettled + config.residual_pages * config.page_size
-        cache = settle(config, cache, start - unsettled, settled, tokens)
+        reach = T + unsettled + config.residual_pages * config.page_size
+        cache = settle(config, cache, start - unsettled, settled, reach)
     if cache.kept is None:
-        o = dense_attention(q, pages, positions, layer.sinks, dtype=x.dtype, implementation=implementation)
+        o = dense_attention(q, pages, positions, layer.sinks, dtype=dtype, implementation=implementation)
     else:
         alive = cache.kept.alive
         o = attend_pages(q, pages, positions, alive, layer.sinks, implementation=implementation)
         if config.eviction.observe:
             rules = _rules(model, kind, config, cache)
             cache = cache.replace(kept=config.eviction.observe(rules, cache, q, positions, layer.sinks))
-    x, experts = after_attention(layer, model, x, o, valid, implementation, mailbox)
-    return x, cache, experts
+    stream, experts = after_attention(layer, model, stream, o, valid, norm, implementation, mailbox)
+    return stream, cache, experts
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "config", "watch"))
@@ -152,7 +157,8 @@ def sparse_layer(
     kind: LayerKind,
     config: DecodeConfig,
     cache: LayerState,
-    x: Float[Array, "B W M"],
+    stream: Stream,
+    norm: Norm,
     slots: Slots,
     write: Bool[Array, "B W"],
     index: Int[Array, ""] | int,
@@ -160,7 +166,7 @@ def sparse_layer(
     watch: Watch | None = None,
     mailbox: Mailbox | None = None,
 ) -> tuple[
-    Float[Array, "B W M"],
+    Stream,
     LayerState,
     Selection,
     Int[Array, "B K C"] | None,
@@ -175,7 +181,8 @@ def sparse_layer(
       kind: of this layer.
       config: method and budget.
       cache: this layer's state.
-      x: hidden states of all slots as the layer below now sees them.
+      stream: hidden states of all slots as the layer below now sees them.
+      norm: of what comes behind the layer.
       slots: positions, validity and budgets.
       write: slots whose keys and values are written, over stale ones where there are any.
       index: which layer of the model it is.
@@ -190,7 +197,7 @@ def sparse_layer(
     """
     positions = slots.positions
     # Overwrite the stale keys and values of past queries; append the newest.
-    tokens = x, positions, slots.start, write
+    tokens = stream.h, positions, slots.start, write
     q, cache = write_heads(layer, model, kind, config, cache, *tokens, config.implementation)
     if below is not None:
         # What to read is known before: XLA would write on the way, and keep a copy of the pages for it.
@@ -215,7 +222,7 @@ def sparse_layer(
         cache.outputs.o,
         cache.outputs.lse,
         slots.valid[:, -1],
-        dtype=x.dtype if final else jnp.float32,
+        dtype=stream.h.dtype if final else jnp.float32,
         implementation=config.implementation,
     )
 
@@ -239,10 +246,11 @@ def sparse_layer(
         attention, total = merge(o, lse, *estimates)
     attention = merge_sinks(attention, total, layer.sinks)
 
-    x, experts = after_attention(layer, model, x, attention, slots.valid, config.implementation, mailbox)
+    after = attention, slots.valid, norm, config.implementation, mailbox
+    stream, experts = after_attention(layer, model, stream, *after)
     cache = cache.replace(last_loaded=last_loaded, outputs=OutputCache(*outputs), kept=kept)
     seen = watch and watch(_rules(model, kind, config, cache), cache, query, Window(q, attention))
-    return x, cache, selection, attending, seen, experts
+    return stream, cache, selection, attending, seen, experts
 
 
 def _rules(model: ModelConfig, kind: LayerKind, config: DecodeConfig, cache: LayerState) -> Rules:

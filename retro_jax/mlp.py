@@ -1,5 +1,8 @@
 """What follows attention in a layer: its projection and the MLP, on one device or on several.
 
+On one Hopper GPU products with few rows leave their sums over the depth to the kernel that adds them to the
+residual stream.
+
 Of several GPUs whose memory reaches each other, each adds up by itself what all of them add to the residual
 stream (`pallas_kernels.sums`). Otherwise that is left to XLA.
 
@@ -16,7 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import Mailbox, add_sum, mixture_of_experts, open_mailbox
+from pallas_kernels import Mailbox, add_sum, depth_splits, mixture_of_experts, open_mailbox
 from pallas_kernels.dispatch import HEADS, SEQUENCES, traced_for
 from pallas_kernels.sums.api import BY_DEVICE
 from retro_jax.config import DecodeConfig
@@ -24,32 +27,43 @@ from retro_jax.models import transformer
 from retro_jax.models.config import Experts, ModelConfig
 from retro_jax.models.experts import ExpertParams, FewTokens, apply_experts
 from retro_jax.models.transformer import LayerParams
+from retro_jax.stream import Norm, Stream, add
 
 
 def after_attention(
     layer: LayerParams,
     model: ModelConfig,
-    x: Float[Array, "B T M"],
+    stream: Stream,
     o: Float[Array, "B T N D"],
     valid: Bool[Array, "B T"],
+    norm: Norm,
     implementation: str | None,
     mailbox: Mailbox | None = None,
-) -> tuple[Float[Array, "B T M"], Float[Array, " B"] | None]:
+) -> tuple[Stream, Float[Array, " B"] | None]:
     """The residual stream with what attention and then the MLP add to it, and what `mlp` says of experts.
 
     Args:
       layer: weights.
       model: sizes.
-      x: the residual stream.
+      stream: the residual stream.
       o: attention outputs.
       valid: tokens that count.
-      implementation: of products with chosen experts, see `mlp`.
+      norm: of what comes behind the layer.
+      implementation: of the additions, and of products with chosen experts, see `mlp`.
       mailbox: for sums over devices; None: XLA's.
     """
+    o = o.astype(stream.x.dtype)
     if mailbox is not None and _is_plain(layer, model):
-        return _with_sums(layer, model, x, o, mailbox), None
-    x = transformer.attention_output(layer, model, x, o)
-    return mlp(layer, model, x, valid, implementation)
+        return _with_sums(layer, model, stream.x, o, norm, mailbox), None
+    parts = transformer.attention_parts(layer, o, _splits(o, layer.wo, implementation))
+    stream = add(stream, parts, layer.attn_post_norm, layer.mlp_norm, model, implementation)
+    parts, experts = mlp(layer, model, stream.h, valid, implementation)
+    return add(stream, parts, layer.mlp_post_norm, norm, model, implementation), experts
+
+
+def _splits(x: Float[Array, "B T *width"], w: Float[Array, "width M"], implementation: str | None) -> int:
+    """Parts of the product of few tokens with a matrix."""
+    return depth_splits(x.shape[0] * x.shape[1], w.shape[0], w.dtype, implementation)
 
 
 def step_mailbox(model: ModelConfig, config: DecodeConfig, batch: int) -> Mailbox | None:
@@ -73,18 +87,20 @@ def _with_sums(
     model: ModelConfig,
     x: Float[Array, "B T M"],
     o: Float[Array, "B T N D"],
+    norm: Norm,
     mailbox: Mailbox | None,
-) -> Float[Array, "B T M"]:
+) -> Stream:
     """What `after_attention` does for a plain layer, each device with its own part of every matrix."""
     parts = model.parts // jax.sharding.get_abstract_mesh().shape[HEADS]
     rows = (-1, model.width)
 
-    def local(x, o, wo, norm, w_gate_up, w_down, mailbox):
-        branch = transformer.product(o.astype(x.dtype).reshape(*x.shape[:2], -1), wo)
+    def local(x, o, wo, mlp_norm, w_gate_up, w_down, norm, mailbox):
+        branch = transformer.product(o.reshape(*x.shape[:2], -1), wo)
         turns = functools.partial(add_sum, mailbox=mailbox, eps=model.norm_eps)
-        new, h = turns(x.reshape(rows), branch.reshape(rows), norm, turn=0)
-        branch = transformer.gated_mlp(w_gate_up, w_down, model, parts, h.reshape(x.shape))
-        return turns(new, branch.reshape(rows), None, turn=1)[0].reshape(x.shape)
+        new, h = turns(x.reshape(rows), branch.reshape(rows), mlp_norm, turn=0)
+        branch = transformer.product(transformer.gated(w_gate_up, model, parts, h.reshape(x.shape)), w_down)
+        added = turns(new, branch.reshape(rows), norm, turn=1)
+        return Stream(*(each.reshape(x.shape) for each in added))
 
     fields = "wo", "mlp_norm", "w_gate_up", "w_down"
     by_sequence = P(SEQUENCES)
@@ -94,21 +110,22 @@ def _with_sums(
             by_sequence,
             P(SEQUENCES, None, HEADS),
             *(_spread(LayerParams, field) for field in fields),
+            P(),
             None if mailbox is None else Mailbox(BY_DEVICE, BY_DEVICE),
         ),
         out_specs=by_sequence,
         check_vma=False,
-    )(x, o, *(getattr(layer, field) for field in fields), mailbox)
+    )(x, o, *(getattr(layer, field) for field in fields), norm, mailbox)
 
 
 def mlp(
     layer: LayerParams,
     model: ModelConfig,
-    x: Float[Array, "B T M"],
+    h: Float[Array, "B T M"],
     valid: Bool[Array, "B T"],
     implementation: str | None,
-) -> tuple[Float[Array, "B T M"], Float[Array, " B"] | None]:
-    """`transformer.counted_mlp` on the devices of the mesh that is set.
+) -> tuple[Float[Array, "S B rows M"], Float[Array, " B"] | None]:
+    """`transformer.mlp_parts` on the devices of the mesh that is set.
 
     `implementation` is that of experts of few tokens on a GPU, which in a loop would wait for the host to
     learn of its end; "xla" is that loop, since XLA would copy the chosen experts.
@@ -116,7 +133,8 @@ def mlp(
     few = None
     if implementation != "xla" and traced_for().platform == "gpu":
         few = functools.partial(mixture_of_experts, implementation=implementation)
-    return transformer.counted_mlp(layer, model, x, valid, functools.partial(_on_mesh, few))
+    splits = 1 if layer.experts else _splits(h, layer.w_down, implementation)
+    return transformer.mlp_parts(layer, model, h, valid, functools.partial(_on_mesh, few), splits)
 
 
 def _on_mesh(
@@ -137,7 +155,7 @@ def _on_mesh(
             first = lax.axis_index(HEADS) == 0
             params = params.replace(down_bias=jnp.where(first, params.down_bias, 0))
         out, read = apply_experts(params, experts, parts // mesh.shape[HEADS], h, valid, few)
-        return lax.psum(out, HEADS), read
+        return lax.psum(out.astype(h.dtype), HEADS), read
 
     by_sequence = P(SEQUENCES)
     weights = jax.tree_util.tree_map_with_path(lambda path, _: _spread(ExpertParams, path[0].name), params)

@@ -25,6 +25,7 @@ from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
 from retro_jax.plan import layer_plan
 from retro_jax.state import DecodeState
+from retro_jax.stream import Norm, Stream
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "ring", "implementation"))
@@ -34,13 +35,14 @@ def sliding_layer(
     kind: LayerKind,
     ring: int,
     cache: LayerState,
-    x: Float[Array, "B W M"],
+    stream: Stream,
+    norm: Norm,
     start: Int[Array, " B"],
     valid: Bool[Array, "B W"],
     write: Bool[Array, "B W"],
     implementation: str | None,
     mailbox: Mailbox | None = None,
-) -> tuple[Float[Array, "B W M"], LayerState, Float[Array, " B"] | None]:
+) -> tuple[Stream, LayerState, Float[Array, " B"] | None]:
     """A layer with a sliding window in a decode step: each query of the step attends to its own window.
 
     Args:
@@ -49,23 +51,24 @@ def sliding_layer(
       kind: of this layer.
       ring: tokens that its cache holds.
       cache: this layer's state.
-      x: hidden states of all slots as the layer below now sees them.
+      stream: hidden states of all slots as the layer below now sees them.
+      norm: of what comes behind the layer.
       start: position of the oldest slot.
       valid: slots that hold a token.
       write: those whose keys and values are written, over stale ones where there are any.
-      implementation: of the operations on pages.
+      implementation: of the operations.
       mailbox: for sums over devices; None: XLA's.
 
     Returns:
       The hidden states, the new state, and what `mlp` says of experts.
     """
-    positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    tokens = x, positions, start, write
+    positions = jnp.where(valid, start[:, None] + jnp.arange(valid.shape[1]), -1)
+    tokens = stream.h, positions, start, write
     q, pages = write_ring_heads(layer, model, kind, ring, cache.pages, *tokens, implementation)
     sizes = {"ring": ring, "implementation": implementation}
     o = window_attention(q, pages, positions, layer.sinks, window=kind.window, **sizes)
-    x, experts = after_attention(layer, model, x, o, valid, implementation, mailbox)
-    return x, cache.replace(pages=pages), experts
+    stream, experts = after_attention(layer, model, stream, o, valid, norm, implementation, mailbox)
+    return stream, cache.replace(pages=pages), experts
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind", "ring", "implementation"))
@@ -75,25 +78,27 @@ def sliding_chunk(
     kind: LayerKind,
     ring: int,
     cache: LayerState,
-    x: Float[Array, "B T M"],
+    stream: Stream,
+    norm: Norm,
     start: Int[Array, " B"],
     valid: Bool[Array, "B T"],
     implementation: str | None,
-) -> tuple[Float[Array, "B T M"], LayerState]:
+) -> tuple[Stream, LayerState]:
     """Such a layer in a dense pass over T consecutive tokens, of which there may be more than the ring holds.
 
     They attend to the ring before they are written, over what the first of them see.
     """
-    positions = jnp.where(valid, start[:, None] + jnp.arange(x.shape[1]), -1)
-    q, k, v = transformer.qkv(layer, model, kind, x, positions)
+    positions = jnp.where(valid, start[:, None] + jnp.arange(valid.shape[1]), -1)
+    joined = transformer.joined_heads(layer, stream.h)
+    q, k, v = transformer.split_heads(layer, model, kind, joined, positions)
     sizes = {"ring": ring, "implementation": implementation}
     tokens = q, k, v, cache.pages, start, positions, layer.sinks
     o = chunk_attention(*tokens, window=kind.window, **sizes)
     # That was read before the ring is overwritten: else XLA would keep a copy.
     pages, o = lax.optimization_barrier((cache.pages, o))
     pages = update_ring(pages, k, v, start, valid, **sizes)
-    x, _ = after_attention(layer, model, x, o, valid, implementation)
-    return x, cache.replace(pages=pages)
+    stream, _ = after_attention(layer, model, stream, o, valid, norm, implementation)
+    return stream, cache.replace(pages=pages)
 
 
 def read_rings(

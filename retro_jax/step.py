@@ -23,6 +23,7 @@ from retro_jax.rectify import rectify
 from retro_jax.selection import Selection
 from retro_jax.sliding import sliding_layer
 from retro_jax.state import DecodeState
+from retro_jax.stream import begin, norms
 
 Load = tuple[Selection, Int[Array, "B K C"] | None, int]
 """What a sparse layer loaded, from which positions on queries newly attend to it, and the layer's window."""
@@ -87,41 +88,44 @@ def watched_step(
     slots = window_slots(config, state, active)
     plan = layer_plan(model, config)
     first = plan.first_sparse
-    stack = list(zip(params.layers, model.layers, state.layers, plan.rings, strict=True))
+    before, behind = norms(params), norms(params)[1:]
+    stack = list(zip(params.layers, behind, model.layers, state.layers, plan.rings, strict=True))
 
-    x = transformer.embed(params, model, tokens[:, None])
+    stream = begin(transformer.embed(params, model, tokens[:, None]), before[0], model)
     layers, watched, experts = [], [], []
     mailbox = step_mailbox(model, config, tokens.shape[0])
     by, newest = config.implementation, active[:, None]
-    for layer, kind, cache, ring in stack[:first]:
+    for layer, norm, kind, cache, ring in stack[:first]:
         if ring is None:
-            token = cache, x, state.length, newest, by, mailbox
-            x, cache, read = dense_layer(layer, model, kind, config, *token)
+            token = cache, stream, norm, state.length, newest, by, mailbox
+            stream, cache, read = dense_layer(layer, model, kind, config, *token)
         else:
-            token = x, state.length, newest, newest
-            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *token, by, mailbox)
+            token = stream, norm, state.length, newest, newest
+            stream, cache, read = sliding_layer(layer, model, kind, ring, cache, *token, by, mailbox)
         layers.append(cache)
         experts.append(read)
 
-    x = jnp.concatenate([state.hidden, x], axis=1)
-    hidden = jnp.where(active[:, None, None], x[:, 1:], state.hidden)
+    if config.slots > 1:
+        stream = begin(jnp.concatenate([state.hidden, stream.x], axis=1), before[first], model)
+    hidden = jnp.where(active[:, None, None], stream.x[:, 1:], state.hidden)
     positions, loads, loaded = slots.positions, [], None
-    for index, (layer, kind, cache, ring) in enumerate(stack[first:], start=first):
+    for index, (layer, norm, kind, cache, ring) in enumerate(stack[first:], start=first):
         # What lies above the layers that revise has only the newest query.
         window = plan.windows[index]
-        if window < x.shape[1]:
-            x, slots = x[:, -window:], slots.last(window)
+        if window < stream.x.shape[1]:
+            stream, slots = stream.last(window), slots.last(window)
         # In the first sparse layer only the newest token's keys and values are new.
         write = slots.valid if config.overwrite and index > first else slots.newest
         if ring is not None:
-            queries = x, slots.start, slots.valid, write
-            x, cache, read = sliding_layer(layer, model, kind, ring, cache, *queries, by, mailbox)
+            queries = stream, norm, slots.start, slots.valid, write
+            stream, cache, read = sliding_layer(layer, model, kind, ring, cache, *queries, by, mailbox)
             layers.append(cache)
             experts.append(read)
             continue
         below = None if plan.anchors[index] else loaded
-        x, cache, loaded, attending, seen, read = sparse_layer(
-            layer, model, kind, config, cache, x, slots, write, index, below, watch, mailbox
+        queries = stream, norm, slots, write, index, below, watch, mailbox
+        stream, cache, loaded, attending, seen, read = sparse_layer(
+            layer, model, kind, config, cache, *queries
         )
         layers.append(cache)
         experts.append(read)
@@ -137,7 +141,7 @@ def watched_step(
             expert_bytes=_expert_bytes(model, experts)
         ),
     )
-    logits = transformer.logits(params, model, x[:, -1:])[:, 0]
+    logits = transformer.head(params, model, stream.h[:, -1:])[:, 0]
     if config.rectify_every:
         # The cache is rewritten when the step has read it: else XLA would keep a copy for the last layer.
         state, logits = lax.optimization_barrier((state, logits))

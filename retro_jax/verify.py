@@ -189,8 +189,8 @@ def verified_step(
     # Of the pages only: the statistics wait for what is kept.
     bare = state.replace(layers=tuple(LayerState(layer.pages) for layer in layers))
     passed = jnp.where(active, drafted + 1, 0)
-    bare, x = dense_hidden(params, model, config, bare, row, passed, config.implementation)
-    logits = transformer.logits(params, model, x)
+    bare, h = dense_hidden(params, model, config, bare, row, passed, config.implementation)
+    logits = transformer.head(params, model, h)
     positions = state.length[:, None] + jnp.arange(1, k + 2)
     flat = logits.reshape(B * (k + 1), -1)
     chosen = sample(flat, sampling, jnp.repeat(keys, k + 1), positions.reshape(-1))

@@ -256,8 +256,8 @@ def _dense(
     state, hidden = dense_hidden(params, model, config, state, tokens, active.sum(axis=1), "xla")
 
     def block(inputs):
-        x, wanted = inputs
-        logits = transformer.logits(params, model, x)
+        h, wanted = inputs
+        logits = transformer.head(params, model, h)
         flat = logits.reshape(-1, logits.shape[-1])
         nll = negative_log_likelihood(flat, wanted.reshape(-1)).reshape(wanted.shape)
         return nll, jnp.argmax(logits, axis=-1) == wanted, jnp.isfinite(logits).all(axis=-1)

@@ -12,6 +12,8 @@ import retro_jax as rj
 from pallas_kernels import Mailbox, add_sum
 from retro_jax import mlp
 from retro_jax.models import random_params
+from retro_jax.models.transformer import rms_norm
+from retro_jax.stream import begin as begin_stream
 from tests.retro_jax.tiny import ATOL, begin, tiny, token_ids
 
 B, T = 2, 3
@@ -26,11 +28,35 @@ def test_devices_that_sum_by_themselves_give_what_xla_gives(activation, mesh):
         jax.random.normal(jax.random.key(seed), (B, T, *shape))
         for seed, shape in enumerate([(config.width,), (config.num_heads, config.head_dim)])
     )
-    expected, _ = mlp.after_attention(layer, config, x, o, jnp.ones((B, T), bool), None)
+    behind = jnp.linspace(2, 0.5, config.width)
+    valid = jnp.ones((B, T), bool)
+    expected, _ = mlp.after_attention(layer, config, begin_stream(x, None, config), o, valid, behind, None)
     with jax.set_mesh(rj.make_mesh(*mesh)):
-        found = jax.jit(mlp._with_sums, static_argnums=1)(layer, config, x, o, None)
-    np.testing.assert_allclose(found, expected, atol=ATOL)
-    assert not np.allclose(found, x, atol=0.1)  # it adds something
+        found = jax.jit(mlp._with_sums, static_argnums=1)(layer, config, x, o, behind, None)
+    np.testing.assert_allclose(found.x, expected.x, atol=ATOL)
+    np.testing.assert_allclose(found.h, expected.h, atol=ATOL)
+    np.testing.assert_allclose(found.h, rms_norm(found.x, behind, config.norm_eps), atol=ATOL)
+    assert not np.allclose(found.x, x, atol=0.1)  # it adds something
+
+
+@pytest.mark.parametrize("tokens", (1, T))
+def test_a_layer_whose_products_come_in_parts_adds_the_same(monkeypatch, tokens):
+    config = dataclasses.replace(tiny(2).config, residual_multiplier=0.5)
+    layer = random_params(config, jax.random.key(1)).layers[0]
+    layer = layer.replace(attn_post_norm=jnp.linspace(0.5, 2, config.width))
+    x, o = (
+        jax.random.normal(jax.random.key(seed), (1, tokens, *shape))
+        for seed, shape in enumerate([(config.width,), (config.num_heads, config.head_dim)])
+    )
+    stream, valid = begin_stream(x, layer.attn_norm, config), jnp.ones((1, tokens), bool)
+    behind = jnp.linspace(2, 0.5, config.width)
+    asked, found = [], []
+    for splits in (1, 4):
+        monkeypatch.setattr(mlp, "depth_splits", lambda *sizes, n=splits: asked.append(sizes) or n)
+        found.append(mlp.after_attention(layer, config, stream, o, valid, behind, None)[0])
+    np.testing.assert_allclose(found[0], found[1], atol=ATOL)
+    depths = config.num_heads * config.head_dim, config.hidden_width
+    assert asked == [(tokens, depth, jnp.float32, None) for depth in depths] * 2
 
 
 @pytest.mark.parametrize(
@@ -86,6 +112,7 @@ def test_a_mailbox_reaches_every_layer_of_a_step(monkeypatch):
     def counted(x, part, norm, mailbox, *, eps, turn):
         mailbox.cells[0, 0] += 1
         turns.append(turn)
+        assert norm is not None
         return add_sum(x, part, norm, None, eps=eps, turn=turn)
 
     def steps(params, state, tokens):
