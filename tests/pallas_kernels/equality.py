@@ -85,3 +85,14 @@ def assert_same_selection(got, inputs, *, rounding=ROUNDING, **arguments):
     assert got[0].shape == expected[0].shape
     arguments.pop("capacity")
     assert largest_distance(got, expected, *inputs[:3], **arguments) <= rounding
+
+
+def relative(got, expected):
+    """Relative error over what is finite; infinite where the infinities or a NaN differ."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    finite = np.isfinite(expected)
+    if not (
+        np.array_equal(got[~finite], expected[~finite], equal_nan=True) and np.isfinite(got[finite]).all()
+    ):
+        return np.inf
+    return np.linalg.norm(got[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-9)

@@ -20,8 +20,6 @@ import numpy as np
 from pallas_kernels import CODES, dequantized, gpu, kernels_of_device, tpu
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.attention import reference as attention_reference
-from pallas_kernels.experts import reference as experts_reference
-from pallas_kernels.experts.gpu import kernels as experts_gpu
 from pallas_kernels.scores import GROUP_REDUCE
 from pallas_kernels.selection import api as selection_api
 from pallas_kernels.selection import reference as selection_reference
@@ -30,21 +28,19 @@ from pallas_kernels.sliding import reference as sliding_reference
 from pallas_kernels.update import api as update_api
 from pallas_kernels.update import reference as update_reference
 from retro_jax.experiments.io.provenance import provenance
-from tests.pallas_kernels.equality import FUSED, SCORED
+from tests.pallas_kernels.equality import FUSED, SCORED, relative
 from tests.pallas_kernels.inputs import (
-    bounded,
     dtype_beside,
     pages_as,
     random_cache,
-    random_experts,
     random_product,
     random_retro_inputs,
     random_statistics,
     random_update,
-    silu,
     window_positions,
 )
 from tests.pallas_kernels.page_sets import ROUNDING, largest_distance
+from tests.pallas_kernels.rows_on_device import Experts, Parts
 
 B, K = 5, 2
 ROWS = [(1, 1), (4, 4), (16, 4), (2, 8), (3, 5), (1, 16), (8, 8), (5, 3), (4, 1)]  # (window, group)
@@ -53,17 +49,6 @@ if KERNELS is None:
     sys.exit(f"there are no kernels for {jax.devices()[0].device_kind}")
 attention, selection, update = (getattr(api, KERNELS) for api in (attention_api, selection_api, update_api))
 SUPPORTED = gpu if KERNELS == "mosaic_gpu" else tpu
-
-
-def relative(got, expected):
-    """Relative error over what is finite; infinite where the infinities or a NaN differ."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    finite = np.isfinite(expected)
-    if not (
-        np.array_equal(got[~finite], expected[~finite], equal_nan=True) and np.isfinite(got[finite]).all()
-    ):
-        return np.inf
-    return np.linalg.norm(got[finite] - expected[finite]) / max(np.linalg.norm(expected[finite]), 1e-9)
 
 
 class Attention:
@@ -273,33 +258,6 @@ class Heads(Update):
         return worst, np.array_equal(pages[kept], wanted[kept], equal_nan=True)
 
 
-class Experts:
-    """Mixtures of experts, of which some rows do not count."""
-
-    def __init__(self, rows, width, hidden, experts, per_token, biased, dtype):
-        sizes = f"R={rows} {width} x {hidden} E={experts} k={per_token}"
-        self.name = f"mixture_of_experts {sizes}{' biased' * biased} {jnp.dtype(dtype).name}"
-        self.sizes, self.dtype = (rows, width, hidden, experts, per_token, biased), dtype
-        options = {
-            "per_token": per_token,
-            "normalized": not biased,
-            "parts": 1,
-            "activation": bounded if biased else silu,
-        }
-        self.kernel, self.reference = (
-            jax.jit(functools.partial(module.mixture_of_experts, **options))
-            for module in (experts_gpu, experts_reference)
-        )
-
-    def inputs(self, rng):
-        valid = rng.random(self.sizes[0]) < 0.8
-        valid[0] = True
-        return random_experts(rng, *self.sizes, valid, self.dtype)[0]
-
-    def errors(self, inputs, got, expected):
-        return relative(got[0], expected[0]), int(got[1]) == int(expected[1])
-
-
 def configurations():
     """Every supported head_dim and page size, the other sizes taking turns."""
     rows = itertools.cycle(ROWS)
@@ -337,6 +295,10 @@ def configurations():
     mixtures = ((2048, 768, 24, 8, False), (576, 320, 8, 2, True), (64, 64, 200, 4, False))
     for rows, (width, hidden, experts, per_token, biased) in itertools.product((1, 4, 33, 64), mixtures):
         yield Experts(rows, width, hidden, experts, per_token, biased, next(dtypes))
+    added = itertools.product((4096, 2048, 8192, 5376, 2880, 576, 48), ((1, 1), (1, 4), (3, 5)))
+    for (width, (batch, tokens)), parts in zip(added, itertools.cycle((8, 1)), strict=False):
+        for normed in itertools.product((False, True), repeat=2):
+            yield Parts(batch, tokens, width, parts, *normed, next(dtypes))
 
 
 def check(configuration, cases):
