@@ -24,6 +24,7 @@ from pallas_kernels import (
     CODES,
     GROUP_REDUCE,
     STATISTICS,
+    add_parts,
     attend_estimates,
     choose_pages,
     dense_attention,
@@ -170,6 +171,9 @@ def _operations(case: Case, kernels: str) -> Iterator[tuple[str, Call]]:
         arrays = q, sparse.statistics, sparse.block_values, sparse.last_loaded, integers(B, W), integers(B)
         sizes = {"page_size": config.page_size, "block_pages": config.residual_pages}
         yield "estimates", _call(attend_estimates, *arrays, **sizes)
+    if kernels == "mosaic_gpu":  # on TPUs they are XLA's
+        stream, norm = shape(B, W, model.width), shape(model.width)
+        yield "additions", _call(add_parts, stream, shape(1, *stream.shape), norm, norm, eps=model.norm_eps)
 
 
 def _call(function, *arrays, **options) -> Call:
@@ -354,7 +358,7 @@ operation of every row on every chip, without one. A cell names what runs throug
 once in the log; "-" is nothing: all of it runs through kernels. Other devices, and prefill, run through XLA
 always. Where a table does not say otherwise: RetroAttention with w = 4, {PAGES} pages of 16 tokens in
 bfloat16, head_dim 128, 4 query heads a KV head, one sequence. "all" is update, dense attention, selection and
-attention."""
+attention; "additions" are those to the residual stream with its norms, which on TPUs are XLA's."""
 _ALL = ("update", "dense attention", "selection", "attention")
 
 
