@@ -1,6 +1,6 @@
 """What follows attention in a layer: its projection and the MLP, on one device or on several.
 
-On one Hopper GPU products with few rows leave their sums over the depth to the kernel that adds them to the
+On Hopper GPUs products with few rows leave their sums over the depth to the kernel that adds them to the
 residual stream.
 
 Of several GPUs whose memory reaches each other, each adds up by itself what all of them add to the residual
@@ -54,7 +54,7 @@ def after_attention(
     """
     o = o.astype(stream.x.dtype)
     if mailbox is not None and _is_plain(layer, model):
-        return _with_sums(layer, model, stream.x, o, norm, mailbox), None
+        return _with_sums(layer, model, stream.x, o, norm, implementation, mailbox), None
     parts = transformer.attention_parts(layer, o, _splits(o, layer.wo, implementation))
     stream = add(stream, parts, layer.attn_post_norm, layer.mlp_norm, model, implementation)
     parts, experts = mlp(layer, model, stream.h, valid, implementation)
@@ -88,19 +88,22 @@ def _with_sums(
     x: Float[Array, "B T M"],
     o: Float[Array, "B T N D"],
     norm: Norm,
+    implementation: str | None,
     mailbox: Mailbox | None,
 ) -> Stream:
     """What `after_attention` does for a plain layer, each device with its own part of every matrix."""
     parts = model.parts // jax.sharding.get_abstract_mesh().shape[HEADS]
-    rows = (-1, model.width)
 
     def local(x, o, wo, mlp_norm, w_gate_up, w_down, norm, mailbox):
-        branch = transformer.product(o.reshape(*x.shape[:2], -1), wo)
-        turns = functools.partial(add_sum, mailbox=mailbox, eps=model.norm_eps)
-        new, h = turns(x.reshape(rows), branch.reshape(rows), mlp_norm, turn=0)
-        branch = transformer.product(transformer.gated(w_gate_up, model, parts, h.reshape(x.shape)), w_down)
-        added = turns(new, branch.reshape(rows), norm, turn=1)
-        return Stream(*(each.reshape(x.shape) for each in added))
+        def added(x, inner, w, norm, turn):
+            own = transformer.split_product(inner, w, _splits(inner, w, implementation))
+            own = own.reshape(len(own), -1, model.width)
+            sums = add_sum(x.reshape(-1, model.width), own, norm, mailbox, eps=model.norm_eps, turn=turn)
+            return Stream(*(each.reshape(x.shape) for each in sums))
+
+        stream = added(x, o.reshape(*x.shape[:2], -1), wo, mlp_norm, turn=0)
+        inner = transformer.gated(w_gate_up, model, parts, stream.h)
+        return added(stream.x, inner, w_down, norm, turn=1)
 
     fields = "wo", "mlp_norm", "w_gate_up", "w_down"
     by_sequence = P(SEQUENCES)

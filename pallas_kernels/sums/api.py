@@ -23,20 +23,21 @@ MOST_SPLIT_ROWS = 64
 
 
 def depth_splits(rows: int, depth: int, dtype: Any, implementation: str | None = None) -> int:
-    """Into how many parts to cut the depth of a product (split-K) for `add_parts` to add them up.
+    """Into how many parts to cut the depth of a product (split-K) for `add_parts` or `add_sum` to add up.
 
     Args:
       rows: of the product.
       depth: of it.
       dtype: of what is multiplied.
-      implementation: of `add_parts`.
+      implementation: of what adds the parts up.
 
     Returns:
-      How many, which divides the depth; 1 where XLA adds up what it cuts by itself: without a kernel, among
-      several devices, or of many rows.
+      How many, which divides the depth; 1 where XLA adds up what it cuts by itself: without a kernel, of many
+      rows, or where XLA partitions the product among several devices.
     """
     kernels = implementation != "xla" and kernels_of_device() == "mosaic_gpu"
-    alone = jax.sharding.get_abstract_mesh().size <= 1
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.size <= 1 or mesh.are_all_axes_manual
     few = rows <= MOST_SPLIT_ROWS and depth % (8 * SPLITS) == 0 and jnp.dtype(dtype) in DTYPES
     return SPLITS if kernels and alone and few else 1
 
@@ -91,7 +92,7 @@ class Mailbox(NamedTuple):
 
     Attributes:
       cells: a reference to an array that `add_sum` changes in place: on each device of the mesh, two turns of
-        rows of a part from each device that shares its sequences.
+        rows from each device that shares its sequences.
       addresses: where each of these devices has its cells. They come from all of them, so that none is
         written to before it is open.
     """
@@ -106,7 +107,7 @@ def open_mailbox(rows: int, width: int, dtype: Any) -> Mailbox | None:
     Args:
       rows: R, as many as any of the sums has on a device.
       width: M.
-      dtype: of the parts.
+      dtype: of the residual stream.
 
     Returns:
       The mailbox; None where sums are XLA's: on one device, without a kernel for these, or where the devices
@@ -131,20 +132,21 @@ def open_mailbox(rows: int, width: int, dtype: Any) -> Mailbox | None:
 
 def add_sum(
     x: Float[Array, "R M"],
-    part: Float[Array, "R M"],
+    parts: Float[Array, "S rows M"],
     norm: Float[Array, " M"] | None,
     mailbox: Mailbox | None,
     *,
     eps: float,
     turn: int,
 ) -> tuple[Float[Array, "R M"], Float[Array, "R M"]]:
-    """Adds the sum of all devices' parts to the residual stream, and norms it; within `shard_map`.
+    """Adds the sum over all devices to the residual stream, and norms it; within `shard_map`.
 
-    Parts are summed in float32 in the order of the devices, so that all have the same result to the last bit.
+    What a device adds is the sum of its own parts in the dtype of the stream. Those of all devices are summed
+    in float32 in their order, so that all have the same result to the last bit.
 
     Args:
       x: the residual stream, the same on all devices of the mesh axis `HEADS`.
-      part: what this device adds to it.
+      parts: whose sum this device adds to it, see `add_parts`; rows beyond R are not read.
       norm: weight of a root-mean-square norm; None: no norm.
       mailbox: of `open_mailbox`, this device's part of it; None: XLA sums.
       eps: of the norm.
@@ -154,8 +156,8 @@ def add_sum(
       The residual stream, and its norm; without a norm the stream twice.
     """
     if mailbox is None:
-        return reference.add_sum(x, part, norm, eps=eps)
+        return reference.add_sum(x, parts, norm, eps=eps)
     cells, addresses = mailbox
     sender = lax.axis_index(HEADS)[None]
-    sums = mosaic_gpu.add_sum(x, part[None], norm, cells, addresses[0], sender, eps=eps, turn=turn)
+    sums = mosaic_gpu.add_sum(x, parts[None], norm, cells, addresses[0], sender, eps=eps, turn=turn)
     return sums[0][0], sums[1][0]

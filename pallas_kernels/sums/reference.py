@@ -1,5 +1,7 @@
 """The definitions of sums: of parts on one device, and over devices, within `shard_map`."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -17,8 +19,7 @@ def add_parts(
     multiplier: float,
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
     """See `pallas_kernels.sums.api.add_parts`."""
-    branch = jnp.sum(parts[:, :, : x.shape[1]].astype(jnp.float32), axis=0).astype(x.dtype)
-    branch = _normed(branch, post_norm, eps)
+    branch = _normed(_sum(parts[:, :, : x.shape[1]], x.dtype), post_norm, eps)
     if multiplier != 1:
         branch = branch * multiplier
     x = x + branch
@@ -26,12 +27,16 @@ def add_parts(
 
 
 def add_sum(
-    x: Float[Array, "R M"], part: Float[Array, "R M"], norm: Float[Array, " M"] | None, *, eps: float
+    x: Float[Array, "R M"], parts: Float[Array, "S rows M"], norm: Float[Array, " M"] | None, *, eps: float
 ) -> tuple[Float[Array, "R M"], Float[Array, "R M"]]:
     """See `pallas_kernels.sums.api.add_sum`."""
-    total = lax.psum(part.astype(jnp.float32), HEADS)
+    total = lax.psum(_sum(parts[:, : x.shape[0]], x.dtype).astype(jnp.float32), HEADS)
     x = (x.astype(jnp.float32) + total).astype(x.dtype)
     return x, _normed(x, norm, eps)
+
+
+def _sum(parts: Float[Array, "S ..."], dtype: Any) -> Float[Array, "..."]:
+    return jnp.sum(parts.astype(jnp.float32), axis=0).astype(dtype)
 
 
 def _normed(x: Float[Array, "... M"], weight: Float[Array, " M"] | None, eps: float) -> Float[Array, "... M"]:

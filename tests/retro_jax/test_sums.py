@@ -19,8 +19,8 @@ from tests.retro_jax.tiny import ATOL, begin, tiny, token_ids
 B, T = 2, 3
 
 
-@pytest.mark.parametrize(("activation", "mesh"), (("silu", (1, 2)), ("gelu_tanh", (2, 2))))
-def test_devices_that_sum_by_themselves_give_what_xla_gives(activation, mesh):
+@pytest.mark.parametrize(("activation", "mesh", "splits"), (("silu", (1, 2), 1), ("gelu_tanh", (2, 2), 4)))
+def test_devices_that_sum_by_themselves_give_what_xla_gives(monkeypatch, activation, mesh, splits):
     config = dataclasses.replace(tiny(2).config, activation=activation)
     layer = random_params(config, jax.random.key(1)).layers[0]
     layer = layer.replace(mlp_norm=jnp.linspace(0.5, 2, config.width))
@@ -30,9 +30,11 @@ def test_devices_that_sum_by_themselves_give_what_xla_gives(activation, mesh):
     )
     behind = jnp.linspace(2, 0.5, config.width)
     valid = jnp.ones((B, T), bool)
+    monkeypatch.setattr(mlp, "depth_splits", lambda *sizes: splits)
     expected, _ = mlp.after_attention(layer, config, begin_stream(x, None, config), o, valid, behind, None)
     with jax.set_mesh(rj.make_mesh(*mesh)):
-        found = jax.jit(mlp._with_sums, static_argnums=1)(layer, config, x, o, behind, None)
+        with_sums = jax.jit(mlp._with_sums, static_argnums=(1, 5))
+        found = with_sums(layer, config, x, o, behind, None, None)
     np.testing.assert_allclose(found.x, expected.x, atol=ATOL)
     np.testing.assert_allclose(found.h, expected.h, atol=ATOL)
     np.testing.assert_allclose(found.h, rms_norm(found.x, behind, config.norm_eps), atol=ATOL)
@@ -109,11 +111,11 @@ def test_a_mailbox_reaches_every_layer_of_a_step(monkeypatch):
     config = rj.DecodeConfig("retro", window=3, page_size=8, budget_tokens=16, dense_layers=1)
     tokens, turns = jnp.asarray(token_ids(2, 24)), []
 
-    def counted(x, part, norm, mailbox, *, eps, turn):
+    def counted(x, parts, norm, mailbox, *, eps, turn):
         mailbox.cells[0, 0] += 1
         turns.append(turn)
         assert norm is not None
-        return add_sum(x, part, norm, None, eps=eps, turn=turn)
+        return add_sum(x, parts, norm, None, eps=eps, turn=turn)
 
     def steps(params, state, tokens):
         for column in range(2):

@@ -43,7 +43,7 @@ def open_cells(
     Args:
       rows: R.
       width: M.
-      dtype: of the parts.
+      dtype: of the residual stream.
       senders: devices that send to each other.
       here: how many of them this device stands for: itself; a test may let one stand for all.
     """
@@ -73,7 +73,7 @@ def open_cells(
 
 def add_sum(
     x: Float[Array, "R M"],
-    parts: Float[Array, "here R M"],
+    parts: Float[Array, "here S rows M"],
     norm: Float[Array, " M"] | None,
     cells: Any,
     addresses: Int[Array, "senders 2"],
@@ -94,7 +94,8 @@ def add_sum(
       eps: of the norm.
       turn: of the cells.
     """
-    here, rows, width = parts.shape
+    here, splits = parts.shape[:2]
+    rows, width = x.shape
     senders, most_rows = addresses.shape[0], cells.shape[2]
     over_threads = layout(width, x.dtype)
 
@@ -106,7 +107,8 @@ def add_sum(
             return plgpu.load(ref, layout=over_threads, optimized=False)
 
         # What needs no other device is loaded before the wait for them.
-        part, old = load(parts_ref.at[device, row]), load(x_ref.at[row]).astype(jnp.float32)
+        loaded = [load(parts_ref.at[device, split, row]).astype(jnp.float32) for split in range(splits)]
+        part, old = sum(loaded[1:], loaded[0]).astype(x.dtype), load(x_ref.at[row]).astype(jnp.float32)
         weight = None if norm is None else load(norm_ref)
         place = (turn * most_rows + row) * senders + sender_ref[device]
         total = sum_rows(part, cells_ref.at[device, turn, row], addresses_ref, place)
@@ -119,7 +121,7 @@ def add_sum(
     launch = kernel(
         body,
         name="add_sum",
-        out_type=[jax.ShapeDtypeStruct(parts.shape, x.dtype)] * (1 if norm is None else 2),
+        out_type=[jax.ShapeDtypeStruct((here, *x.shape), x.dtype)] * (1 if norm is None else 2),
         grid=(here, rows),
         grid_names=("device", "row"),
     )

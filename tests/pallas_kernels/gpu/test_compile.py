@@ -95,8 +95,8 @@ def assert_tma_and_wgmma(ptx):
     assert "wgmma.mma_async" in ptx
 
 
-@pytest.mark.parametrize(("width", "senders", "norm"), [(4096, 2, True), (8192, 8, False)])
-def test_sums_over_devices(compiled, width, senders, norm):
+@pytest.mark.parametrize(("width", "senders", "splits", "norm"), [(4096, 2, 1, True), (8192, 8, 8, False)])
+def test_sums_over_devices(compiled, width, senders, splits, norm):
     """Of one device of several, whose cells are changed in place."""
 
     def two(x, parts, norm):
@@ -108,8 +108,8 @@ def test_sums_over_devices(compiled, width, senders, norm):
             x = x[0]
         return x
 
-    weight = shape(width) if norm else None
-    executable, kernels = compiled(two, shape(4, width), shape(1, 4, width), weight)
+    weight, of = shape(width) if norm else None, jnp.float32 if splits > 1 else jnp.bfloat16
+    executable, kernels = compiled(two, shape(4, width), shape(1, splits, 4, width, dtype=of), weight)
     assert_no_spills(kernels, "open_cells", "add_sum")
     lines = [line for line in executable.as_text().splitlines() if "output_to_operand_aliasing" in line]
     assert sum("add_sum" in line for line in lines) == 2
