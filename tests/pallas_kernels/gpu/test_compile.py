@@ -119,20 +119,17 @@ def test_sums_over_devices(compiled, width, senders, splits, norm):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "splits", "norms", "dtype"),
-    [(4, 8192, 8, 2, jnp.bfloat16), (1, 2880, 8, 1, jnp.float16), (8, 5376, 1, 2, jnp.float32)],
+    ("width", "norms", "dtype", "weights"),
+    [(8192, 2, jnp.bfloat16, jnp.float32), (2880, 1, jnp.float16, jnp.float16)],
 )
-def test_sums_of_parts(compiled, rows, width, splits, norms, dtype):
-    """Weights of norms may be in float32."""
-    of = jnp.bfloat16 if splits == 1 else jnp.float32
-    weights = [None] * (2 - norms) + [shape(width, dtype=dtype)] * norms
-    add = functools.partial(parts.add_parts, eps=1e-5, multiplier=1.0)
-    stream = shape(2, rows, width, dtype=jnp.float16 if dtype == jnp.float16 else jnp.bfloat16)
-    _, kernels = compiled(add, stream, shape(splits, 2, rows, width, dtype=of), *weights)
+def test_sums_of_parts(compiled, width, norms, dtype, weights):
+    weights = [None] * (2 - norms) + [shape(width, dtype=weights)] * norms
+    add = functools.partial(parts.add_parts, eps=1e-5, multiplier=0.5)
+    arrays = shape(2, 1, width, dtype=dtype), shape(8, 2, 1, width, dtype=jnp.float32)
+    _, kernels = compiled(add, *arrays, *weights)
     assert_no_spills(kernels, "add_parts")
-    # The even part of a row, in words of four numbers.
-    words = splits * (width // 512)
-    assert kernels["add_parts"][0].count(f"ld.global.v{4 if splits > 1 else 2}") >= words
+    # The even piece of a row is read in words of four numbers.
+    assert kernels["add_parts"][0].count("ld.global.v4") >= 8 * (width // 512)
 
 
 ROWS = itertools.cycle([(4, 4), (1, 1), (16, 4), (2, 8), (3, 5)])  # (window, group)
