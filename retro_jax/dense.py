@@ -11,7 +11,7 @@ from retro_jax.models.transformer import Params
 from retro_jax.plan import layer_plan
 from retro_jax.sliding import sliding_chunk
 from retro_jax.state import DecodeState
-from retro_jax.stream import begin, norms
+from retro_jax.stream import begin, norms, read_whole
 
 
 def dense_pass(
@@ -69,6 +69,7 @@ def dense_hidden(
         else:
             stream, cache = sliding_chunk(layer, model, kind, ring, *tokens)
         layers.append(cache)
+    stream = read_whole(stream)
     state = state.replace(
         length=state.length + lengths,
         decoded=jnp.where(lengths > 0, 0, state.decoded),

@@ -23,7 +23,7 @@ from retro_jax.rectify import rectify
 from retro_jax.selection import Selection
 from retro_jax.sliding import sliding_layer
 from retro_jax.state import DecodeState
-from retro_jax.stream import begin, norms
+from retro_jax.stream import begin, norms, read_whole
 
 Load = tuple[Selection, Int[Array, "B K C"] | None, int]
 """What a sparse layer loaded, from which positions on queries newly attend to it, and the layer's window."""
@@ -132,6 +132,7 @@ def watched_step(
         loads.append((loaded, attending, window))
         watched.append(seen)
 
+    stream = read_whole(stream)
     state = state.replace(
         length=state.length + active,
         decoded=jnp.minimum(state.decoded + active, config.slots - 1),
