@@ -104,6 +104,27 @@ def product(x: Float[Array, "B T width"], w: Float[Array, "width columns"]) -> F
     return lax.platform_dependent(x, w, cuda=_product_of_padded_row, default=jnp.matmul)
 
 
+PARTS, MOST_ROWS_IN_PARTS = 8, 64
+
+
+def product_parts(
+    x: Float[Array, "B T width"], w: Float[Array, "width columns"]
+) -> Float[Array, "parts R columns"]:
+    """The product x @ w as parts over the depth that are still to be added, for a kernel that does so.
+
+    XLA divides a product of few rows so too, to keep all of a GPU busy, and then adds the parts in a launch
+    of its own. There may be one more row than tokens, since XLA would multiply a small matrix by a lone row
+    without the matrix unit; see `product`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > MOST_ROWS_IN_PARTS or len(w) % (PARTS * 16):
+        return (rows @ w)[None]
+    if len(rows) == 1 and w.size < 1 << 24:
+        rows = jnp.pad(rows, ((0, 1), (0, 0)))
+    divided = rows.reshape(len(rows), PARTS, -1), w.reshape(PARTS, -1, w.shape[1])
+    return jnp.einsum("rpk,pkn->prn", *divided, preferred_element_type=jnp.float32)
+
+
 def _product_of_padded_row(x: Float[Array, "1 1 width"], w: Float[Array, "width columns"]) -> Array:
     return (jnp.pad(x, ((0, 0), (0, 7), (0, 0))) @ w)[:, :1]
 
@@ -127,7 +148,14 @@ def joined_heads(
     layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]
 ) -> Float[Array, "B T QKV"]:
     """Queries, keys and values as one product of the normed residual stream, without their biases."""
-    return product(_normed(x, layer.attn_norm, config), layer.wqkv)
+    return product(normed_for_heads(layer, config, x), layer.wqkv)
+
+
+def normed_for_heads(
+    layer: LayerParams, config: ModelConfig, x: Float[Array, "B T M"]
+) -> Float[Array, "B T M"]:
+    """What queries, keys and values are made of."""
+    return _normed(x, layer.attn_norm, config)
 
 
 def split_heads(
