@@ -22,22 +22,25 @@ MOST_SPLIT_ROWS = 64
 """Of more rows the parts themselves take too long to write and to read."""
 
 
-def depth_splits(rows: int, depth: int, dtype: Any, implementation: str | None = None) -> int:
-    """Into how many parts to cut the depth of a product (split-K) for `add_parts` or `add_sum` to add up.
+def depth_splits(
+    rows: int, depth: int, dtype: Any, implementation: str | None = None, *, whole_depth: bool = False
+) -> int:
+    """Into how many parts to cut the depth of a product (split-K) for the kernel that reads it to add up.
 
     Args:
       rows: of the product.
       depth: of it.
       dtype: of what is multiplied.
       implementation: of what adds the parts up.
+      whole_depth: whether every device has the whole depth, if there are several.
 
     Returns:
       How many, which divides the depth; 1 where XLA adds up what it cuts by itself: without a kernel, of many
-      rows, or where XLA partitions the product among several devices.
+      rows, or where XLA partitions the depth among several devices.
     """
     kernels = implementation != "xla" and kernels_of_device() == "mosaic_gpu"
     mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.size <= 1 or mesh.are_all_axes_manual
+    alone = whole_depth or mesh.size <= 1 or mesh.are_all_axes_manual
     few = rows <= MOST_SPLIT_ROWS and depth % (8 * SPLITS) == 0 and jnp.dtype(dtype) in DTYPES
     return SPLITS if kernels and alone and few else 1
 

@@ -1,17 +1,21 @@
 """Public functions of the page update."""
 
 import functools
+from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import BY_HEAD, by_sequence, dispatch, kernels_of_device
+from pallas_kernels.dispatch import BY_HEAD, HEADS, SEQUENCES, by_sequence, dispatch, kernels_of_device
 from pallas_kernels.pages import Pages, check_pages
 from pallas_kernels.statistics import Statistics, statistic_of
 from pallas_kernels.update import reference
 from pallas_kernels.update.gpu import kernels as mosaic_gpu
 from pallas_kernels.update.tpu import kernels as mosaic_tpu
 
+PARTS = P(None, SEQUENCES, None, HEADS)
+"""How a product's parts are spread."""
 FEW_TOKENS = 9
 """Tokens of which a kernel makes heads while it writes: those of a window of 8, or 8 drafts and one more.
 More are a program that takes long to compile, and save no more launches."""
@@ -78,7 +82,7 @@ def update_pages(
 def update_from_product(
     pages: Pages,
     statistics: Statistics | None,
-    product: Float[Array, "B T QKV"],
+    product: Float[Array, "parts B rows QKV"],
     bias: Float[Array, " QKV"] | None,
     q_norm: Float[Array, " D"] | None,
     k_norm: Float[Array, " D"] | None,
@@ -90,6 +94,7 @@ def update_from_product(
     part_heads: int,
     norm_eps: float,
     q_scale: float,
+    dtype: Any,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N D"], Pages, Statistics | None]:
     """`update_pages` of the keys and values in a joined product, and the queries in it.
@@ -100,8 +105,9 @@ def update_from_product(
     Args:
       pages: see `update_pages`, as `statistics`, `start` and `write`.
       statistics: page statistics of the layer.
-      product: of T tokens' hidden states with the matrix in which those of queries, keys and values lie
-        joined in parts: each has the queries of `part_heads` KV heads, their keys, then their values.
+      product: parts, which are added up in float32, of the product of T tokens' hidden states with the matrix
+        in which those of queries, keys and values lie joined: for every `part_heads` KV heads their queries,
+        their keys, then their values. Rows of a sequence beyond its T are not read.
       bias: that is added to it; None: there is none.
       q_norm: the weight of the root-mean-square norm of each query; None: they are not normed.
       k_norm: that of keys.
@@ -110,32 +116,36 @@ def update_from_product(
       sin: and sines.
       start: position of the first of the T tokens.
       write: which of them to write.
-      part_heads: KV heads of a part.
+      part_heads: KV heads whose columns lie together.
       norm_eps: of the norms.
       q_scale: by which queries are multiplied.
+      dtype: of the queries.
       implementation: see `pallas_kernels.dispatch`.
 
     Returns:
-      The queries, in the product's dtype, and the new pages and statistics.
+      The queries, and the new pages and statistics.
 
     Raises:
       TypeError: as for `update_pages`.
-      ValueError: likewise; or the product's columns are not those of such heads.
+      ValueError: likewise; or the product's columns are not those of such heads, or its rows are fewer than
+        tokens.
     """
     check_pages(pages)
     K, D = pages.shape[1], pages.shape[-1]
-    columns = product.shape[2]
+    rows, columns = product.shape[2:]
     if K % part_heads or columns % (K * D) or columns < 3 * K * D:
         raise ValueError(
             f"a product of {columns} columns in parts of {part_heads} KV heads is not that of {K} KV heads "
             f"with head_dim {D}; it needs a multiple of {K * D} columns, {3 * K * D} or more, and equal parts"
         )
+    if rows < write.shape[1]:
+        raise ValueError(f"a product of {rows} rows is not that of {write.shape[1]} tokens; each needs a row")
     kernels = implementation or kernels_of_device()
     fused = statistics is None or statistic_of(statistics).fused_by(kernels)
-    sizes = {"part_heads": part_heads, "norm_eps": norm_eps, "q_scale": q_scale}
+    sizes = {"part_heads": part_heads, "norm_eps": norm_eps, "q_scale": q_scale, "dtype": jnp.dtype(dtype)}
     update = functools.partial(update_pages, implementation=implementation)
     composed = functools.partial(reference.update_from_product, update=update)
-    if product.shape[1] > FEW_TOKENS:
+    if write.shape[1] > FEW_TOKENS:
         made = product, bias, q_norm, k_norm, cos, sin
         return composed(pages, statistics, *made, start, write, **sizes)
     q, pages, fresh = dispatch(
@@ -146,7 +156,7 @@ def update_from_product(
             "mosaic_gpu": mosaic_gpu.update_from_product,
         },
         (
-            (*by_sequence(1, 1, 2), BY_HEAD, P(), P(), *by_sequence(None, None, None, None)),
+            (*by_sequence(1, 1), PARTS, BY_HEAD, P(), P(), *by_sequence(None, None, None, None)),
             by_sequence(2, 1, 1),
         ),
         pages,

@@ -1,6 +1,7 @@
 """Page update in plain `jnp`: the definition, and the path on the CPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def update_pages(
 def update_from_product(
     pages: Pages,
     statistics: Statistics | None,
-    product: Float[Array, "B T QKV"],
+    product: Float[Array, "parts B rows QKV"],
     bias: Float[Array, " QKV"] | None,
     q_norm: Float[Array, " D"] | None,
     k_norm: Float[Array, " D"] | None,
@@ -58,14 +59,16 @@ def update_from_product(
     part_heads: int,
     norm_eps: float,
     q_scale: float,
+    dtype: Any,
     update: Callable[..., tuple[Pages, Statistics | None]] = update_pages,
 ) -> tuple[Float[Array, "B T N D"], Pages, Statistics | None]:
     """See `pallas_kernels.update.api.update_from_product`; `update` is what computes `update_pages`."""
-    B, T, _ = product.shape
+    B, T = write.shape
     K, D = pages.shape[1], pages.shape[-1]
+    joined = jnp.sum(product[:, :, :T], axis=0, dtype=jnp.float32).astype(dtype)
     if bias is not None:
-        product = product + bias
-    by_part = product.reshape(B, T, K // part_heads, -1, D)
+        joined = joined + bias
+    by_part = joined.reshape(B, T, K // part_heads, -1, D)
     q, k, v = (
         heads.reshape(B, T, -1, D) for heads in jnp.split(by_part, (-2 * part_heads, -part_heads), axis=3)
     )

@@ -67,10 +67,10 @@ def assert_same_update(got, inputs):
 def assert_same_heads(got, inputs, options):
     """Queries, and what is written of a product, to a few roundings; pages that are not keep every bit."""
     expected = jax.jit(functools.partial(update.update_from_product, **options))(*inputs)
-    tolerance = 4 / 127 if inputs[0].dtype.itemsize == 1 else 2 * float(jnp.finfo(inputs[2].dtype).eps)
+    tolerance = 4 / 127 if inputs[0].dtype.itemsize == 1 else 2 * float(jnp.finfo(options["dtype"]).eps)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(expected)]
-    assert_close(got[0], expected[0], 2 * float(jnp.finfo(inputs[2].dtype).eps))
+    assert_close(got[0], expected[0], 2 * float(jnp.finfo(options["dtype"]).eps))
     pages, wanted, before = (np.asarray(dequantized(x), np.float32) for x in (got[1], expected[1], inputs[0]))
     same = ((wanted == before) | (np.isnan(wanted) & np.isnan(before))).all(axis=-1)
     np.testing.assert_array_equal(pages[same], wanted[same])

@@ -59,7 +59,8 @@ def random_update(rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_
 def random_product(rng, lengths, tokens, page_size, group, dim, kind, dtype, made, num_pages=PAGES, heads=4):
     """Arguments of `update_from_product` and its options; NaN where no token is written, but for queries.
 
-    `made` names what there is: "bias", "norms", "rope", and "scale" of queries. See `random_update`.
+    `made` names what there is: "bias", "norms", "rope", and "scale" of queries. Where there is something the
+    product is in parts, with a row more than tokens. See `random_update`.
     """
     pages, statistics, k, v, start, write = random_update(
         rng, lengths, tokens, page_size, heads, dim, kind, dtype, num_pages
@@ -67,18 +68,27 @@ def random_product(rng, lengths, tokens, page_size, group, dim, kind, dtype, mad
     B, part_heads = len(lengths), 2
     q = jnp.asarray(rng.standard_normal((B, tokens, heads * group, dim)), k.dtype)
     by_part = [x.reshape(B, tokens, heads // part_heads, -1, dim) for x in (q, k, v)]
-    product = jnp.concatenate(by_part, axis=3).reshape(B, tokens, -1)
+    product = jnp.concatenate(by_part, axis=3).reshape(1, B, tokens, -1)
+    if made:
+        parts = jnp.asarray(rng.standard_normal((2, *product.shape[1:])), jnp.float32)
+        product = jnp.concatenate([parts, product.astype(jnp.float32) - parts.sum(axis=0)])
+        product = jnp.pad(product, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=jnp.nan)
 
     def floats(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     angles = 9 * floats(B, tokens, dim // 2)
     arrays = (
-        floats(product.shape[2]).astype(product.dtype) if "bias" in made else None,
+        floats(product.shape[3]).astype(k.dtype) if "bias" in made else None,
         *((1 + 0.1 * floats(dim), 1 - 0.1 * floats(dim)) if "norms" in made else (None, None)),
         *((jnp.cos(angles), jnp.sin(angles)) if "rope" in made else (None, None)),
     )
-    options = {"part_heads": part_heads, "norm_eps": 1e-6, "q_scale": 0.75 if "scale" in made else 1.0}
+    options = {
+        "part_heads": part_heads,
+        "norm_eps": 1e-6,
+        "q_scale": 0.75 if "scale" in made else 1.0,
+        "dtype": k.dtype,
+    }
     return [pages, statistics, product, *arrays, start, write], options
 
 

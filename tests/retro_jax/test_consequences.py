@@ -307,7 +307,8 @@ def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
         for name in names:
             kernel = stand_in(name, getattr(module.reference, name))
             monkeypatch.setattr(module.mosaic_gpu, name, kernel)
-    monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
+    for module in ("pallas_kernels.dispatch", "retro_jax.heads"):
+        monkeypatch.setattr(f"{module}.kernels_of_device", lambda: "mosaic_gpu")
     model, tokens, lengths = tiny(3), token_ids(4, 60), (2, 13, 37, 20)
     config = rj.DecodeConfig("full", page_size=8) if method == "full" else sparse(3, 8)
     # A configuration of this test alone, since layers are traced once in a process.
@@ -320,7 +321,7 @@ def test_kernels_are_spread_over_a_mesh(method, monkeypatch):
     with jax.set_mesh(mesh):
         state, logits = force(sharded, config, state, tokens, STEPS)
     np.testing.assert_allclose(logits, expected, atol=ATOL)
-    operations = {"update_pages", "dense_attention"}
+    operations = {"update_from_product", "dense_attention"}
     if method == "retro":
         operations |= {"select_pages", "attend_window"}
     assert seen == {(name, (2, 1)) for name in operations}

@@ -24,7 +24,7 @@ MODEL = ModelConfig(
     hidden_width=10,  # so that the columns lie in two parts
     max_positions=64,
 )
-NO_NORM = {"norm_eps": 0.0, "q_scale": 1.0}
+NO_NORM = {"norm_eps": 0.0, "q_scale": 1.0, "dtype": jnp.bfloat16}
 NORMED = {"qkv_bias": True, "qk_norm": True}
 
 
@@ -38,7 +38,8 @@ def with_kernel(monkeypatch):
 
     monkeypatch.setattr(update.mosaic_gpu, "update_from_product", kernel)
     monkeypatch.setattr(update.mosaic_gpu, "update_pages", update.reference.update_pages)
-    monkeypatch.setattr("pallas_kernels.dispatch.kernels_of_device", lambda: "mosaic_gpu")
+    for module in ("pallas_kernels.dispatch", "retro_jax.heads"):
+        monkeypatch.setattr(f"{module}.kernels_of_device", lambda: "mosaic_gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     return calls
 
@@ -70,7 +71,7 @@ def test_heads_of_the_product_are_those_of_the_model(monkeypatch, fields, kind, 
 
     expected = heads(None)
     calls = with_kernel(monkeypatch)
-    got = heads("mosaic_gpu")
+    got = heads(None)
     assert len(calls) == taken
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for array, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -90,7 +91,7 @@ def test_heads_of_the_product_are_written_around_the_end_of_a_ring(monkeypatch, 
 
     expected = heads(None)
     calls = with_kernel(monkeypatch)
-    got = heads("mosaic_gpu")
+    got = heads(None)
     assert len(calls) == (2 if tokens > 1 else 1)  # one of them from the first place on
     for array, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(array, wanted, atol=1e-6)
@@ -103,7 +104,7 @@ def test_heads_of_many_tokens_are_not_the_kernels(monkeypatch):
             functools.partial(update.update_from_product, part_heads=2, **NO_NORM),
             jnp.zeros((1, 4, 2, 2, 8, 16), jnp.bfloat16),
             None,
-            jnp.zeros((1, tokens, 5 * 64), jnp.bfloat16),
+            jnp.zeros((8, 1, tokens, 5 * 64)),
             *[None] * 5,
             jnp.zeros(1, int),
             jnp.ones((1, tokens), bool),
@@ -119,5 +120,16 @@ def test_a_product_of_other_heads_is_refused():
     for columns, part_heads in ((5 * 64 + 16, 2), (2 * 64, 2), (5 * 64, 3)):
         with pytest.raises(ValueError, match=f"{columns} columns in parts of {part_heads} KV heads is not"):
             update.update_from_product(
-                pages, None, jnp.zeros((1, 1, columns)), *arguments, part_heads=part_heads, **NO_NORM
+                pages, None, jnp.zeros((1, 1, 1, columns)), *arguments, part_heads=part_heads, **NO_NORM
             )
+    with pytest.raises(ValueError, match=r"a product of 1 rows is not that of 2 tokens"):
+        update.update_from_product(
+            pages,
+            None,
+            jnp.zeros((8, 1, 1, 5 * 64)),
+            *[None] * 5,
+            jnp.zeros(1, int),
+            jnp.ones((1, 2), bool),
+            part_heads=2,
+            **NO_NORM,
+        )

@@ -42,14 +42,15 @@ def update_pages(
     _check(k.dtype if eight else pages.dtype, pages, k.shape[1])
     new = jnp.concatenate([k, v], axis=2)  # what makes them, XLA then does in one launch
     new = new if eight else new.astype(pages.dtype)
-    return _update(pages, statistics, new, [None] * 5, start, write, interpret=interpret)[1:]
+    options = {"dtype": new.dtype, "interpret": interpret}
+    return _update(pages, statistics, new[None], [None] * 5, start, write, **options)[1:]
 
 
 @operation
 def update_from_product(
     pages: Pages,
     statistics: Statistics | None,
-    product: Float[Array, "B T QKV"],
+    product: Float[Array, "parts B rows QKV"],
     bias: Float[Array, " QKV"] | None,
     q_norm: Float[Array, " D"] | None,
     k_norm: Float[Array, " D"] | None,
@@ -61,12 +62,12 @@ def update_from_product(
     part_heads: int,
     norm_eps: float,
     q_scale: float,
+    dtype: Any,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B T N D"], Pages, Statistics | None]:
     """See `pallas_kernels.update.api.update_from_product`."""
-    B, T, _ = product.shape
     D = pages.shape[-1]
-    _check(product.dtype, pages, T)
+    _check(dtype, pages, write.shape[1])
     if not isinstance(pages, QuantizedPages):
         check_supported("Mosaic GPU", dtype=(pages.dtype, DTYPES))
     if cos is not None and 2 * cos.shape[-1] != D:
@@ -74,9 +75,15 @@ def update_from_product(
             f"update_from_product: {2 * cos.shape[-1]} rotated channels of head_dim {D}; the Mosaic GPU "
             "kernel rotates all or none"
         )
-    heads = product.reshape(B, T, -1, D)
+    heads = product.reshape(*product.shape[:3], -1, D)
     made = [None if bias is None else bias.reshape(-1, D), q_norm, k_norm, cos, sin]
-    options = {"part_heads": part_heads, "norm_eps": norm_eps, "q_scale": q_scale, "interpret": interpret}
+    options = {
+        "part_heads": part_heads,
+        "norm_eps": norm_eps,
+        "q_scale": q_scale,
+        "dtype": dtype,
+        "interpret": interpret,
+    }
     return _update(pages, statistics, heads, made, start, write, **options)
 
 
@@ -91,18 +98,31 @@ def _check(dtype, pages, tokens):
 
 
 def _update(
-    pages, statistics, heads, made, start, write, part_heads=None, norm_eps=0.0, q_scale=1.0, interpret=None
+    pages,
+    statistics,
+    heads,
+    made,
+    start,
+    write,
+    *,
+    dtype,
+    part_heads=None,
+    norm_eps=0.0,
+    q_scale=1.0,
+    interpret=None,
 ):
     """Writes the keys and values among `heads`, and makes the queries if there are any among them.
 
     Args:
       pages: see `update_pages`, as `statistics`, `start` and `write`.
       statistics: of the pages.
-      heads: [B, T, heads, D]. They lie in parts: queries of `part_heads` KV heads, their keys, their values.
+      heads: [parts, B, rows, heads, D], parts of sums: queries of `part_heads` KV heads, their keys, their
+        values, then those of others.
       made: bias[heads, D], q_norm, k_norm, cos and sin, as for `update_from_product`.
       start: of the tokens.
       write: which of them to write.
-      part_heads: None: there is one part.
+      dtype: of what the parts add up to, and of the queries.
+      part_heads: None: all.
       norm_eps: of the norms.
       q_scale: of the queries.
       interpret: see `pallas_kernels.gpu.kernel`.
@@ -110,7 +130,7 @@ def _update(
     Returns:
       q[B, T, N, D], None without any; pages; statistics.
     """
-    B, T, columns, D = heads.shape
+    (B, T), (columns, D) = write.shape, heads.shape[3:]
     K, P, _, S = pages.shape[1:5]
     part_heads = part_heads or K
     group = columns // K - 2  # 0: no queries
@@ -121,7 +141,7 @@ def _update(
     parts = statistic.parts if statistic else ()
 
     def body(
-        heads_ref,  # [B, T, heads, D]
+        heads_ref,  # [parts, B, rows, heads, D]
         start_ref,  # [B]
         write_ref,  # [B, T]
         *refs,
@@ -135,7 +155,7 @@ def _update(
         statistics_ref = next(refs) if parts else None  # [B, K, P, Z, D]
         scales_ref = next(refs) if parts and statistic.quantized else None  # [B, K, P, Z]
         q_ref = next(refs, None)  # [B, T, N, D]
-        product = Product(vectors, heads_ref, bias_ref, cos_ref, sin_ref, norm_eps)
+        product = Product(vectors, dtype, heads_ref, bias_ref, cos_ref, sin_ref, norm_eps)
         b, head, index = (lax.axis_index(axis) for axis in ("sequence", "head", "task"))
         place = lax.rem(head, jnp.int32(part_heads))
         part = (head - place) * (group + 2)  # where its queries begin
@@ -211,7 +231,7 @@ def _update(
     launch = kernel(
         body,
         name="update_pages",
-        out_type=[jax.ShapeDtypeStruct((B, T, K * group, D), heads.dtype)] if group else [],
+        out_type=[jax.ShapeDtypeStruct((B, T, K * group, D), dtype)] if group else [],
         grid=(B, K, touched + T * group),
         grid_names=("sequence", "head", "task"),
         interpret=interpret,

@@ -53,7 +53,8 @@ class Product:
 
     Attributes:
       vectors: how they are held; in halves if they are rotated.
-      heads: the product's vectors[B, T, heads, D].
+      dtype: of what is made.
+      heads: the product's vectors[parts, B, rows, heads, D], parts of sums.
       bias: of each, [heads, D]; None: there is none.
       cos: of the angles of each token, [B, T, D / 2]; None: nothing is rotated.
       sin: likewise.
@@ -61,6 +62,7 @@ class Product:
     """
 
     vectors: Vectors
+    dtype: Any
     heads: Any
     bias: Any
     cos: Any
@@ -70,12 +72,10 @@ class Product:
     def vector(
         self, b: Any, t: Any, column: Any, norm: Any = None, scale: float = 1.0, turn: bool = False
     ) -> Vector:
-        """A query, key or value: bias, norm, scale and rotation in float32, result in the product's dtype."""
-        found = self.vectors.load(self.heads, b, t, column)
+        """A query, key or value: sum, bias, norm, scale and rotation in float32."""
+        parts = self.vectors.load(self.heads, slice(None), b, t, column)
         turn = turn and self.cos is not None
-        if self.bias is None and norm is None and scale == 1 and not turn:
-            return found
-        found = [values.astype(jnp.float32) for values in found]
+        found = [values.astype(jnp.float32).sum(axis=0) for values in parts]
         if self.bias is not None:
             bias = self.vectors.load(self.bias, column)
             found = [values + more.astype(jnp.float32) for values, more in zip(found, bias, strict=True)]
@@ -91,4 +91,4 @@ class Product:
             half = Vectors(self.vectors.channels // 2, 1)
             (cos,), (sin,) = (half.load(ref, b, t) for ref in (self.cos, self.sin))
             found = [first * cos - second * sin, second * cos + first * sin]
-        return [values.astype(self.heads.dtype) for values in found]
+        return [values.astype(self.dtype) for values in found]
