@@ -33,7 +33,7 @@ install_import_hook(CHECKED, "tests.typecheck.functions")
 
 from retro_jax import models
 
-# What modules compile while they are imported needs no optimized machine code either, see `quick_compilation`.
+# What modules compile while they are imported needs no optimization either, see `quick_compilation`.
 jax.config.update("jax_disable_most_optimizations", True)
 gc.set_threshold(50_000)  # what JAX keeps is much, and is walked each time that Python looks for circles
 

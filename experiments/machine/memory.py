@@ -39,6 +39,7 @@ class Memory:
         return self.weights + self.state + self.prefill
 
 
+@functools.cache  # asked before weights are read, and again when they are
 def memory(
     model: ModelConfig,
     config: DecodeConfig,
