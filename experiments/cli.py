@@ -216,8 +216,9 @@ def _read(arguments: Sequence[str]) -> "Output":
 
         print(f"retro-jax {version('retro-jax')}, jax {version('jax')}")
         sys.exit()
-    if list(arguments[:1]) == ["--print-completion"]:
-        print(_completion(*arguments[1:]))
+    flag, *shells = (arguments[0] if arguments else "").split("=", 1)
+    if flag == "--print-completion":
+        print(_completion(*shells, *arguments[1:]))
         sys.exit()
     while True:
         word, *arguments = arguments or [""]

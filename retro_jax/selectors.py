@@ -5,6 +5,7 @@ are for analysis, in plain `jnp`: how good a selection could be ("oracle"), and 
 ("random").
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -42,18 +43,20 @@ class Selector:
 
 
 def _by_statistics(score: str) -> Selector:
-    def scores(rules, layer, query, allowed):
-        return page_scores(
-            query.scored,
-            layer.statistics,
-            query.positions,
-            page_size=rules.page_size,
-            score=score,
-            group_reduce=rules.group_reduce,
-            implementation=rules.implementation,
-        )
-
+    scores = functools.partial(_statistics_scores, score)
     return Selector(SCORES[score].statistics, scores, lambda page_size: 0, by=score)
+
+
+def _statistics_scores(score, rules, layer, query, allowed):
+    return page_scores(
+        query.scored,
+        layer.statistics,
+        query.positions,
+        page_size=rules.page_size,
+        score=score,
+        group_reduce=rules.group_reduce,
+        implementation=rules.implementation,
+    )
 
 
 def _oracle(rules, layer, query, allowed):

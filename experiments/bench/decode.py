@@ -2,10 +2,14 @@
 
 The contestants take turns, a few steps each, in an order that rotates, so that whatever else the machine does
 meets all of them. Times are wall time of single steps, the token on the host; ratios are medians over rounds.
+Where not all caches fit the memory, groups of contestants follow each other, and ratios between those of
+different groups are ratios of medians.
+
 Beside them stands the limit: what the bytes of weights and cache that a step must read take at the bandwidth
 that a device reads with in the same run; each of several reads its own part.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -25,17 +29,14 @@ from retro_jax.drafts import weight_bytes
 from retro_jax.experiments.bench.bandwidth import read_bandwidth
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.decode_processes import folder_of_processes, torch_step, transformers
+from retro_jax.experiments.bench.decode_report import latency_pictures, speed_report
 from retro_jax.experiments.bench.limits import dense_kv_bytes, limit_ms
 from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
 from retro_jax.experiments.io.settings import by_distinct_name
-from retro_jax.experiments.io.tables import markdown
 from retro_jax.experiments.machine.programs import release
-from retro_jax.experiments.pictures.files import pictures
-from retro_jax.experiments.pictures.panels import Curves, Line, Scale, known_looks, looks
-from retro_jax.experiments.pictures.words import counted, shortened
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
 from retro_jax.presets import preset_fields
@@ -149,7 +150,8 @@ class BenchDecode(BenchDecodeFlags):
         configs = self.configurations()
         load = os.getloadavg()[0]
         capacity = self._capacity(max(self.contexts))
-        model = self.load(list(configs.values()), self.batch, capacity, together=True)
+        together = self.together or len(configs)
+        model = self.load(list(configs.values()), self.batch, capacity, together=together)
         bandwidth = max(read_bandwidth(self.ceiling_bytes, calls=10, warm_up=2).values())
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             measured = [
@@ -187,6 +189,8 @@ class BenchDecode(BenchDecodeFlags):
         """
         if min(*self.contexts, self.batch, self.steps, self.rounds, self.ceiling_bytes) < 1:
             raise ValueError("--contexts, --batch, --steps, --rounds and --ceiling-bytes must be 1 or more")
+        if self.together is not None and self.together < 1:
+            raise ValueError(f"--together {self.together} is below 1; leave it out for all at once")
         if self.out is not None and self.out.suffix != ".json":
             raise ValueError(f"--out {self.out} is no JSON file; name it *.json")
         check_new(self.out)
@@ -224,6 +228,7 @@ class BenchDecode(BenchDecodeFlags):
         ids = rng.integers(model.config.vocab_size, size=(self.batch, context), dtype=np.int32)
         capacity = self._capacity(context)
         reference = torch = None
+        milliseconds, tokens, about, groups = {}, {}, {}, []
         with folder_of_processes() as folder:
             # Other programs first: an interpreter that fails should do so before the long prefills.
             if self.reference:
@@ -231,25 +236,30 @@ class BenchDecode(BenchDecodeFlags):
             if self.torch:
                 torch = torch_step(self.torch, model, self.batch, capacity, Path(folder))
             others = [other for other in (reference, torch) if other]
-            contestants: list[Contestant] = [
-                *(Ours(name, model, config, ids, capacity, progress) for name, config in configs.items()),
-                *others,
-            ]
-            milliseconds, tokens = take_turns(contestants, self.rounds, self.steps, progress)
-            read = {contestant.name: contestant.kv_bytes for contestant in contestants}
-            of_experts = {contestant.name: contestant.expert_bytes for contestant in contestants}
-            scans = scan_times(contestants, self.rounds, self.steps) if self.scan else {}
-            for other in others:
-                other.close()
+            for names in itertools.batched(configs, self.together or len(configs)):
+                contestants: list[Contestant] = [
+                    *(Ours(name, model, configs[name], ids, capacity, progress) for name in names),
+                    *others,
+                ]
+                times, chosen = take_turns(contestants, self.rounds, self.steps, progress)
+                milliseconds, tokens = milliseconds | times, tokens | chosen
+                read = {each.name: (each.kv_bytes, each.expert_bytes) for each in contestants}
+                scans = scan_times(contestants, self.rounds, self.steps) if self.scan else {}
+                about |= {name: (*of_step, scans.get(name)) for name, of_step in read.items()}
+                groups.append([each.name for each in contestants])
+                for other in others:
+                    other.close()
+                del contestants  # whose caches make room for the next
+                others = []
         release()  # the next context's programs are other ones
-        rows = results(milliseconds)
+        rows = results(milliseconds, groups)
         full = next((name for name, config in configs.items() if config.attention.dense), None)
-        for contestant in contestants:
-            row, bytes_read, experts = (of[contestant.name] for of in (rows, read, of_experts))
-            row |= {"kv_bytes": bytes_read, "scan_ms": scans.get(contestant.name)}
+        for name, row in rows.items():
+            bytes_read, experts, scan_ms = about[name]
+            row |= {"kv_bytes": bytes_read, "scan_ms": scan_ms}
             if model.config.experts is not None:
                 row["expert_bytes"] = experts
-            if contestant is torch:
+            if torch and name == torch.name:
                 # The whole cache, dense; transformers' cache is its own matter.
                 bytes_read = dense_kv_bytes(model, capacity)
             row["limit_ms"] = None
@@ -258,6 +268,7 @@ class BenchDecode(BenchDecodeFlags):
         return {
             "context": context,
             "contestants": rows,
+            "groups": groups,
             "reference": reference and reference.version,
             "torch": torch and torch.version,
             "reference_agrees_for_steps": reference and agreement(tokens[full], tokens[reference.name]),
@@ -296,14 +307,28 @@ def take_turns(
     return milliseconds, tokens
 
 
-def results(milliseconds: dict[str, list[list[float]]]) -> dict[str, dict]:
-    """Returns each contestant's median step, its spread, and its time over every other's."""
-    medians = {name: np.median(np.array(turns), axis=1) for name, turns in milliseconds.items()}
+def results(milliseconds: dict[str, list[list[float]]], groups: Sequence[Sequence[str]]) -> dict[str, dict]:
+    """Returns each contestant's median step, its spread, and its time over every other's.
+
+    Args:
+      milliseconds: by contestant, round and step.
+      groups: names of those that took turns with each other. Rounds of others are no pairs: there the ratio
+        is that of the median steps.
+    """
+    rounds = {name: np.median(np.array(turns), axis=1) for name, turns in milliseconds.items()}
+    steps = {name: float(np.median(turns)) for name, turns in milliseconds.items()}
+    group_of = {name: number for number, group in enumerate(groups) for name in group}
+
+    def over(name: str, other: str) -> float:
+        if group_of[name] != group_of[other]:
+            return steps[name] / steps[other]
+        return float(np.median(rounds[name] / rounds[other]))
+
     return {
         name: {
-            "ms_per_step": float(np.median(turns)),
+            "ms_per_step": steps[name],
             "ms_10_90": [float(value) for value in np.percentile(turns, (10, 90))],
-            "time_over": {other: float(np.median(medians[name] / medians[other])) for other in milliseconds},
+            "time_over": {other: over(name, other) for other in milliseconds},
         }
         for name, turns in milliseconds.items()
     }
@@ -313,86 +338,3 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
     """Returns for how many steps from the first on two contestants chose the same tokens."""
     equal = [a == b for a, b in zip(ours, theirs, strict=True)]
     return equal.index(False) if False in equal else len(equal)
-
-
-def speed_report(values: dict) -> str:
-    """Returns the results of every context as Markdown."""
-    parts, devices = [], values["data_devices"] * values["model_devices"]
-    for measured in values["contexts"]:
-        chosen = [row["expert_bytes"] for row in measured["contestants"].values() if "expert_bytes" in row]
-        parts.append(
-            f"{measured['context']} tokens of context; the limit is {values['weight_bytes'] / 1e9:.3g} GB of "
-            f"weights{', the chosen experts' * bool(chosen)} and what is read of the cache, at "
-            f"{values['ceiling_gb_per_s']:.4g} GB/s{f' on each of {devices} devices' * (devices > 1)}"
-        )
-        parts.append(speed_table(measured["contestants"], values["batch"]))
-        if measured["reference"]:
-            parts.append(
-                f"{measured['reference']}: the tokens of full attention in the first "
-                f"{measured['reference_agrees_for_steps']} of {values['steps']} steps."
-            )
-    return "\n\n".join(parts)
-
-
-def speed_table(contestants: dict[str, dict], batch: int) -> str:
-    """Returns the results of one context as a Markdown table, with each time over every other."""
-    others = list(contestants)
-    header = ["", "ms/step", "10%-90%", "tokens/s", "KV MB/step"]
-    experts = any("expert_bytes" in row for row in contestants.values())
-    header += ["experts GB/step"] * experts + ["limit ms", "limit / time", "in a scan"]
-    header += [f"time / {name}" for name in others]
-
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    body = [
-        [
-            name,
-            f"{row['ms_per_step']:.1f}",
-            "{:.1f}-{:.1f}".format(*row["ms_10_90"]),
-            f"{batch * 1e3 / row['ms_per_step']:.1f}",
-            "" if row["kv_bytes"] is None else f"{row['kv_bytes'] / 1e6:.2f}",
-            *([number(row["expert_bytes"] and row["expert_bytes"] / 1e9, 2)] if experts else []),
-            number(row["limit_ms"], 2),
-            "" if row["limit_ms"] is None else f"{row['limit_ms'] / row['ms_per_step']:.2f}",
-            number(row["scan_ms"], 2),
-            *(f"{row['time_over'][other]:.2f}" for other in others),
-        ]
-        for name, row in contestants.items()
-    ]
-    return markdown(header, body)
-
-
-def latency_pictures(values: dict, stem: str) -> dict[str, bytes]:
-    """Draws time and traffic of a step against context.
-
-    Args:
-      values: as in the JSON file.
-      stem: of the picture's name.
-
-    Returns:
-      PNG files by name.
-    """
-    measured = values["contexts"]
-    contexts = [each["context"] for each in measured]
-    times, traffic = [], []
-    for name, look in looks(measured[0]["contestants"], known_looks(values["configs"])).items():
-        rows = [each["contestants"][name] for each in measured]
-        low, high = zip(*(row["ms_10_90"] for row in rows), strict=True)
-        times.append(Line(name, look, contexts, [row["ms_per_step"] for row in rows], low, high))
-        if rows[0]["kv_bytes"] is not None:
-            traffic.append(Line(name, look, contexts, [row["kv_bytes"] / 1e6 for row in rows]))
-    x = Scale("context (tokens)", log=True, at_values=True)
-    step = f"ms per step of {counted(values['batch'], 'sequence')}"
-    panels = [
-        Curves(times, x, Scale(step, shown=(0.0,))),
-        Curves(traffic, x, Scale("KV MB read by a step, for a sequence", shown=(0.0,))),
-    ]
-    turns = next(iter(measured[0]["milliseconds"].values()))
-    steps = counted(len(turns) * len(turns[0]), "step")
-    notes = [
-        f"n = {steps} of each, in {counted(len(turns), 'turn')}; medians",
-        values["provenance"]["device"],
-    ]
-    title = f"{shortened(values['model'])} ({values['dtype']}): a decode step"
-    return pictures(stem, panels, title, notes, interval="10th to 90th percentile of the steps")

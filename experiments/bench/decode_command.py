@@ -30,6 +30,10 @@ class BenchDecodeFlags(OverDevices):
     """Decode steps of one turn."""
     rounds: int = 6
     """Turns of each contestant."""
+    together: int | None = None
+    """Methods whose caches are held at once, and which take turns with each other; None: all of them. Where
+    those do not fit the memory, so many are measured after so many: what else the machine does may then meet
+    some of them only. --reference and --torch take turns with the first."""
     reference: Path | None = None
     """A Python interpreter with torch and transformers, which then decodes the same weights in turn. Where
     other programs use the CPU, set OMP_WAIT_POLICY=PASSIVE: torch's threads wait busily for each other, which

@@ -66,7 +66,7 @@ def _names(on_model: Collection[str]) -> Mapping[str, Mapping[str, Sequence[str]
     beside = [name for name, method in METHODS.items() if not method.dense and not method.scored]
     found["compare"] = found.get("compare", {}) | {"--methods": beside}  # others run there anyway
     found[""] = {"--method": methods, "--methods": methods, "--score": scores, "--scores": scores}
-    found[""]["--presets"] = presets
+    found[""] |= {"--presets": presets, "--models": models}
     return found
 
 

@@ -148,7 +148,7 @@ class Command(Output):
         return None
 
     def load(
-        self, configs: "Sequence[DecodeConfig]", batch: int, capacity: int, *, together: bool = False
+        self, configs: "Sequence[DecodeConfig]", batch: int, capacity: int, *, together: int = 1
     ) -> "Model":
         """Reads the model, after downloading it where it is not cached, onto its devices.
 
@@ -156,7 +156,7 @@ class Command(Output):
           configs: how it will decode.
           batch: rows of the state, at least.
           capacity: tokens of each that the cache holds, at least.
-          together: whether the caches of all configurations are held at once.
+          together: of how many of them, as they follow each other, the caches are held at once.
 
         Raises:
           ValueError: JAX does not start, or the model does not divide over the devices or fit their memory;
@@ -204,7 +204,7 @@ class Command(Output):
         capacity: int,
         *,
         loaded: bool = False,
-        together: bool = False,
+        together: int = 1,
     ) -> None:
         """Raises ValueError if it does not fit the memory of the model's devices, or divide over them.
 
@@ -214,7 +214,7 @@ class Command(Output):
           batch: rows of the state, which are filled up to a multiple of the devices.
           capacity: tokens of each that the cache holds.
           loaded: whether the weights lie in memory already.
-          together: whether the caches of all configurations are held at once.
+          together: see `load`.
         """
         from retro_jax.experiments.machine.memory import check_memory
 

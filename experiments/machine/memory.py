@@ -1,6 +1,7 @@
 """What a command takes of a device's memory, told before weights are read and before work begins."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ class Memory:
         return self.weights + self.state + self.prefill
 
 
+@functools.cache  # asked before weights are read, and again when they are
 def memory(
     model: ModelConfig,
     config: DecodeConfig,
@@ -81,7 +83,7 @@ def check_memory(
     capacity: int,
     *,
     loaded: bool = False,
-    together: bool = False,
+    together: int = 1,
     data_devices: int = 1,
     model_devices: int = 1,
 ) -> None:
@@ -92,11 +94,11 @@ def check_memory(
 
     Args:
       model: the model's configuration.
-      configs: how to decode, one after another.
+      configs: how to decode.
       batch: see `memory`.
       capacity: see `memory`; more than the model's positions is refused where the cache is made.
       loaded: whether the weights lie in memory already.
-      together: whether the states of all configurations are held at once.
+      together: of how many configurations, as they follow each other, the states are held at once.
       data_devices: see `memory`.
       model_devices: see `memory`.
 
@@ -105,30 +107,44 @@ def check_memory(
     """
     capacity = min(capacity, model.max_positions)
     parts = [memory(model, config, batch, capacity, data_devices, model_devices) for config in configs]
-    largest = max(parts, key=lambda part: part.total)
-    if together:
-        largest = replace(largest, state=sum(part.state for part in parts))
+    groups = itertools.batched(parts, together)
+    largest = max(map(_at_once, groups), key=lambda part: part.total)
     if loaded:
         largest = replace(largest, weights=0)
     # Simulated devices of a CPU share its memory.
     shared = data_devices * model_devices if local_devices()[0].platform == "cpu" else 1
     weights = "" if loaded else f"weights {gigabytes(largest.weights * shared)}, "
+    several = min(together, len(parts)) > 1
     check_room(
         f"{model.name} with {batch} x {capacity} tokens",
         largest.total * shared,
-        f"{weights}cache and window {gigabytes(largest.state * shared)}, "
-        f"prefill {gigabytes(largest.prefill * shared)}",
+        f"{weights}{'caches and windows' if several else 'cache and window'} "
+        f"{gigabytes(largest.state * shared)}, prefill {gigabytes(largest.prefill * shared)}",
+        "fewer caches at once (a smaller --together), " * several,
     )
 
 
-def check_room(what: str, needed: int, parts: str) -> None:
-    """Raises ValueError if `what` takes more bytes than are left on the first device, told by its parts."""
+def _at_once(parts: Sequence[Memory]) -> Memory:
+    """What configurations take whose states are held at once, and whose prefills follow each other."""
+    largest = max(parts, key=lambda part: part.total)
+    return replace(largest, state=sum(part.state for part in parts))
+
+
+def check_room(what: str, needed: int, parts: str, ways: str = "") -> None:
+    """Raises ValueError if something takes more bytes than are left on the first device.
+
+    Args:
+      what: takes them.
+      needed: bytes.
+      parts: of them, in words.
+      ways: out that others do not have, each followed by a comma.
+    """
     left = memory_left()
     if left is not None and needed > left:
         raise ValueError(
             f"{what} does not fit: it takes at least {gigabytes(needed)} ({parts}), and {gigabytes(left)} "
-            f"are left on this machine's {local_devices()[0].device_kind}; use fewer tokens or sequences, a "
-            "smaller model or --dtype, a --cache-dtype of 8 bits, or another device"
+            f"are left on this machine's {local_devices()[0].device_kind}; use {ways}fewer tokens or "
+            "sequences, a smaller model or --dtype, a --cache-dtype of 8 bits, or another device"
         )
 
 

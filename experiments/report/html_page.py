@@ -24,6 +24,7 @@ from retro_jax.experiments.pictures.words import shortened
 from retro_jax.experiments.report.data import Measured, run_values
 from retro_jax.experiments.report.leaderboard import (
     Leaderboard,
+    block_tables,
     budget_words,
     leaderboard_values,
     leaderboards,
@@ -214,24 +215,13 @@ def _table(runs: Sequence[Measured], values: Sequence[Mapping]) -> Table:
 
 def _leaderboard(board: Leaderboard) -> Iterator[Table]:
     """The blocks of a leaderboard, a table each."""
-    for budget, rows in board.blocks.items():
-        means = any(row.mean for row in rows)
-        heads = [
-            Column("method"),
-            *(Column(f"{column.title} (n = {column.examples})", column.metric) for column in board.columns),
-            *([Column("mean", "of the columns with scores, each counting the same")] if means else []),
-            Column("KV MB/step", "keys, values and page statistics that a step reads for a sequence"),
+    for block in block_tables(board):
+        heads = [Column("method"), *(Column(*head) for head in block.heads)]
+        body = [
+            [method, *(cell and (cell.value, cell.text + cell.note) for cell in cells)]
+            for method, cells in block.rows
         ]
-        body = []
-        for row in rows:
-            cells: list[Cell] = [row.method]
-            for column, value, count in zip(board.columns, row.values, row.counts, strict=True):
-                fewer = f" (of {count})" if value is not None and count < column.examples else ""
-                cells.append(None if value is None else (value.mean, value.text(2) + fewer))
-            cells += [(row.mean.mean, row.mean.text(2)) if row.mean else None] if means else []
-            read = None if row.kv_bytes is None else (row.kv_bytes / 1e6, f"{row.kv_bytes / 1e6:.2f}")
-            body.append([*cells, read])
-        told = "" if budget is None else f", budget {budget_words(budget)}"
+        told = "" if block.budget is None else f", budget {budget_words(block.budget)}"
         yield Table(f"Leaderboard of {board.model}{told}", heads, body, RANKED)
 
 

@@ -1,7 +1,7 @@
 """Leaderboards: methods by tasks, a block for each budget, of all runs of one model."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -92,6 +92,38 @@ class Leaderboard:
     blocks: Mapping[float | None, Sequence[Row]]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A value in a table.
+
+    Attributes:
+      value: by which rows are sorted.
+      text: how it is written.
+      note: of how many examples it is, where others have more.
+      best: whether it is to stand out.
+    """
+
+    value: float
+    text: str
+    note: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a leaderboard as a table.
+
+    Attributes:
+      budget: as in `Leaderboard`.
+      heads: of the columns after the first, each with what is said of it.
+      rows: a method and its cells; None where there is no value.
+    """
+
+    budget: float | None
+    heads: Sequence[tuple[str, str]]
+    rows: Sequence[tuple[str, Sequence[Cell | None]]]
+
+
 def leaderboards(runs: Sequence[Measured]) -> list[Leaderboard]:
     """One for each model of which there is more than one column."""
     by_model: dict[str, list[Measured]] = {}
@@ -107,8 +139,18 @@ def sections(boards: Sequence[Leaderboard]) -> list[str]:
     for board in boards:
         metrics = dict.fromkeys(column.metric for column in board.columns)
         parts.append(f"### {board.model}\n\nValues: {' or '.join(metrics)}.")
-        parts += [_block(board, budget, rows) for budget, rows in board.blocks.items()]
+        parts += map(_markdown, block_tables(board))
     return parts
+
+
+def block_tables(board: Leaderboard) -> Iterator[Block]:
+    """The blocks of a leaderboard, as what is written in Markdown and on the page for a browser."""
+    for budget, rows in board.blocks.items():
+        means = any(row.mean for row in rows)
+        heads = [(f"{column.title} (n = {column.examples})", column.metric) for column in board.columns]
+        heads += [("mean", "of the columns with scores, each counting the same")] * means
+        heads.append(("KV MB/step", "keys, values and page statistics that a step reads for a sequence"))
+        yield Block(budget, heads, [(row.method, [*_cells(row, board.columns, means)]) for row in rows])
 
 
 def leaderboard_values(boards: Sequence[Leaderboard]) -> list[dict]:
@@ -234,23 +276,21 @@ def budget_words(budget: float) -> str:
     return f"{budget:g} {'tokens' if budget > 1 else 'of the context'}"
 
 
-def _block(board: Leaderboard, budget: float | None, rows: Sequence[Row]) -> str:
-    """A block as a table with its heading."""
-    heads = [f"{column.title} (n = {column.examples})" for column in board.columns]
-    means = any(row.mean for row in rows)
-    body = []
-    for row in rows:
-        cells = [row.method]
-        for column, value, count, best in zip(board.columns, row.values, row.counts, row.best, strict=True):
-            fewer = f" (of {count})" if value is not None and count < column.examples else ""
-            cells.append(_cell(value, best) + fewer)
-        cells += [_cell(row.mean, row.best_mean)] if means else []
-        body.append([*cells, "" if row.kv_bytes is None else f"{row.kv_bytes / 1e6:.2f}"])
-    told = "" if budget is None else f"Budget {budget_words(budget)}:\n\n"
-    return told + markdown(["method", *heads, *(["mean"] if means else []), "KV MB/step"], body)
+def _cells(row: Row, columns: Sequence[Column], means: bool) -> Iterator[Cell | None]:
+    """What a row has of each column, of the mean if there is one, and of bytes."""
+    for column, value, count, best in zip(columns, row.values, row.counts, row.best, strict=True):
+        yield value and Cell(value.mean, value.text(2), f" (of {count})" * (count < column.examples), best)
+    if means:
+        yield row.mean and Cell(row.mean.mean, row.mean.text(2), best=row.best_mean)
+    yield None if row.kv_bytes is None else Cell(row.kv_bytes / 1e6, f"{row.kv_bytes / 1e6:.2f}")
 
 
-def _cell(value: Interval | None, best: bool) -> str:
-    """A value in a table, the best in bold; nothing for None."""
-    text = "" if value is None else value.text(2)
-    return f"**{text}**" if best else text
+def _markdown(block: Block) -> str:
+    """A block with its heading; the best in bold."""
+
+    def text(cell: Cell | None) -> str:
+        return "" if cell is None else (f"**{cell.text}**" if cell.best else cell.text) + cell.note
+
+    told = "" if block.budget is None else f"Budget {budget_words(block.budget)}:\n\n"
+    header = ["method", *(name for name, _ in block.heads)]
+    return told + markdown(header, [[method, *map(text, cells)] for method, cells in block.rows])

@@ -2,7 +2,7 @@
 
     config.json           what the run is, and how each of its methods decodes; written first, never changed
     results-P.jsonl       by host P: one line per (example, method, sample), as they were finished
-    timings-P.jsonl       by host P: one line per batch and method, wall time; of steps, or of all replies
+    timings-P.jsonl       by host P: one line per batch and method, wall seconds without compiling and grading
     provenance-P.jsonl    by host P: one line per start
 
 Lines of what is finished together are one write (see `io.lines`): what a kill tears is computed again.

@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,14 +174,17 @@ def work(
 
 
 def _at_once(job: Job, model: Model, show: Progress) -> dict:
-    """Decodes a whole batch and keeps what was missing; returns what it took."""
-    config, rates, start = job.config, Rates(show), time.perf_counter()
+    """Decodes a whole batch and keeps what was missing.
+
+    Returns:
+      What it took, without compiling and grading.
+    """
+    config, rates = job.config, Rates(show)
     sampling = config.sampling.sampling()
     results = decode_batch(model, job.decode, config.task, job.batch, config.batch, sampling, rates)
-    seconds = time.perf_counter() - start
     job.keep({place: results[place] for place in job.missing})
     return {
-        "seconds": seconds,
+        "seconds": rates.seconds - show.compile_seconds,
         "context": max(map(_middle, results)),
         "steps_per_second": rates.per_second("decode"),
     }
@@ -192,7 +194,7 @@ def _refilled(job: Job, model: Model, show: Progress, stopping: Callable[[], boo
     """Generates a batch's missing replies, each kept as soon as it is finished.
 
     Returns:
-      What they took, without compiling and grading; None if the run was stopped before. Steps are not timed:
+      What they took, as `_at_once` does; None if the run was stopped before. Steps are not timed:
       between them other prompts are read.
     """
     config, results, seconds = job.config, {}, 0.0

@@ -6,7 +6,7 @@ import pytest
 
 from retro_jax.experiments.analyses.distances_shown import IN_CACHE, QUANTITIES, distances_pictures
 from retro_jax.experiments.analyses.overlap import overlap_pictures
-from retro_jax.experiments.bench.decode import latency_pictures
+from retro_jax.experiments.bench.decode_report import latency_pictures
 from retro_jax.experiments.bench.roofline import roofline_pictures
 from retro_jax.experiments.bench.throughput_report import throughput_pictures
 from retro_jax.experiments.pictures.panels import FULL, QUEST
@@ -58,6 +58,7 @@ def test_latency(drawn, contexts, names):
                 for place, name in enumerate(methods)
             },
             "milliseconds": {name: [[5.0] * 3] * 2 for name in methods},
+            "groups": [[name] for name in methods] if len(contexts) > 1 else [methods],
         }
         for context in contexts
     ]
@@ -66,7 +67,9 @@ def test_latency(drawn, contexts, names):
         "bench.png"
     ]
     assert len(drawn[0].axes) == 1  # no traffic is known
-    assert "n = 6 steps of each" in drawn[0].get_supxlabel()
+    told = " ".join(drawn[0].get_supxlabel().split())
+    assert "n = 6 steps of each, in 2 turns" in told
+    assert ("groups one after another" in told) == (len(contexts) > 1)
     lines = {line.get_label(): line.get_color() for line in drawn[0].axes[0].get_lines()}
     known = {"full": FULL.colour, "quest-p8": QUEST.colour}
     assert all(lines[name] == known[name] for name in methods[:2])

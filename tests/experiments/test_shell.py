@@ -72,10 +72,10 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture
 def completion(monkeypatch, capsys):
-    """Prints the completion of three commands, one of them a group of two."""
+    """Prints the completion of four commands, one of them a group of two."""
     names = ("smollm2-recall", "smollm2-longgenbench")
     run = cli.Group("Run.", lambda runs=cli._runs: {name: runs()[name] for name in names})
-    kept = {name: cli.COMMANDS[name] for name in ("score", "compare")}
+    kept = {name: cli.COMMANDS[name] for name in ("score", "compare", "study")}
     monkeypatch.setattr(cli, "COMMANDS", kept | {"run": run})
 
     def completion(shell):
@@ -122,7 +122,7 @@ def test_bash_completes(completion, tmp_path):
         done = subprocess.run(arguments, capture_output=True, text=True, check=True)
         return set(done.stdout.split())
 
-    assert tab("") == {"run", "score", "compare", "-h", "--help"}
+    assert tab("") == {"run", "score", "compare", "study", "-h", "--help"}
     assert tab("run", "smollm2-r") == {"smollm2-recall"}
     assert tab("run", "smollm2-recall", "--task.co") == {"--task.count"}
     assert tab("score", "some-model", "--preset", "") == {*PRESETS, *EARLIER_NAMES, "None"}
@@ -133,6 +133,8 @@ def test_bash_completes(completion, tmp_path):
     assert tab("score", "some-model", "--method", "") == set(METHODS)
     assert tab("run", "smollm2-recall", "--methods", "full", "qu") == {"quest"}
     assert not {*WHEELS} & tab("run", "smollm2-recall", "")  # whose argument is no model
+    assert tab("study", "--models", "some-model", "smol") == set(WHEELS)
+    assert tab("study", "--models", "random", ":", "tin") == {"tiny"}
     assert tab("compare", "some-model", "--methods", "") == {"streaming", "tova", "h2o", "snapkv", "expected"}
 
 
@@ -146,6 +148,15 @@ def test_completion_is_for_shells_that_it_knows(failure):
     line = failure("--print-completion", "csh")
     assert "--print-completion has 'csh'; it needs one of bash, zsh, fish" in line
     assert "it needs one of" in failure("--print-completion")
+    assert "--print-completion has ''; it needs" in failure("--print-completion=")
+    assert "has 'bash zsh'" in failure("--print-completion=bash", "zsh")
+    assert "is no command" in failure("--print-completions=bash")
+
+
+@pytest.mark.parametrize("arguments", [("--print-completion", "zsh"), ("--print-completion=zsh",)])
+def test_the_shell_may_follow_an_equals_sign(command, monkeypatch, arguments):
+    monkeypatch.setattr(cli, "_completion", lambda *shells: f"of {shells}")
+    assert command(*arguments)[1:] == ("of ('zsh',)\n", "")
 
 
 def test_none_in_a_list_is_what_runs_anyway():

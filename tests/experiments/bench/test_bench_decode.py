@@ -1,6 +1,7 @@
 import os
 import re
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,9 @@ from retro_jax.experiments.bench.decode import (
     BenchDecode,
     agreement,
     results,
-    speed_report,
-    speed_table,
     take_turns,
 )
+from retro_jax.experiments.bench.decode_report import speed_report, speed_table
 from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.methods import METHODS
 from retro_jax.models import Experts, LayerKind, Model, ModelConfig, RopeScaling, random_params
@@ -50,10 +50,13 @@ def test_contestants_take_turns_in_changing_order():
 
 
 def test_ratios_are_medians_over_rounds():
-    found = results({"a": [[2.0, 2.0, 90.0], [4.0, 4.0, 4.0]], "b": [[1.0, 1.0, 1.0], [4.0, 4.0, 80.0]]})
+    times = {"a": [[2.0, 2.0, 90.0], [4.0, 4.0, 4.0]], "b": [[1.0, 1.0, 1.0], [4.0, 4.0, 80.0]]}
+    found = results(times, [["a", "b"]])
     assert found["a"]["ms_per_step"] == 4.0
     assert found["a"]["time_over"] == {"a": 1.0, "b": 1.5}  # rounds: 2/1 and 4/4
     assert found["b"]["time_over"]["a"] == 0.75
+    apart = results(times, [["a"], ["b"]])
+    assert apart["a"]["time_over"] == {"a": 1.0, "b": 4.0 / 2.5}  # rounds are no pairs: of medians
 
 
 def test_agreement():
@@ -62,13 +65,41 @@ def test_agreement():
 
 
 def test_speed_table():
-    found = results({"full": [[10.0]], "retro": [[25.0]]})
+    found = results({"full": [[10.0]], "retro": [[25.0]]}, [["full", "retro"]])
     found["full"] |= {"kv_bytes": 2.5e6, "limit_ms": 8.0, "scan_ms": 9.5}
     found["retro"] |= {"kv_bytes": None, "limit_ms": None, "scan_ms": None}
-    lines = speed_table(found, batch=2).splitlines()
+    lines = speed_table(found, 2, [["full", "retro"]]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "2.50", "8.00", "0.80", "9.50", "1.00", "0.40"]
     assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "", "", "", "", "2.50", "1.00"]
+    assert re.findall(r"~[\d.]+", speed_table(found, 2, [["full"], ["retro"]])) == ["~0.40", "~2.50"]
+
+
+def test_groups_that_fit_follow_each_other(json_command, failure, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Held(Clock):
+        kv_bytes = expert_bytes = None
+
+        def __init__(self, name, *_):
+            super().__init__(name, 1.0 + len(most), [])
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(retro_jax.experiments.bench.decode, "Ours", Held)
+    flags = ("bench", "decode", "random:tiny", *SHORT, "--together", 2, "--contexts", 40)
+    values = json_command(*flags, "--methods", "full", "quest", "streaming")
+    (measured,) = values["contexts"]
+    names = ["full", "quest-b32", "streaming-b32"]
+    assert measured["groups"] == [names[:2], names[2:]] and list(measured["contestants"]) == names
+    assert most == [1, 2, 1]  # caches of a group are gone before those of the next are made
+    assert measured["contestants"]["full"]["time_over"] == dict(zip(names, (1.0, 1 / 2, 1 / 3), strict=True))
+    report = speed_report(values)
+    assert "one after another: full, quest-b32; then streaming-b32. Between groups (~)" in report
+    assert "~0.33" in report and "one after another" not in speed_report(
+        values | {"contexts": [measured | {"groups": [names]}]}
+    )
+    assert "--together 0 is below 1; leave it out" in failure(*flags[:-4], "--together", 0)
 
 
 def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
@@ -116,7 +147,7 @@ def test_the_limit_has_the_weights_of_chosen_experts_only(json_command, monkeypa
     ) - 8 * expert_bytes(config)
     read = values["weight_bytes"] + row["expert_bytes"] + 2 * row["kv_bytes"]
     assert row["limit_ms"] == pytest.approx(read / values["ceiling_gb_per_s"] / 1e6)
-    table = speed_table({"full": row | {"time_over": {"full": 1.0}}}, batch=2)
+    table = speed_table({"full": row | {"time_over": {"full": 1.0}}}, 2, [["full"]])
     assert "experts GB/step" in table
 
 

@@ -8,6 +8,7 @@ from retro_jax.experiments.bench.throughput import Asked, BenchThroughput, sprea
 from retro_jax.experiments.bench.throughput_report import Bytes, Made, compared, parted, throughput_report
 
 SHORT = ("--prompts", 5, "--prompt-tokens", 3, 9, "--reply-tokens", 2, 12, "--slots", 2, "--page-size", 8)
+SHORT += ("--ceiling-bytes", 1 << 20)
 
 
 def test_lengths_are_spread_over_the_scale():

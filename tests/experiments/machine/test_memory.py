@@ -42,7 +42,13 @@ def test_what_does_not_fit_is_refused_with_its_parts(monkeypatch):
     check_memory(TINY, [RETRO], 2, 256)
     check_memory(TINY, [RETRO], 2, 256, loaded=True)
     with pytest.raises(ValueError, match=r"tiny with 2 x 256 tokens does not fit: .*GB \(weights .*cache"):
-        check_memory(TINY, [RETRO] * 2, 2, 256, together=True)
+        check_memory(TINY, [RETRO] * 2, 2, 256, together=2)
+    check_memory(TINY, [RETRO] * 3, 2, 256, together=1)
+    monkeypatch.setattr(memories, "memory_left", lambda: parts.total + parts.state)
+    check_memory(TINY, [RETRO] * 5, 2, 256, together=2)
+    with pytest.raises(ValueError, match=r"\(a smaller --together\), fewer tokens or sequences"):
+        check_memory(TINY, [RETRO] * 5, 2, 256, together=3)
+    monkeypatch.setattr(memories, "memory_left", lambda: parts.total)
     with pytest.raises(ValueError, match=r"use fewer tokens or sequences, a smaller model or --dtype"):
         check_memory(TINY, [RETRO], 3, 256)
     with pytest.raises(ValueError, match="does not fit"):  # simulated devices share one memory

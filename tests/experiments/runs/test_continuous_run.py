@@ -45,7 +45,37 @@ def test_replies_do_not_depend_on_what_is_decoded_with_them(json_command, argume
     assert timing["seconds"] > 0 and timing["steps_per_second"] is None
     json_command(*arguments[:-1], tmp_path / "fixed", *SAMPLED, "--batch", 3, "--no-continuous")
     assert by_sample(tmp_path / "fixed") == came_and_went
-    assert len((tmp_path / "fixed" / "timings-0.jsonl").read_text().splitlines()) == 2  # batches
+    timings = [*map(json.loads, (tmp_path / "fixed" / "timings-0.jsonl").read_text().splitlines())]
+    assert len(timings) == 2 and all(timing["seconds"] > 0 for timing in timings)  # batches
+
+
+@pytest.mark.parametrize("kind", ["_at_once", "_refilled"])
+def test_compiling_and_grading_are_no_part_of_what_a_batch_took(monkeypatch, kind):
+    run, now = retro_jax.experiments.runs.run, [0.0]
+    result = {"prompt_tokens": 10, "tokens": 4}
+
+    def decode_batch(model, decode, task, batch, size, sampling, progress):
+        now[0] += 5.0
+        progress("decode", 4, 4)
+        now[0] += 60.0  # grades
+        return [result] * 2
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(run, "decode_batch", decode_batch)
+    monkeypatch.setattr(run, "decode_many", lambda *_: [(0, result, 2.0), (1, result, 3.0)])
+
+    class Show:
+        compile_seconds = 1.5
+
+        def __call__(self, *_):
+            pass
+
+    config = RunConfig(model="random:tiny", task=AIME24(), batch=2)
+    job = run.Job(config, "full", None, [], [0, 1], SimpleNamespace(append=lambda lines: None), "")
+    monkeypatch.setattr(run.Job, "keep", lambda *_: None)
+    more = [lambda: False] if kind == "_refilled" else []
+    took = getattr(run, kind)(job, None, Show(), *more)
+    assert (took["seconds"], took["context"]) == (3.5, 12.0)
 
 
 def test_replies_that_came_and_went_are_made_once(json_command, command, arguments, tmp_path, monkeypatch):
