@@ -35,8 +35,6 @@ from retro_jax import models
 
 # What modules compile while they are imported needs no optimization either, see `quick_compilation`.
 jax.config.update("jax_disable_most_optimizations", True)
-# JAX keeps programs that took a second; several tests, or workers, also share smaller ones.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 gc.set_threshold(50_000)  # what JAX keeps is much, and is walked each time that Python looks for circles
 
 
