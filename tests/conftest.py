@@ -37,6 +37,12 @@ from retro_jax import models
 jax.config.update("jax_disable_most_optimizations", True)
 gc.set_threshold(50_000)  # what JAX keeps is much, and is walked each time that Python looks for circles
 
+
+def pytest_collection_finish():
+    """What was imported stays: nobody needs to look for circles in it again and again."""
+    gc.freeze()
+
+
 OPTIMIZED = (
     "test_compile",
     "test_compile_selection",
