@@ -31,10 +31,20 @@ class Vectors:
         width = self.channels // self.pieces
         return [pl.ds(first, width) for first in range(0, self.channels, width)]
 
+    @property
+    def _layout(self):
+        return row_layout(self.channels // self.pieces)
+
     def load(self, ref: Any, *place: Any) -> Vector:
         """The vector at a place of global memory."""
-        layout = row_layout(self.channels // self.pieces)
-        return [plgpu.load(ref.at[(*place, at)], layout=layout, optimized=False) for at in self._places]
+        return [plgpu.load(ref.at[(*place, at)], layout=self._layout, optimized=False) for at in self._places]
+
+    def load_sum(self, ref: Any, *place: Any) -> Vector:
+        """The sum, in float32, of those at a place of each of the first axis; one alone as it is."""
+        if ref.shape[0] == 1:
+            return self.load(ref, 0, *place)
+        parts = self.load(ref, slice(None), *place)
+        return [plgpu.layout_cast(piece.astype(jnp.float32).sum(axis=0), self._layout) for piece in parts]
 
     def store(self, ref: Any, place: tuple, vector: Vector) -> None:
         """Writes a vector to global memory, in the dtype of what is there."""
@@ -73,9 +83,11 @@ class Product:
         self, b: Any, t: Any, column: Any, norm: Any = None, scale: float = 1.0, turn: bool = False
     ) -> Vector:
         """A query, key or value: sum, bias, norm, scale and rotation in float32."""
-        parts = self.vectors.load(self.heads, slice(None), b, t, column)
+        found = self.vectors.load_sum(self.heads, b, t, column)
         turn = turn and self.cos is not None
-        found = [values.astype(jnp.float32).sum(axis=0) for values in parts]
+        if self.bias is None and norm is None and scale == 1 and not turn:
+            return [values.astype(self.dtype) for values in found]
+        found = [values.astype(jnp.float32) for values in found]
         if self.bias is not None:
             bias = self.vectors.load(self.bias, column)
             found = [values + more.astype(jnp.float32) for values, more in zip(found, bias, strict=True)]
