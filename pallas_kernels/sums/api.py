@@ -72,7 +72,11 @@ def add_parts(
 
     Returns:
       The residual stream, and its norm; without a norm the stream twice.
+
+    Raises:
+      ValueError: parts that are not of such a stream, or have fewer rows.
     """
+    _check_parts(x, parts)
     if implementation in (None, "mosaic_tpu") and kernels_of_device() == "mosaic_tpu":
         implementation = "xla"
     sequences = P(SEQUENCES)
@@ -88,6 +92,15 @@ def add_parts(
         eps=eps,
         multiplier=multiplier,
     )
+
+
+def _check_parts(x: Array, parts: Array) -> None:
+    alike = parts.ndim == x.ndim + 1 and (*parts.shape[1:-2], parts.shape[-1]) == (*x.shape[:-2], x.shape[-1])
+    if not alike or parts.shape[0] < 1 or parts.shape[-2] < x.shape[-2]:
+        raise ValueError(
+            f"parts of shape {parts.shape} do not add up to what a residual stream of shape {x.shape} takes; "
+            "they need an axis of one part or more in front, and as many rows or more"
+        )
 
 
 class Mailbox(NamedTuple):
@@ -157,7 +170,11 @@ def add_sum(
 
     Returns:
       The residual stream, and its norm; without a norm the stream twice.
+
+    Raises:
+      ValueError: parts that are not of such a stream, or have fewer rows.
     """
+    _check_parts(x, parts)
     if mailbox is None:
         return reference.add_sum(x, parts, norm, eps=eps)
     cells, addresses = mailbox

@@ -67,6 +67,15 @@ def test_the_kernel_for_parts_refuses_in_words(width, dtype, says):
         parts.add_parts(*arguments, eps=EPS, multiplier=1.0)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 16), (0, 3, 5, 16)])
+def test_parts_of_another_stream_are_refused(shape):
+    x, parts = jnp.zeros((3, 5, 16)), jnp.zeros(shape)
+    with pytest.raises(ValueError, match=r"parts of shape .* of shape \(3, 5, 16\) takes"):
+        add_parts(x, parts, None, None, eps=1e-5)
+    with pytest.raises(ValueError, match=r"parts of shape .* of shape \(5, 16\) takes"):
+        add_sum(x[0], parts[:, 0], None, None, eps=1e-5, turn=0)
+
+
 @pytest.mark.parametrize(
     ("sizes", "kernels", "mesh", "splits"),
     (
