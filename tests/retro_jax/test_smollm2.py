@@ -31,7 +31,7 @@ def test_prefill_and_64_decode_steps_match_transformers(smollm2, method):
 
 
 def test_sparse_attention_loses_likelihood_and_retro_attention_less(smollm2):
-    ids = np.array(smollm2.tokenizer.encode(golden.EXCERPT.read_text())[:512]).reshape(2, 256)[:, :216]
+    ids = np.array(smollm2.tokenizer.encode(golden.EXCERPT.read_text())[:768]).reshape(3, 256)[:, :216]
     prompt = 96
 
     def mean_nll(method, **fields):
