@@ -88,8 +88,8 @@ def watched_step(
     slots = window_slots(config, state, active)
     plan = layer_plan(model, config)
     first = plan.first_sparse
-    before, behind = norms(params), norms(params)[1:]
-    stack = list(zip(params.layers, behind, model.layers, state.layers, plan.rings, strict=True))
+    before = norms(params)
+    stack = list(zip(params.layers, before[1:], model.layers, state.layers, plan.rings, strict=True))
 
     stream = begin(transformer.embed(params, model, tokens[:, None]), before[0], model)
     layers, watched, experts = [], [], []
