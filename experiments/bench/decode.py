@@ -12,21 +12,18 @@ that a device reads with in the same run; each of several reads its own part.
 import itertools
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
-from retro_jax import DecodeConfig, Model, decode, decode_step
-from retro_jax.compilation import JitForMesh
+from retro_jax import DecodeConfig, Model
 from retro_jax.drafts import weight_bytes
 from retro_jax.experiments.bench.bandwidth import read_bandwidth
+from retro_jax.experiments.bench.contestants import Contestant, Ours
 from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.decode_processes import folder_of_processes, torch_step, transformers
 from retro_jax.experiments.bench.decode_report import latency_pictures, speed_report
@@ -37,109 +34,11 @@ from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
 from retro_jax.experiments.io.settings import by_distinct_name
 from retro_jax.experiments.machine.programs import release
-from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
 from retro_jax.presets import preset_fields
-from retro_jax.sharding import mesh_of, new_state, to_host
+from retro_jax.sharding import mesh_of
 
 WARM_UP_STEPS = 3
-
-
-class Contestant(Protocol):
-    """Something that decodes greedily from a prefilled context.
-
-    Attributes:
-        name: for the table.
-        scan: decodes so many steps in one call; returns the milliseconds of one. None: it cannot.
-    """
-
-    name: str
-    scan: Callable[[int], float] | None
-
-    @property
-    def kv_bytes(self) -> float | None:
-        """Bytes of keys, values and page statistics that a step reads for a sequence; None: not known."""
-        ...
-
-    @property
-    def expert_bytes(self) -> float | None:
-        """Bytes of experts' weights that a step reads for all sequences; None: not known, or none."""
-        ...
-
-    def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
-        """Decodes so many steps; returns each one's milliseconds and tokens (one per sequence)."""
-        ...
-
-
-def _greedy(params, model, config, state, tokens):
-    state, logits = decode_step(params, model, config, state, tokens)
-    return state, jnp.argmax(logits, -1).astype(jnp.int32)
-
-
-_step = JitForMesh(_greedy, static_argnames=("model", "config"), donate_argnames="state")
-_scan = JitForMesh(decode, static_argnames=("model", "config", "steps"), donate_argnames="state")
-
-
-class Ours:
-    """One method of this library.
-
-    Args:
-        name: for the table.
-        model: the model.
-        config: how to decode.
-        ids: the context to prefill.
-        capacity: tokens that the cache holds.
-        progress: told about the prefill.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: Model,
-        config: DecodeConfig,
-        ids: Int[np.ndarray, "B T"],
-        capacity: int,
-        progress: Callable[[str, int, int], None],
-    ):
-        self.name, self._model, self._config = name, model, config
-        state = new_state(model.config, config, len(ids), capacity)
-        self._state, logits = run_prefill(
-            model, config, state, list(ids), lambda stage, *counts: progress(f"{name}: {stage}", *counts)
-        )
-        self._tokens = jax.block_until_ready(jnp.argmax(logits, -1).astype(jnp.int32))
-
-    @property
-    def kv_bytes(self) -> float:
-        """As `Contestant`, of the latest step."""
-        return float(np.mean(to_host(self._state.metrics.kv_bytes)))
-
-    @property
-    def expert_bytes(self) -> float | None:
-        """As `Contestant`, of the latest step."""
-        read = self._state.metrics.expert_bytes
-        return None if read is None else float(np.sum(to_host(read)))
-
-    def steps(self, count: int) -> tuple[list[float], list[list[int]]]:
-        """As `Contestant`."""
-        milliseconds, tokens = [], []
-        for _ in range(count):
-            start = time.perf_counter()
-            self._state, self._tokens = _step(
-                self._model.params, self._model.config, self._config, self._state, self._tokens
-            )
-            values = to_host(self._tokens)
-            milliseconds.append((time.perf_counter() - start) * 1e3)
-            tokens.append(values.tolist())
-        return milliseconds, tokens
-
-    def scan(self, count: int) -> float:
-        """As `Contestant`; the first call of a count compiles it."""
-        start = time.perf_counter()
-        self._state, decoded = _scan(
-            self._model.params, self._model.config, self._config, self._state, self._tokens, steps=count
-        )
-        self._tokens = jax.block_until_ready(decoded.pending)
-        return (time.perf_counter() - start) * 1e3 / count
 
 
 class BenchDecode(BenchDecodeFlags):
@@ -161,6 +60,7 @@ class BenchDecode(BenchDecodeFlags):
             "model": self.model,
             "dtype": model.config.dtype,
             "batch": self.batch,
+            "prefill": self.prefill,
             "data_devices": self.data_devices,
             "model_devices": self.model_devices,
             "configs": {name: asdict(config) for name, config in configs.items()},
@@ -201,6 +101,8 @@ class BenchDecode(BenchDecodeFlags):
             raise ValueError("--reference and --torch decode on one device; leave them or the devices out")
         if self.reference and "full" not in self.methods:
             raise ValueError("--reference is compared with full attention; add full to --methods")
+        if self.reference and not self.prefill:
+            raise ValueError("--reference has the same context prefilled; leave --no-prefill out")
         methods = {}
         for name in self.methods:
             if name in METHODS and METHODS[name].revises:
@@ -208,12 +110,16 @@ class BenchDecode(BenchDecodeFlags):
             else:
                 methods[name] = {"method": name}
         presets = {f"preset {name}": preset_fields(name) for name in self.presets}
-        return by_distinct_name(self.config.configs(methods | presets).values())
+        configs = by_distinct_name(self.config.configs(methods | presets).values())
+        for name, config in configs.items():
+            if config.eviction and not self.prefill:
+                raise ValueError(f"{name} keeps what a prompt tells it to; leave it or --no-prefill out")
+        return configs
 
     def _capacity(self, context: int) -> int:
         """Tokens of a sequence that one contestant decodes or begins with."""
         single = WARM_UP_STEPS + self.rounds * self.steps
-        return context + single + (self.rounds + 1) * self.steps * self.scan
+        return context + single + (self.rounds + 2) * self.steps * self.scan
 
     def _measure(
         self,
@@ -238,14 +144,17 @@ class BenchDecode(BenchDecodeFlags):
             others = [other for other in (reference, torch) if other]
             for names in itertools.batched(configs, self.together or len(configs)):
                 contestants: list[Contestant] = [
-                    *(Ours(name, model, configs[name], ids, capacity, progress) for name in names),
+                    *(
+                        Ours(name, model, configs[name], ids, capacity, self.prefill, progress)
+                        for name in names
+                    ),
                     *others,
                 ]
                 times, chosen = take_turns(contestants, self.rounds, self.steps, progress)
                 milliseconds, tokens = milliseconds | times, tokens | chosen
                 read = {each.name: (each.kv_bytes, each.expert_bytes) for each in contestants}
                 scans = scan_times(contestants, self.rounds, self.steps) if self.scan else {}
-                about |= {name: (*of_step, scans.get(name)) for name, of_step in read.items()}
+                about |= {name: (*of_step, scans.get(name, {})) for name, of_step in read.items()}
                 groups.append([each.name for each in contestants])
                 for other in others:
                     other.close()
@@ -255,8 +164,8 @@ class BenchDecode(BenchDecodeFlags):
         rows = results(milliseconds, groups)
         full = next((name for name, config in configs.items() if config.attention.dense), None)
         for name, row in rows.items():
-            bytes_read, experts, scan_ms = about[name]
-            row |= {"kv_bytes": bytes_read, "scan_ms": scan_ms}
+            bytes_read, experts, scan = about[name]
+            row |= {"kv_bytes": bytes_read, "scan_ms": None} | scan
             if model.config.experts is not None:
                 row["expert_bytes"] = experts
             if torch and name == torch.name:
@@ -276,15 +185,20 @@ class BenchDecode(BenchDecodeFlags):
         }
 
 
-def scan_times(contestants: Sequence[Contestant], rounds: int, steps: int) -> dict[str, float]:
-    """Returns milliseconds of a step where many are taken in one call, medians over rounds."""
+def scan_times(contestants: Sequence[Contestant], rounds: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Returns of a step where many are taken in one call: milliseconds, medians over rounds.
+
+    Where the device says so, also how long it is busy, launches, and both by kernel.
+    """
     able = [contestant for contestant in contestants if contestant.scan is not None]
     for contestant in able:
         contestant.scan(steps)  # compiles
     times = [{contestant.name: contestant.scan(steps) for contestant in able} for _ in range(rounds)]
-    return {
-        contestant.name: float(np.median([each[contestant.name] for each in times])) for contestant in able
-    }
+    found = {each.name: {"scan_ms": float(np.median([time[each.name] for time in times]))} for each in able}
+    for contestant in able:
+        if told := contestant.executed(steps):
+            found[contestant.name] |= asdict(told)
+    return found
 
 
 def take_turns(

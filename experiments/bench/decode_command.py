@@ -14,6 +14,7 @@ class BenchDecodeFlags(OverDevices):
     """Measure the speed of decoding: methods take turns in one run, for each length of the context.
 
     Greedy, from a context of random tokens. Times are medians of single steps, ratios medians over rounds.
+    On a GPU or TPU the profiler tells of the steps in one call how long the device is busy, and its launches.
     """
 
     contexts: tuple[int, ...] = (4096,)
@@ -26,6 +27,9 @@ class BenchDecodeFlags(OverDevices):
     """Presets beside them: any of quest, paper, mean-key, at the same budget."""
     windows: tuple[int, ...] = (4,)
     """Window sizes of RetroAttention."""
+    prefill: bool = True
+    """Compute the keys and values of the context. Without it they are those of random hidden states, which
+    are there at once, however long the context; steps take as long."""
     steps: int = 16
     """Decode steps of one turn."""
     rounds: int = 6

@@ -14,9 +14,10 @@ def speed_report(values: dict) -> str:
     for measured in values["contexts"]:
         chosen = [row["expert_bytes"] for row in measured["contestants"].values() if "expert_bytes" in row]
         parts.append(
-            f"{measured['context']} tokens of context; the limit is {values['weight_bytes'] / 1e9:.3g} GB of "
-            f"weights{', the chosen experts' * bool(chosen)} and what is read of the cache, at "
-            f"{values['ceiling_gb_per_s']:.4g} GB/s{f' on each of {devices} devices' * (devices > 1)}"
+            f"{measured['context']} tokens of {'noise as ' * (not values['prefill'])}context; the limit is "
+            f"{values['weight_bytes'] / 1e9:.3g} GB of weights{', the chosen experts' * bool(chosen)} and "
+            f"what is read of the cache, at {values['ceiling_gb_per_s']:.4g} GB/s"
+            f"{f' on each of {devices} devices' * (devices > 1)}"
         )
         parts.append(speed_table(measured["contestants"], values["batch"], measured["groups"]))
         if len(measured["groups"]) > 1:
@@ -43,6 +44,8 @@ def speed_table(contestants: dict[str, dict], batch: int, groups: Sequence[Seque
     header = ["", "ms/step", "10%-90%", "tokens/s", "KV MB/step"]
     experts = any("expert_bytes" in row for row in contestants.values())
     header += ["experts GB/step"] * experts + ["limit ms", "limit / time", "in a scan"]
+    traced = any("launches" in row for row in contestants.values())
+    header += ["busy ms", "launches"] * traced
     header += [f"time / {name}" for name in others]
 
     def number(value: float | None, digits: int) -> str:
@@ -51,14 +54,15 @@ def speed_table(contestants: dict[str, dict], batch: int, groups: Sequence[Seque
     body = [
         [
             name,
-            f"{row['ms_per_step']:.1f}",
-            "{:.1f}-{:.1f}".format(*row["ms_10_90"]),
+            f"{row['ms_per_step']:.2f}",
+            "{:.2f}-{:.2f}".format(*row["ms_10_90"]),
             f"{batch * 1e3 / row['ms_per_step']:.1f}",
             "" if row["kv_bytes"] is None else f"{row['kv_bytes'] / 1e6:.2f}",
             *([number(row["expert_bytes"] and row["expert_bytes"] / 1e9, 2)] if experts else []),
             number(row["limit_ms"], 2),
             "" if row["limit_ms"] is None else f"{row['limit_ms'] / row['ms_per_step']:.2f}",
             number(row["scan_ms"], 2),
+            *([number(row.get("busy_ms"), 2), number(row.get("launches"), 0)] if traced else []),
             *("~" * ((name, other) not in paired) + f"{row['time_over'][other]:.2f}" for other in others),
         ]
         for name, row in contestants.items()

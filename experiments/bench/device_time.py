@@ -86,6 +86,21 @@ class Timing:
     kernels: tuple[Kernel, ...]
 
 
+@dataclass(frozen=True)
+class Executed:
+    """What a device executed in one of many equal parts of its work, the mean over them.
+
+    Attributes:
+        busy_ms: milliseconds in which at least one kernel ran.
+        launches: kernels, copies and fills.
+        kernels: launches and microseconds by name, those that took longest first.
+    """
+
+    busy_ms: float
+    launches: float
+    kernels: dict[str, tuple[float, float]]
+
+
 def device_time(
     call: Callable[[int], Any],
     calls: int = 50,
@@ -107,30 +122,57 @@ def device_time(
         raise ValueError(f"{calls} calls after {warm_up} of warm-up cannot be timed; both must be 1 or more")
     for index in range(warm_up):
         wait(call(index))
+    return summarize(*_traced(lambda index: wait(call(warm_up + index)), calls))
+
+
+def executed(call: Callable[[int], Any], calls: int, parts: int) -> Executed | None:
+    """What a device executes in calls that have been compiled before; None where there is no device trace.
+
+    Args:
+      call: does call number 0, 1, ... and waits for it.
+      calls: to trace, not all of which must launch the same kernels.
+      parts: equal parts that each call consists of, as the steps of a scan.
+    """
+    if jax.default_backend() == "cpu":
+        return None
+    events, _ = _traced(call, calls)
+    if not events:
+        return None
+    total, of_name = calls * parts, {}
+    for event in events:
+        of_name.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    by_time = sorted(of_name.items(), key=lambda item: -sum(item[1]))
+    kernels = {name: (len(us) / total, sum(us) / total) for name, us in by_time}
+    return Executed(busy_ns(events) / total / 1e6, len(events) / total, kernels)
+
+
+def _traced(call: Callable[[int], Any], calls: int) -> tuple[list[Event], list[float]]:
+    """What the device executed in calls that wait, and the seconds that each took."""
     seconds = []
     with tempfile.TemporaryDirectory(prefix="retro-jax-trace-") as folder:
         # A CPU's trace has no kernels, and taking one would slow its wall time down.
         with nullcontext() if jax.default_backend() == "cpu" else _trace(folder):
-            for index in range(warm_up, warm_up + calls):
+            for index in range(calls):
                 start = time.perf_counter()
-                wait(call(index))
+                call(index)
                 seconds.append(time.perf_counter() - start)
         events = [
             event
             for file in sorted(Path(folder).rglob("*.xplane.pb"))
             for event in device_events(ProfileData.from_file(str(file)))
         ]
-    return summarize(events, seconds)
+    return events, seconds
 
 
 def device_events(profile: ProfileData) -> list[Event]:
-    """Returns everything that accelerators executed in a trace, in the order of its start."""
+    """Returns everything that the first accelerator in a trace executed, in the order of its start."""
+    planes = [plane for plane in profile.planes if plane.name.startswith(tuple(LINES))]
+    first = min(planes, key=lambda plane: (len(plane.name), plane.name), default=None)
     events = [
         Event(event.name, event.start_ns, event.duration_ns)
-        for plane in profile.planes
         for prefix, line_prefix in LINES.items()
-        if plane.name.startswith(prefix)
-        for line in plane.lines
+        if first and first.name.startswith(prefix)
+        for line in first.lines
         if line.name.startswith(line_prefix)
         for event in line.events
     ]

@@ -18,6 +18,7 @@ from retro_jax.experiments.bench.decode import (
     take_turns,
 )
 from retro_jax.experiments.bench.decode_report import speed_report, speed_table
+from retro_jax.experiments.bench.device_time import Executed
 from retro_jax.experiments.bench.transformers_export import export
 from retro_jax.methods import METHODS
 from retro_jax.models import Experts, LayerKind, Model, ModelConfig, RopeScaling, random_params
@@ -70,8 +71,14 @@ def test_speed_table():
     found["retro"] |= {"kv_bytes": None, "limit_ms": None, "scan_ms": None}
     lines = speed_table(found, 2, [["full", "retro"]]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[2] == ["full", "10.0", "10.0-10.0", "200.0", "2.50", "8.00", "0.80", "9.50", "1.00", "0.40"]
-    assert cells[3] == ["retro", "25.0", "25.0-25.0", "80.0", "", "", "", "", "2.50", "1.00"]
+    full = ["full", "10.00", "10.00-10.00", "200.0", "2.50", "8.00", "0.80", "9.50", "1.00", "0.40"]
+    retro = ["retro", "25.00", "25.00-25.00", "80.0", "", "", "", "", "2.50", "1.00"]
+    assert cells[2:] == [full, retro]
+    found["full"] |= {"busy_ms": 9.25, "launches": 351.2, "kernels": {}}
+    lines = speed_table(found, 2, [["full", "retro"]]).splitlines()
+    header, _, *cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert header[8:10] == ["busy ms", "launches"]
+    assert cells == [[*full[:8], "9.25", "351", *full[8:]], [*retro[:8], "", "", *retro[8:]]]
     assert re.findall(r"~[\d.]+", speed_table(found, 2, [["full"], ["retro"]])) == ["~0.40", "~2.50"]
 
 
@@ -100,6 +107,21 @@ def test_groups_that_fit_follow_each_other(json_command, failure, monkeypatch):
         values | {"contexts": [measured | {"groups": [names]}]}
     )
     assert "--together 0 is below 1; leave it out" in failure(*flags[:-4], "--together", 0)
+
+
+def test_noise_is_decoded_instead_of_a_prompt(json_command, failure, monkeypatch):
+    monkeypatch.setattr(retro_jax.experiments.bench.contestants, "run_prefill", None)
+    told = Executed(0.5, 12.0, {"kernel": (12.0, 500.0)})
+    monkeypatch.setattr(retro_jax.experiments.bench.contestants, "executed", lambda *_, **__: told)
+    flags = ("bench", "decode", "random:tiny", *SHORT, "--no-prefill", "--methods", "full")
+    values = json_command(*flags)
+    row = values["contexts"][0]["contestants"]["full"]
+    assert row["kv_bytes"] == (40 + 3 + 4) * 4 * 2 * (2 * 16 * 4)
+    assert (row["busy_ms"], row["launches"], row["kernels"]) == (0.5, 12.0, {"kernel": [12.0, 500.0]})
+    assert "40 tokens of noise as context" in speed_report(values)
+    evicting = failure(*flags, "h2o")
+    assert "h2o-b32 keeps what a prompt tells it to; leave it or --no-prefill out" in evicting
+    assert "leave --no-prefill out" in failure(*flags, "--reference", sys.executable)
 
 
 def test_bench_decode(json_command, failure, tmp_path, monkeypatch):

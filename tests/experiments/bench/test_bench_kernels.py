@@ -8,13 +8,16 @@ import pytest
 from jax.profiler import ProfileData
 
 from retro_jax.experiments.bench import bandwidth, kernel_cases
+from retro_jax.experiments.bench import device_time as timing_of_device
 from retro_jax.experiments.bench import kernels as bench_kernels
 from retro_jax.experiments.bench.bandwidth import read_bandwidth
 from retro_jax.experiments.bench.device_time import (
     Event,
+    Executed,
     busy_ns,
     device_events,
     device_time,
+    executed,
     split_calls,
     summarize,
 )
@@ -116,6 +119,23 @@ def plane(name, lines):
 def test_events_of_a_trace(name, lines, found):
     profile = ProfileData.from_text_proto(plane(name, lines))
     assert device_events(profile) == [Event("kernel", 3000.0, 3000.0)] * found
+
+
+def test_of_several_devices_the_first_is_told(monkeypatch):
+    planes = [plane(f"/device:GPU:{device}", ["Stream #7"] * (device + 1)) for device in (10, 2, 1)]
+    assert (
+        device_events(ProfileData.from_text_proto("".join(planes))) == [Event("kernel", 3000.0, 3000.0)] * 2
+    )
+
+
+def test_what_steps_execute_is_a_mean_over_them(monkeypatch):
+    assert executed(lambda _: None, calls=1, parts=4) is None  # there is no trace of a CPU
+    found = [Event("product", 0, 3e6), Event("copy", 2e6, 2e6), Event("product", 9e6, 4e6)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(timing_of_device, "_traced", lambda *_: (found, []))
+    told = executed(lambda _: None, calls=1, parts=2)
+    assert told == Executed(4.0, 1.5, {"product": (1.0, 3500.0), "copy": (0.5, 1000.0)})
+    assert list(told.kernels) == ["product", "copy"]
 
 
 def test_calls_are_numbered_from_the_first_of_warm_up():
