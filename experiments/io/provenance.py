@@ -21,12 +21,20 @@ def provenance() -> dict:
         "commit": commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
         "device": f"{device.platform}: {device.device_kind}",
         "devices": jax.device_count(),
         "cpus": cpus(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None where the code is used without being installed, which must not lose a result."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpus() -> int:
