@@ -1,7 +1,9 @@
 """The command line among other programs: streams, signals, narrow terminals, names that are nearly right."""
 
 import ast
+import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
@@ -136,6 +138,43 @@ def test_bash_completes(completion, tmp_path):
     assert tab("study", "--models", "some-model", "smol") == set(WHEELS)
     assert tab("study", "--models", "random", ":", "tin") == {"tiny"}
     assert tab("compare", "some-model", "--methods", "") == {"streaming", "tova", "h2o", "snapkv", "expected"}
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_files(completion, tmp_path):
+    (tmp_path / "retro-jax.bash").write_text(completion("bash"))
+    (tmp_path / "a book").mkdir()
+    (tmp_path / "a book" / "two.txt").touch()
+    (tmp_path / "one.txt").touch()
+    typed = {
+        "score model --text on\t a\tt\t": ["score", "model", "--text", "one.txt", "a book/two.txt"],
+        # A model may be a folder.
+        "score a\t --token-ids one\t": ["score", "a book/", "--token-ids", "one.txt"],
+        "sc\t smol\t --bin\t": ["score", "smollm2-135m", "--bin-tokens"],
+    }
+    lines = [
+        "source retro-jax.bash",
+        "retro-jax() { printf '%s\\n' \"$@\" . >> typed; }",
+        *(f"retro-jax {line}" for line in typed),
+        "exit",
+    ]
+    terminal, side = pty.openpty()
+    bash = ["bash", "--norc", "--noprofile", "-i"]
+    with subprocess.Popen(bash, stdin=side, stdout=side, stderr=side, cwd=tmp_path, start_new_session=True):
+        os.close(side)
+        os.write(terminal, "".join(f"{line}\n" for line in lines).encode())
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while os.read(terminal, 4096):
+                pass
+    os.close(terminal)
+    assert (tmp_path / "typed").read_text().splitlines() == [
+        word for words in typed.values() for word in (*words, ".")
+    ]
+
+
+def test_fish_completes_files_by_a_program_that_is_no_argument(completion):
+    script = completion("fish")
+    assert "--no-files" not in script and "| $python_cmd - $words $current" in script
 
 
 def test_exit_statuses_are_documented():
