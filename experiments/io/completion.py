@@ -95,6 +95,8 @@ def _named(spec: dict, names: Mapping[str, Mapping[str, Sequence[str]]], command
         option = option | {"description": " ".join(option["description"].split())}
         if (flag := option["flags"][0]) in here:
             option |= {"type": "choice", "choices": here[flag]}
+        elif "choices" in option:  # in the order of a set, which is another in every process
+            option |= {"choices": sorted(option["choices"])}
         options.append(option)
     options += [{"flags": [name], "description": "a model", "type": "flag"} for name in here.get("", ())]
     under = {word: _named(other, names, word) for word, other in spec["subcommands"].items()}

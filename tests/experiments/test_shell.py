@@ -177,6 +177,13 @@ def test_fish_completes_files_by_a_program_that_is_no_argument(completion):
     assert "--no-files" not in script and "| $python_cmd - $words $current" in script
 
 
+def test_completion_is_the_same_in_every_process(completion):
+    (line,) = (line for line in completion("bash").splitlines() if line.startswith("COMPLETION_SPEC = "))
+    options = ast.literal_eval(line.removeprefix("COMPLETION_SPEC = "))["subcommands"]["score"]["options"]
+    (choices,) = (option["choices"] for option in options if "--preset" in option["flags"])
+    assert choices == sorted([*PRESETS, *EARLIER_NAMES, "None"])  # as tyro tells them in the order of a set
+
+
 def test_exit_statuses_are_documented():
     page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
     told = {int(status) for status in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
