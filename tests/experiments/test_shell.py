@@ -20,7 +20,7 @@ import pytest
 import retro_jax
 from retro_jax import DecodeConfig
 from retro_jax.experiments import cli
-from retro_jax.experiments.generate import command as generate
+from retro_jax.experiments.generate.words import covered
 from retro_jax.experiments.runs.run import TERMINATED
 from retro_jax.experiments.study.variants import with_caches
 from retro_jax.methods import METHODS
@@ -381,5 +381,5 @@ def test_models_need_a_folder_that_can_be_written(failure, monkeypatch, tmp_path
 )
 def test_a_budget_that_covers_the_context_is_told(config, told):
     result = SimpleNamespace(config=config, state=SimpleNamespace(length=np.array([60, 100])), metrics=True)
-    line = generate._covered(result, SimpleNamespace(config=SIZES["tiny"]))
+    line = covered(result, SimpleNamespace(config=SIZES["tiny"]))
     assert told in line and bool(told) == bool(line)
