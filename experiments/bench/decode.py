@@ -33,12 +33,14 @@ from retro_jax.experiments.bench.decode_report import latency_pictures, speed_re
 from retro_jax.experiments.bench.limits import dense_kv_bytes, limit_ms
 from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
+from retro_jax.experiments.io.models import check_positions
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
 from retro_jax.experiments.io.settings import by_distinct_name
 from retro_jax.experiments.machine.programs import release
 from retro_jax.generate import run_prefill
 from retro_jax.methods import METHODS
+from retro_jax.models.config import ModelConfig
 from retro_jax.presets import preset_fields
 from retro_jax.sharding import mesh_of, new_state, to_host
 
@@ -151,7 +153,9 @@ class BenchDecode(BenchDecodeFlags):
         load = os.getloadavg()[0]
         capacity = self._capacity(max(self.contexts))
         together = self.together or len(configs)
-        model = self.load(list(configs.values()), self.batch, capacity, together=together)
+        model = self.load(
+            list(configs.values()), self.batch, capacity, together=together, check=self.check_positions
+        )
         bandwidth = max(read_bandwidth(self.ceiling_bytes, calls=10, warm_up=2).values())
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             measured = [
@@ -209,6 +213,12 @@ class BenchDecode(BenchDecodeFlags):
                 methods[name] = {"method": name}
         presets = {f"preset {name}": preset_fields(name) for name in self.presets}
         return by_distinct_name(self.config.configs(methods | presets).values())
+
+    def check_positions(self, model: ModelConfig) -> None:
+        """Raises ValueError if a model has no room for the longest context and what is decoded from there."""
+        context = max(self.contexts)
+        beside = f"--rounds {self.rounds} of --steps {self.steps}{' and --scan' * self.scan}"
+        check_positions(model, self._capacity(context), "--contexts", context, beside)
 
     def _capacity(self, context: int) -> int:
         """Tokens of a sequence that one contestant decodes or begins with."""

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +21,7 @@ from retro_jax.experiments.io.progress import Progress, Rates
 
 if TYPE_CHECKING:
     from retro_jax import Generation, Model
+    from retro_jax.models.config import ModelConfig
 
 
 @dataclass(kw_only=True)
@@ -102,11 +104,14 @@ class Generate(Configured, OverDevices):
                 "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy, "
                 "--prompts FILE.jsonl or --chat"
             )
-        longest = max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=1)
-        capacity = self.capacity or cache_capacity(longest + self.max_new_tokens)
-        model = self.load([config], batch_rows(max(len(prompts), 1)), capacity)
-        if self.chat and model.tokenizer is None:
-            raise ValueError(f"{model.config.name} has no tokenizer, so it cannot chat; use another model")
+        needed = max(map(_least, prompts), default=1) + self.max_new_tokens
+        model = self.load(
+            [config],
+            batch_rows(max(len(prompts), 1)),
+            self.capacity or cache_capacity(needed),
+            check=partial(self._check_room, needed=needed),
+            without_tokenizer=self._without_tokenizer(prompts),
+        )
         if not prompts:
             self._talk(model)
             return
@@ -115,6 +120,26 @@ class Generate(Configured, OverDevices):
         streamed = len(prompts) == 1 and model.tokenizer is not None and not self.json
         result, rates = self._generate(model, prompts, capacity=self.capacity, streamed=streamed)
         self._finish(model, result, rates, streamed)
+
+    def _check_room(self, sizes: "ModelConfig", needed: int) -> None:
+        """Raises ValueError if a model or the cache has fewer positions than the longest sequence needs."""
+        from retro_jax.experiments.io.models import check_positions
+        from retro_jax.inputs import check_capacity
+
+        if self.capacity:
+            check_positions(sizes, self.capacity, "--capacity", self.capacity)
+        before = needed - self.max_new_tokens
+        beside = f"{before} token{'s' * (before > 1)} before them"
+        check_positions(sizes, needed, "--max-new-tokens", self.max_new_tokens, beside)
+        check_capacity(sizes, needed, self.capacity)
+
+    def _without_tokenizer(self, prompts: list) -> str:
+        """How a model without a tokenizer is refused; "": it is not."""
+        from retro_jax.experiments.io.text import WITHOUT_TOKENIZER
+
+        if self.chat:
+            return ", so it cannot chat; use another model"
+        return WITHOUT_TOKENIZER if any(isinstance(prompt, str) for prompt in prompts) else ""
 
     def _check_states(self) -> None:
         """Raises if a state cannot be kept, or gone on with, as the flags say."""
@@ -151,7 +176,14 @@ class Generate(Configured, OverDevices):
                 "or none to go on"
             )
         least = used + self.max_new_tokens
-        model = self.load([config], about["rows"], max(about["capacity"], least))
+        given = least + max((1 + _least(prompt) for prompt in prompts), default=0)
+        model = self.load(
+            [config],
+            about["rows"],
+            max(about["capacity"], given),
+            check=partial(self._check_room, needed=given),
+            without_tokenizer=self._without_tokenizer(prompts),
+        )
         ids = [prompt_ids(model, prompt, index, False) for index, prompt in enumerate(prompts)]
         needed = least + max((1 + len(row) for row in ids), default=0)
         room = self.capacity or about["capacity"]
@@ -245,7 +277,15 @@ class Generate(Configured, OverDevices):
 
     def _many(self) -> None:
         """Replies to the prompts of a file that its replies' file does not have yet."""
-        from retro_jax.experiments.generate.many import Work, check_out, read_prompts, reply_to, token_ids
+        from retro_jax.experiments.generate.many import (
+            Work,
+            check_lines,
+            check_out,
+            read_prompts,
+            reply_to,
+            token_ids,
+            without_tokenizer,
+        )
         from retro_jax.experiments.generate.words import compiling
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.score_files import score_digest
@@ -268,7 +308,13 @@ class Generate(Configured, OverDevices):
         lines = read_prompts(self.prompts, self.max_new_tokens)
         check_out(self.prompts, self.out)
         rows = held_rows(self.slots)
-        model = self.load([config], rows, self.capacity or cache_capacity(1))
+        model = self.load(
+            [config],
+            rows,
+            self.capacity or cache_capacity(1),
+            check=partial(check_lines, lines=lines, capacity=self.capacity),
+            without_tokenizer=without_tokenizer(lines, self.chat),
+        )
         ids = token_ids(model, lines, self.chat, self.capacity)
         needed = max(len(ids[line.id]) + line.max_new_tokens for line in lines)
         capacity = self.capacity or cache_capacity(needed, model.config.max_positions)
@@ -326,6 +372,11 @@ class Generate(Configured, OverDevices):
             result, _ = self._generate(model, [ids], capacity, streamed=True, previous=result)
             held = [*whole, *result.tokens[0]]
             messages.append({"role": "assistant", "content": result.texts[0]})
+
+
+def _least(prompt: "str | Sequence[int]") -> int:
+    """Tokens that a prompt has, at least."""
+    return 1 if isinstance(prompt, str) else len(prompt)
 
 
 def _read_message() -> str:
