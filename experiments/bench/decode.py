@@ -171,7 +171,9 @@ class BenchDecode(BenchDecodeFlags):
             "weight_bytes": int(weight_bytes(model.params, model.config, tokens=0)),
             "ceiling_gb_per_s": bandwidth,
             "contexts": measured,
-            "steps": WARM_UP_STEPS + self.rounds * self.steps,
+            "warm_up_steps": WARM_UP_STEPS,
+            "rounds": self.rounds,
+            "steps_per_round": self.steps,
             "load_before": load,
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "provenance": provenance(),
@@ -183,7 +185,7 @@ class BenchDecode(BenchDecodeFlags):
                 write_bytes(self.out.with_name(name), picture)
         self.show(values, speed_report(values))
         if load > cpus() / 2 and not self.json:
-            print(f"The machine was busy: load {load:.1f} on {cpus()} CPUs before.", file=sys.stderr)
+            print(f"\nThe machine was busy: load {load:.1f} on {cpus()} CPUs before.", file=sys.stderr)
 
     def configurations(self) -> dict[str, DecodeConfig]:
         """How to decode, by contestant.
