@@ -109,7 +109,7 @@ class Generate(Configured, OverDevices):
             [config],
             batch_rows(max(len(prompts), 1)),
             self.capacity or cache_capacity(needed),
-            check=partial(self._check_room, needed=needed),
+            check=partial(self._check, prompts=prompts, needed=needed),
             without_tokenizer=self._without_tokenizer(prompts),
         )
         if not prompts:
@@ -121,10 +121,10 @@ class Generate(Configured, OverDevices):
         result, rates = self._generate(model, prompts, capacity=self.capacity, streamed=streamed)
         self._finish(model, result, rates, streamed)
 
-    def _check_room(self, sizes: "ModelConfig", needed: int) -> None:
-        """Raises ValueError if a model or the cache has fewer positions than the longest sequence needs."""
+    def _check(self, sizes: "ModelConfig", prompts: list, needed: int) -> None:
+        """Raises ValueError if a model or the cache has too few positions, or no such tokens."""
         from retro_jax.experiments.io.models import check_positions
-        from retro_jax.inputs import check_capacity
+        from retro_jax.inputs import check_capacity, check_token_ids
 
         if self.capacity:
             check_positions(sizes, self.capacity, "--capacity", self.capacity)
@@ -132,6 +132,9 @@ class Generate(Configured, OverDevices):
         beside = f"{before} token{'s' * (before > 1)} before them"
         check_positions(sizes, needed, "--max-new-tokens", self.max_new_tokens, beside)
         check_capacity(sizes, needed, self.capacity)
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                check_token_ids(sizes, prompt, f"prompt {index}")
 
     def _without_tokenizer(self, prompts: list) -> str:
         """How a model without a tokenizer is refused; "": it is not."""
@@ -181,7 +184,7 @@ class Generate(Configured, OverDevices):
             [config],
             about["rows"],
             max(about["capacity"], given),
-            check=partial(self._check_room, needed=given),
+            check=partial(self._check, prompts=prompts, needed=given),
             without_tokenizer=self._without_tokenizer(prompts),
         )
         ids = [prompt_ids(model, prompt, index, False) for index, prompt in enumerate(prompts)]

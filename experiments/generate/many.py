@@ -23,6 +23,7 @@ from retro_jax.experiments.io.files import check_writable
 from retro_jax.experiments.io.folders import digest
 from retro_jax.experiments.io.lines import LineFile, read_lines
 from retro_jax.experiments.io.models import check_positions, check_tokenizer
+from retro_jax.inputs import check_token_ids
 from retro_jax.models.config import ModelConfig
 from retro_jax.requests import Reply, check_request, check_room
 from retro_jax.sampling import KEY_KIND
@@ -182,11 +183,13 @@ class Work:
 
 
 def check_lines(sizes: ModelConfig, lines: Sequence[Line], capacity: int | None) -> None:
-    """Raises ValueError if a line, a text of one token at least, does not fit a model or the cache."""
+    """Raises ValueError if a line does not fit a model or the cache; a text has one token at least."""
     if capacity:
         check_positions(sizes, capacity, "--capacity", capacity)
     for line in lines:
-        known = len(line.prompt) if isinstance(line.prompt, tuple) else 1
+        known = 1
+        if isinstance(line.prompt, tuple):
+            known = len(check_token_ids(sizes, line.prompt, f"prompt {line.number}"))
         check_room(sizes, line.number, known + line.max_new_tokens, capacity)
 
 

@@ -361,15 +361,24 @@ class TextCommand(Command):
     def asked(self, copies: int = 1, *, padded: bool = True) -> dict:
         """What `load` and `check_known` are told, without a model; see `read`."""
         from retro_jax.experiments.io.text import WITHOUT_TOKENIZER, check_prompt, check_sources, file_tokens
+        from retro_jax.inputs import check_token_ids
 
         check_sources(self.text, self.token_ids, self.tokens)
         texts, tokens = len(self.text), self.tokens
-        if self.token_ids is not None:
-            texts, tokens = file_tokens(self.token_ids, tokens).shape
+        ids = None if self.token_ids is None else file_tokens(self.token_ids, tokens)
+        if ids is not None:
+            texts, tokens = ids.shape
         if tokens is not None:
             check_prompt(self.prompt_tokens, tokens)
         room = self._room(texts, tokens or max(self.prompt_tokens + 1, 1), copies, padded)
-        return room | {"without_tokenizer": "" if self.token_ids else WITHOUT_TOKENIZER}
+        if ids is None:
+            return room | {"without_tokenizer": WITHOUT_TOKENIZER}
+
+        def check(model: "ModelConfig") -> None:
+            room["check"](model)
+            check_token_ids(model, ids, str(self.token_ids))
+
+        return room | {"check": check}
 
     def _room(self, texts: int, tokens: int, copies: int, padded: bool) -> dict:
         """What so many texts of so many tokens take."""

@@ -11,6 +11,7 @@ from retro_jax.experiments.runs import run as runner
 from retro_jax.models.formats import converted, huggingface_tokenizer
 
 IDS = ("--token-ids", "ids.npy")
+FEW = ("--tokens", 64, "--prompt-tokens", 8)
 TEXT = ("--text", "text.txt")
 
 
@@ -25,10 +26,12 @@ def unread(failure, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "load_model", load_model)
     monkeypatch.chdir(tmp_path)
     np.save("ids.npy", np.ones((2, 5000), np.int32))
+    np.save("far.npy", np.full((1, 64), 512, np.int32))
     (tmp_path / "text.txt").write_text("a text\n")
     for name, line in {
         "text": {"prompt": "a"},
         "ids": {"prompt": [1, 2]},
+        "far": {"prompt": [1, 512]},
         "chat": {"messages": [{"role": "user", "content": "a"}]},
     }.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
@@ -114,6 +117,17 @@ def unread(failure, monkeypatch, tmp_path):
         ),
         ("bench verify", TEXT, "random:tiny has no tokenizer; leave --text out, for random tokens"),
         ("bench throughput", TEXT, "random:tiny has no tokenizer; leave --text out, for random tokens"),
+        (
+            "score",
+            ("--token-ids", "far.npy", *FEW),
+            "far.npy has token id 512, outside the vocabulary of random:tiny",
+        ),
+        ("generate", ("--token-ids", "far.npy"), "prompt 0 has token id 512, outside the vocabulary"),
+        (
+            "generate",
+            ("--prompts", "far.jsonl", "--out", "out"),
+            "prompt 1 has token id 512, outside the vocabulary",
+        ),
         ("score", (*IDS, "--tokens", 6000), "ids.npy has 5000 tokens, fewer than the 6000 asked for"),
         ("score", (*IDS, "--tokens", 64), "--prompt-tokens is 1024; it must be in 1..63 for 64 tokens"),
     ],
