@@ -11,6 +11,7 @@ that a device reads with in the same run; each of several reads its own part.
 
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -207,6 +208,9 @@ class BenchDecode(BenchDecodeFlags):
             raise ValueError("--reference and --torch decode on one device; leave them or the devices out")
         if self.reference and "full" not in self.methods:
             raise ValueError("--reference is compared with full attention; add full to --methods")
+        for flag, python in (("--reference", self.reference), ("--torch", self.torch)):
+            if python is not None and not shutil.which(python):
+                raise ValueError(f"{flag} {python} is no program that can be run; name an interpreter")
         methods = {}
         for name in self.methods:
             if name in METHODS and METHODS[name].revises:

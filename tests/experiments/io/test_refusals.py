@@ -53,6 +53,11 @@ def unread(failure, monkeypatch, tmp_path):
             "take 6013 positions, random:tiny has 4096; none would fit, so lower --rounds 6 of --steps 1000",
         ),
         (
+            "bench decode",
+            ("--contexts", 8, "--torch", "no/python"),
+            "--torch no/python is no program that can be",
+        ),
+        (
             "bench throughput",
             ("--contexts", 4000),
             "--contexts 4000 with --reply-tokens 1024 take 5024 positions, random:tiny has 4096; use "
