@@ -12,6 +12,7 @@ from retro_jax.cache import StepMetrics
 from retro_jax.inputs import Prompt, check_whole, prompt_ids
 from retro_jax.metrics import Metrics
 from retro_jax.models import Model
+from retro_jax.models.config import ModelConfig
 from retro_jax.sampling import KEY_KIND
 from retro_jax.texts import Texts
 
@@ -77,17 +78,7 @@ def check_request(
     ids = prompt_ids(model, request.prompt, index, True)
     new = max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
     check_whole(**{f"prompt {index}: max_new_tokens": new})
-    needed, positions = len(ids) + new, model.config.max_positions
-    if needed > positions:
-        raise ValueError(
-            f"prompt {index} and its new tokens take {needed} positions, {model.config.name} has "
-            f"{positions}; shorten the prompt or generate fewer tokens"
-        )
-    if capacity is not None and needed > capacity:
-        raise ValueError(
-            f"prompt {index} and its new tokens take {needed} positions, the cache holds {capacity}; raise "
-            "the capacity, shorten the prompt or generate fewer tokens"
-        )
+    check_room(model.config, index, len(ids) + new, capacity)
     key = request.key
     if key is None:
         return Pending(index, ids, new)
@@ -99,6 +90,27 @@ def check_request(
             f"sizes; make it by jax.random.key(seed, impl={KEY_KIND!r})"
         )
     return Pending(index, ids, new, np.asarray(jax.random.key_data(key)))
+
+
+def check_room(model: ModelConfig, index: int, needed: int, capacity: int | None) -> None:
+    """Raises ValueError if a prompt and its reply need more positions than the model has, or the cache holds.
+
+    Args:
+      model: that will reply.
+      index: of the prompt, which errors name.
+      needed: positions of both.
+      capacity: tokens that the cache holds; None: as many as the model has positions.
+    """
+    if needed > model.max_positions:
+        raise ValueError(
+            f"prompt {index} and its new tokens take {needed} positions, {model.name} has "
+            f"{model.max_positions}; shorten the prompt or generate fewer tokens"
+        )
+    if capacity is not None and needed > capacity:
+        raise ValueError(
+            f"prompt {index} and its new tokens take {needed} positions, the cache holds {capacity}; raise "
+            "the capacity, shorten the prompt or generate fewer tokens"
+        )
 
 
 class Pending:

@@ -11,6 +11,7 @@ that a device reads with in the same run; each of several reads its own part.
 
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,11 +31,13 @@ from retro_jax.experiments.bench.decode_report import latency_pictures, speed_re
 from retro_jax.experiments.bench.limits import dense_kv_bytes, limit_ms
 from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
+from retro_jax.experiments.io.models import check_positions
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import cpus, provenance
 from retro_jax.experiments.io.settings import by_distinct_name
 from retro_jax.experiments.machine.programs import release
 from retro_jax.methods import METHODS
+from retro_jax.models.config import ModelConfig
 from retro_jax.presets import preset_fields
 from retro_jax.sharding import mesh_of
 
@@ -50,7 +53,9 @@ class BenchDecode(BenchDecodeFlags):
         load = os.getloadavg()[0]
         capacity = self._capacity(max(self.contexts))
         together = self.together or len(configs)
-        model = self.load(list(configs.values()), self.batch, capacity, together=together)
+        model = self.load(
+            list(configs.values()), self.batch, capacity, together=together, check=self.check_positions
+        )
         bandwidth = max(read_bandwidth(self.ceiling_bytes, calls=10, warm_up=2).values())
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             measured = [
@@ -67,7 +72,9 @@ class BenchDecode(BenchDecodeFlags):
             "weight_bytes": int(weight_bytes(model.params, model.config, tokens=0)),
             "ceiling_gb_per_s": bandwidth,
             "contexts": measured,
-            "steps": WARM_UP_STEPS + self.rounds * self.steps,
+            "warm_up_steps": WARM_UP_STEPS,
+            "rounds": self.rounds,
+            "steps_per_round": self.steps,
             "load_before": load,
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "provenance": provenance(),
@@ -79,7 +86,7 @@ class BenchDecode(BenchDecodeFlags):
                 write_bytes(self.out.with_name(name), picture)
         self.show(values, speed_report(values))
         if load > cpus() / 2 and not self.json:
-            print(f"The machine was busy: load {load:.1f} on {cpus()} CPUs before.", file=sys.stderr)
+            print(f"\nThe machine was busy: load {load:.1f} on {cpus()} CPUs before.", file=sys.stderr)
 
     def configurations(self) -> dict[str, DecodeConfig]:
         """How to decode, by contestant.
@@ -103,6 +110,9 @@ class BenchDecode(BenchDecodeFlags):
             raise ValueError("--reference is compared with full attention; add full to --methods")
         if self.reference and not self.prefill:
             raise ValueError("--reference has the same context prefilled; leave --no-prefill out")
+        for flag, python in (("--reference", self.reference), ("--torch", self.torch)):
+            if python is not None and not shutil.which(python):
+                raise ValueError(f"{flag} {python} is no program that can be run; name an interpreter")
         methods = {}
         for name in self.methods:
             if name in METHODS and METHODS[name].revises:
@@ -115,6 +125,12 @@ class BenchDecode(BenchDecodeFlags):
             if config.eviction and not self.prefill:
                 raise ValueError(f"{name} keeps what a prompt tells it to; leave it or --no-prefill out")
         return configs
+
+    def check_positions(self, model: ModelConfig) -> None:
+        """Raises ValueError if a model has no room for the longest context and what is decoded from there."""
+        context = max(self.contexts)
+        beside = f"--rounds {self.rounds} of --steps {self.steps}{' and --scan' * self.scan}"
+        check_positions(model, self._capacity(context), "--contexts", context, beside)
 
     def _capacity(self, context: int) -> int:
         """Tokens of a sequence that one contestant decodes or begins with."""

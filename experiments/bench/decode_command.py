@@ -33,7 +33,7 @@ class BenchDecodeFlags(OverDevices):
     steps: int = 16
     """Decode steps of one turn."""
     rounds: int = 6
-    """Turns of each contestant."""
+    """Turns of each contestant, after three steps to warm up, which compile and are not timed."""
     together: int | None = None
     """Methods whose caches are held at once, and which take turns with each other; None: all of them. Where
     those do not fit the memory, so many are measured after so many: what else the machine does may then meet

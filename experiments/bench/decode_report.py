@@ -11,6 +11,7 @@ from retro_jax.experiments.pictures.words import counted, shortened
 def speed_report(values: dict) -> str:
     """Returns the results of every context as Markdown."""
     parts, devices = [], values["data_devices"] * values["model_devices"]
+    timed = values["rounds"] * values["steps_per_round"]
     for measured in values["contexts"]:
         chosen = [row["expert_bytes"] for row in measured["contestants"].values() if "expert_bytes" in row]
         parts.append(
@@ -29,8 +30,12 @@ def speed_report(values: dict) -> str:
         if measured["reference"]:
             parts.append(
                 f"{measured['reference']}: the tokens of full attention in the first "
-                f"{measured['reference_agrees_for_steps']} of {values['steps']} steps."
+                f"{measured['reference_agrees_for_steps']} of {values['warm_up_steps'] + timed} steps."
             )
+    parts.append(
+        f"Times are medians of {counted(timed, 'step')}, {counted(values['rounds'], 'turn')} of "
+        f"{values['steps_per_round']}, after {values['warm_up_steps']} to warm up, which are not timed."
+    )
     return "\n\n".join(parts)
 
 
@@ -96,7 +101,7 @@ def latency_pictures(values: dict, stem: str) -> dict[str, bytes]:
         Curves(traffic, x, Scale("KV MB read by a step, for a sequence", shown=(0.0,))),
     ]
     turns = next(iter(measured[0]["milliseconds"].values()))
-    steps = counted(len(turns) * len(turns[0]), "step")
+    steps = counted(len(turns) * len(turns[0]), "timed step")
     after = ", groups one after another" * any(len(each["groups"]) > 1 for each in measured)
     notes = [
         f"n = {steps} of each, in {counted(len(turns), 'turn')}{after}; medians",

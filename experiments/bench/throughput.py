@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from retro_jax.experiments.bench.throughput_report import (
     throughput_report,
 )
 from retro_jax.experiments.io.folders import check_new, write_results
+from retro_jax.experiments.io.models import check_positions
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.settings import by_distinct_name
@@ -75,8 +77,22 @@ class BenchThroughput(BenchThroughputFlags):
         configs = self.configurations()
         rows = held_rows(max(self.slots))
         lengths = [(tokens, tokens) for tokens in self.contexts] or [self.prompt_tokens]
-        most = max(high for _, high in lengths) + self.reply_tokens[1] + (self.verify or 0)
-        model = self.load(list(configs.values()), rows, cache_capacity(most))
+        longest = max(high for _, high in lengths)
+        most = longest + self.reply_tokens[1] + (self.verify or 0)
+        beside = f"--reply-tokens {self.reply_tokens[1]}{f' and --verify {self.verify}' * bool(self.verify)}"
+        model = self.load(
+            list(configs.values()),
+            rows,
+            cache_capacity(most),
+            check=partial(
+                check_positions,
+                needed=most,
+                flag="--contexts" if self.contexts else "--prompt-tokens",
+                value=longest,
+                beside=beside,
+            ),
+            without_tokenizer="; leave --text out, for random tokens" * bool(self.text),
+        )
         asked = [self.asked(model, limits) for limits in lengths]
         capacity = max(each.capacity for each in asked)
         check_memory(model.config, list(configs.values()), rows, capacity, loaded=True)
@@ -160,8 +176,6 @@ class BenchThroughput(BenchThroughputFlags):
         rng = np.random.default_rng(self.seed)
         replies, lengths = (spread(rng, *each, self.prompts) for each in (self.reply_tokens, limits))
         if self.text:
-            if model.tokenizer is None:
-                raise ValueError(f"{self.model} has no tokenizer; leave --text out, for random tokens")
             ids = np.concatenate([text_tokens(model, [path], None)[0] for path in self.text])
         else:
             ids = rng.integers(model.config.vocab_size, size=self.prompts * limits[1], dtype=np.int32)

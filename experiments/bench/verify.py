@@ -34,6 +34,7 @@ from retro_jax.experiments.bench.verify_context import Context, read_context, un
 from retro_jax.experiments.bench.verify_report import verify_report
 from retro_jax.experiments.io.budgets import budget_fields
 from retro_jax.experiments.io.folders import check_new, write_results
+from retro_jax.experiments.io.models import check_positions
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.settings import distinct_names
@@ -124,7 +125,21 @@ class BenchVerify(BenchVerifyFlags):
         full = DecodeConfig("full", sink_pages=0, **common)
         capacity = self.capacity
         every = [config for configs in contestants.values() for config in configs]
-        model = self.load(every, self.batch, capacity)
+        beside = f"--own-tokens {self.own_tokens}, --new-tokens {self.new_tokens}, --calls {self.calls} and "
+        beside += f"--drafts {max(self.drafts)}"
+        model = self.load(
+            every,
+            self.batch,
+            capacity,
+            check=partial(
+                check_positions,
+                needed=capacity,
+                flag="--context",
+                value=self.context,
+                beside=beside,
+            ),
+            without_tokenizer="; leave --text out, for random tokens" * bool(self.text),
+        )
         ids = self._ids(model)
         with Progress() as progress, jax.set_mesh(mesh_of(model.params)):
             run, rows, parts = None, [], []
@@ -233,8 +248,6 @@ class BenchVerify(BenchVerifyFlags):
         if self.predict and not self.text:
             return None
         needed = self.context + self.batch * self.own_tokens
-        if self.text and model.tokenizer is None:
-            raise ValueError(f"{self.model} has no tokenizer; leave --text out, for random tokens")
         if self.text:
             ids = np.concatenate([text_tokens(model, [path], None)[0] for path in self.text])
             if len(ids) < needed:

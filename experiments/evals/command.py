@@ -1,6 +1,7 @@
 """The command `eval`: tasks of the Language Model Evaluation Harness."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,7 @@ class Eval(Configured, Command):
         from retro_jax.experiments.io.files import check_writable
         from retro_jax.experiments.io.folders import check_new, write_results
         from retro_jax.experiments.io.provenance import provenance
+        from retro_jax.inputs import check_whole
         from retro_jax.sizes import batch_rows
 
         asked = Asked(
@@ -65,9 +67,16 @@ class Eval(Configured, Command):
             check_writable(self.out)
         config = self.config.config()
         check_installed()
-        model = self.load([config], batch_rows(max(self.batch_size, 1)), 1)
-        from retro_jax.experiments.evals.language_model import RetroJaxLM
+        from retro_jax.experiments.evals.language_model import WITHOUT_TOKENIZER, RetroJaxLM, check_length
 
+        check_whole(batch_size=self.batch_size, max_gen_toks=self.max_gen_toks)
+        model = self.load(
+            [config],
+            batch_rows(self.batch_size),
+            1,
+            check=partial(check_length, max_length=self.max_length),
+            without_tokenizer=WITHOUT_TOKENIZER,
+        )
         answering = RetroJaxLM(
             model,
             config,

@@ -14,12 +14,13 @@ from retro_jax import DecodeConfig, Model, Request, generate_many, load_model
 from retro_jax.experiments.evals.arguments import read_arguments
 from retro_jax.experiments.evals.generation import read_options
 from retro_jax.experiments.evals.scoring import MODES, Pair, heads, likelihoods
-from retro_jax.experiments.io.models import with_score
+from retro_jax.experiments.io.models import check_tokenizer, with_score
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
 from retro_jax.experiments.machine.memory import check_memory
 from retro_jax.inputs import check_whole
+from retro_jax.models.config import ModelConfig
 from retro_jax.sampling import KEY_KIND
 from retro_jax.sizes import cache_capacity, held_rows
 
@@ -31,7 +32,18 @@ NAME = "retro_jax"
 CONTINUED = "<|the message goes on|> "
 """Marks where a last message ends in what a template makes of it."""
 
+WITHOUT_TOKENIZER = ", so it cannot read tasks; use another model"
+"""What a model without one is told."""
+
 _log = logging.getLogger(__name__)
+
+
+def check_length(model: ModelConfig, max_length: int | None) -> None:
+    """Raises ValueError if a model has not so many positions, or a question and an answer have no room."""
+    if max_length is not None and not 2 <= max_length <= model.max_positions:
+        raise ValueError(
+            f"max_length {max_length} is not within 2..{model.max_positions}, the positions of {model.name}"
+        )
 
 
 class RetroJaxLM(TemplateLM):
@@ -68,23 +80,16 @@ class RetroJaxLM(TemplateLM):
         seed: int = 0,
     ):
         super().__init__()
-        positions = model.config.max_positions
-        if model.tokenizer is None:
-            raise ValueError(
-                f"{model.config.name} has no tokenizer, so it cannot read tasks; use another model"
-            )
+        check_tokenizer(model.config.name, model.tokenizer is not None, WITHOUT_TOKENIZER)
         if mode is None:
             mode = "prefill" if config.attention.dense else "decode"
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
-        if max_length is not None and not 2 <= max_length <= positions:
-            raise ValueError(
-                f"max_length {max_length} is not within 2..{positions}, the positions of {model.config.name}"
-            )
         check_whole(batch_size=batch_size, max_gen_toks=max_gen_toks)
+        check_length(model.config, max_length)
         self.model, self.config, self.mode = model, config, mode
         self.batch_size, self.max_gen_toks, self.seed = batch_size, max_gen_toks, seed
-        self.max_length = positions if max_length is None else max_length
+        self.max_length = model.config.max_positions if max_length is None else max_length
         self.tokenizer = model.tokenizer
 
     @classmethod

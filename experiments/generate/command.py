@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +21,7 @@ from retro_jax.experiments.io.progress import Progress, Rates
 
 if TYPE_CHECKING:
     from retro_jax import Generation, Model
+    from retro_jax.models.config import ModelConfig
 
 
 @dataclass(kw_only=True)
@@ -102,11 +104,14 @@ class Generate(Configured, OverDevices):
                 "there is nothing to continue; pass --prompt TEXT, --prompt-file FILE, --token-ids FILE.npy, "
                 "--prompts FILE.jsonl or --chat"
             )
-        longest = max((len(prompt) for prompt in prompts if not isinstance(prompt, str)), default=1)
-        capacity = self.capacity or cache_capacity(longest + self.max_new_tokens)
-        model = self.load([config], batch_rows(max(len(prompts), 1)), capacity)
-        if self.chat and model.tokenizer is None:
-            raise ValueError(f"{model.config.name} has no tokenizer, so it cannot chat; use another model")
+        needed = max(map(_least, prompts), default=1) + self.max_new_tokens
+        model = self.load(
+            [config],
+            batch_rows(max(len(prompts), 1)),
+            self.capacity or cache_capacity(needed),
+            check=partial(self._check, prompts=prompts, needed=needed),
+            without_tokenizer=self._without_tokenizer(prompts),
+        )
         if not prompts:
             self._talk(model)
             return
@@ -115,6 +120,29 @@ class Generate(Configured, OverDevices):
         streamed = len(prompts) == 1 and model.tokenizer is not None and not self.json
         result, rates = self._generate(model, prompts, capacity=self.capacity, streamed=streamed)
         self._finish(model, result, rates, streamed)
+
+    def _check(self, sizes: "ModelConfig", prompts: list, needed: int) -> None:
+        """Raises ValueError if a model or the cache has too few positions, or no such tokens."""
+        from retro_jax.experiments.io.models import check_positions
+        from retro_jax.inputs import check_capacity, check_token_ids
+
+        if self.capacity:
+            check_positions(sizes, self.capacity, "--capacity", self.capacity)
+        before = needed - self.max_new_tokens
+        beside = f"{before} token{'s' * (before > 1)} before them"
+        check_positions(sizes, needed, "--max-new-tokens", self.max_new_tokens, beside)
+        check_capacity(sizes, needed, self.capacity)
+        for index, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                check_token_ids(sizes, prompt, f"prompt {index}")
+
+    def _without_tokenizer(self, prompts: list) -> str:
+        """How a model without a tokenizer is refused; "": it is not."""
+        from retro_jax.experiments.io.text import WITHOUT_TOKENIZER
+
+        if self.chat:
+            return ", so it cannot chat; use another model"
+        return WITHOUT_TOKENIZER if any(isinstance(prompt, str) for prompt in prompts) else ""
 
     def _check_states(self) -> None:
         """Raises if a state cannot be kept, or gone on with, as the flags say."""
@@ -151,7 +179,14 @@ class Generate(Configured, OverDevices):
                 "or none to go on"
             )
         least = used + self.max_new_tokens
-        model = self.load([config], about["rows"], max(about["capacity"], least))
+        given = least + max((1 + _least(prompt) for prompt in prompts), default=0)
+        model = self.load(
+            [config],
+            about["rows"],
+            max(about["capacity"], given),
+            check=partial(self._check, prompts=prompts, needed=given),
+            without_tokenizer=self._without_tokenizer(prompts),
+        )
         ids = [prompt_ids(model, prompt, index, False) for index, prompt in enumerate(prompts)]
         needed = least + max((1 + len(row) for row in ids), default=0)
         room = self.capacity or about["capacity"]
@@ -204,6 +239,7 @@ class Generate(Configured, OverDevices):
         before: str = "",
     ) -> "tuple[Generation, Rates]":
         from retro_jax import generate
+        from retro_jax.experiments.generate.words import covered, summary
         from retro_jax.inputs import prompt_ids
         from retro_jax.sizes import batch_rows, cache_capacity
 
@@ -237,14 +273,23 @@ class Generate(Configured, OverDevices):
             )
         if streamed:
             print(next(unshown, ""), flush=True)
-        print(_summary(result, rates), file=sys.stderr)
-        if note := _covered(result, model):
+        print(summary(result, rates), file=sys.stderr)
+        if note := covered(result, model):
             print(note, file=sys.stderr)
         return result, rates
 
     def _many(self) -> None:
         """Replies to the prompts of a file that its replies' file does not have yet."""
-        from retro_jax.experiments.generate.many import Work, check_out, read_prompts, reply_to, token_ids
+        from retro_jax.experiments.generate.many import (
+            Work,
+            check_lines,
+            check_out,
+            read_prompts,
+            reply_to,
+            token_ids,
+            without_tokenizer,
+        )
+        from retro_jax.experiments.generate.words import compiling
         from retro_jax.experiments.io.provenance import provenance
         from retro_jax.score_files import score_digest
         from retro_jax.sizes import cache_capacity, held_rows
@@ -266,7 +311,13 @@ class Generate(Configured, OverDevices):
         lines = read_prompts(self.prompts, self.max_new_tokens)
         check_out(self.prompts, self.out)
         rows = held_rows(self.slots)
-        model = self.load([config], rows, self.capacity or cache_capacity(1))
+        model = self.load(
+            [config],
+            rows,
+            self.capacity or cache_capacity(1),
+            check=partial(check_lines, lines=lines, capacity=self.capacity),
+            without_tokenizer=without_tokenizer(lines, self.chat),
+        )
         ids = token_ids(model, lines, self.chat, self.capacity)
         needed = max(len(ids[line.id]) + line.max_new_tokens for line in lines)
         capacity = self.capacity or cache_capacity(needed, model.config.max_positions)
@@ -298,7 +349,7 @@ class Generate(Configured, OverDevices):
         }
         text = f"{there + made} replies: {self.out}"
         if made:
-            text += f" ({made} of them new: {tokens} tokens in {rates.seconds:.1f} s{_compiling(rates)})"
+            text += f" ({made} of them new: {tokens} tokens in {rates.seconds:.1f} s{compiling(rates)})"
         self.show(values, text)
 
     def _talk(self, model: "Model") -> None:
@@ -326,69 +377,13 @@ class Generate(Configured, OverDevices):
             messages.append({"role": "assistant", "content": result.texts[0]})
 
 
+def _least(prompt: "str | Sequence[int]") -> int:
+    """Tokens that a prompt has, at least."""
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
 def _read_message() -> str:
     try:
         return input("> ").strip()
     except EOFError:
         return ""
-
-
-def _summary(result: "Generation", rates: Rates) -> str:
-    """One line on how fast it was and what it loaded."""
-    parts = [f"{sum(map(len, result.tokens))} tokens in {rates.seconds:.1f} s{_compiling(rates)}"]
-    rate = rates.per_second("decode")
-    if rate:
-        parts.append(f"{rate * len(result.tokens):.1f} tokens/s after the first steps")
-    if result.metrics is not None:
-        metrics = result.metrics.summary()
-        parts.append(f"{metrics['kv_bytes'] / 1e6:.2f} MB of KV cache read per token")
-        if "checks" in metrics:
-            parts.append(_checks(metrics))
-        elif (exposure := metrics["exposure"][-1]) is not None:
-            parts.append(f"{metrics['pages_loaded']:.1f} pages per step and KV head, exposure {exposure:.2f}")
-    return "[" + "; ".join(parts) + "]"
-
-
-def _checks(metrics: dict) -> str:
-    """What drafts and their checks came to."""
-    accepted = " ".join(f"{share:.2f}" for share in metrics["acceptance"]) or "none drafted"
-    return (
-        f"{metrics['tokens_per_check']:.2f} tokens per check of {metrics['drafts_per_check']:.2f} drafts, "
-        f"which read {metrics['check_bytes_per_check'] / 1e6:.2f} MB and "
-        f"{metrics['draft_bytes_per_check'] / 1e6:.2f} MB; accepted, by position: {accepted}"
-    )
-
-
-def _compiling(rates: Rates) -> str:
-    """How much of the time was compiling, if any that shows."""
-    seconds = rates.show.compile_seconds
-    return f", {seconds:.1f} s of them compiling" if seconds >= 0.05 else ""
-
-
-def _covered(result: "Generation", model: "Model") -> str:
-    """A line that says so where no layer is sparse, or the budget covered all of the context."""
-    import jax.numpy as jnp
-
-    from pallas_kernels import pages_for
-    from retro_jax.budget import Budget, budget_pages
-    from retro_jax.plan import layer_plan
-
-    config, tokens = result.config, int(result.state.length.max())
-    if config.attention.dense or result.metrics is None:
-        return ""
-    if not layer_plan(model.config, config).num_sparse:
-        return (
-            f"[no layer of {model.config.name} is sparse: each has a sliding window or is one of the first "
-            f"{config.dense_layers} with full attention, so {config.method!r} did what full attention does; "
-            "lower --dense-layers, or use a model with more such layers]"
-        )
-    itemsize = jnp.dtype(model.config.dtype).itemsize
-    (pages,) = budget_pages(
-        config, Budget.of(config, 1), jnp.array([tokens]), model.config.head_dim, itemsize
-    )
-    if pages < pages_for(tokens, config.page_size):
-        return ""
-    return (
-        f"[the budget of {int(pages) * config.page_size} tokens covers all {tokens} tokens of context, so "
-        f"{config.method!r} did what full attention does; lower --budget-tokens, or continue a longer text]"
-    )

@@ -22,10 +22,16 @@ from retro_jax.experiments.generate import chat
 from retro_jax.experiments.io.files import check_writable
 from retro_jax.experiments.io.folders import digest
 from retro_jax.experiments.io.lines import LineFile, read_lines
-from retro_jax.requests import Reply, check_request
+from retro_jax.experiments.io.models import check_positions, check_tokenizer
+from retro_jax.inputs import check_token_ids
+from retro_jax.models.config import ModelConfig
+from retro_jax.requests import Reply, check_request, check_room
 from retro_jax.sampling import KEY_KIND
 
 FIELDS = ("id", "prompt", "messages", "max_new_tokens")
+
+WITHOUT_CHAT = ", so it cannot chat; use another model, or token ids"
+"""What a model without a tokenizer is told."""
 
 BEGIN = b'{"id": '
 """Of every reply."""
@@ -176,6 +182,25 @@ class Work:
     capacity: int | None
 
 
+def check_lines(sizes: ModelConfig, lines: Sequence[Line], capacity: int | None) -> None:
+    """Raises ValueError if a line does not fit a model or the cache; a text has one token at least."""
+    if capacity:
+        check_positions(sizes, capacity, "--capacity", capacity)
+    for line in lines:
+        known = 1
+        if isinstance(line.prompt, tuple):
+            known = len(check_token_ids(sizes, line.prompt, f"prompt {line.number}"))
+        check_room(sizes, line.number, known + line.max_new_tokens, capacity)
+
+
+def without_tokenizer(lines: Sequence[Line], as_message: bool) -> str:
+    """How a model without a tokenizer is refused, see `check_tokenizer`; "": it is not."""
+    texts = [line for line in lines if not isinstance(line.prompt, tuple)]
+    if any(as_message or line.messages for line in texts):
+        return WITHOUT_CHAT
+    return f'; give prompt {texts[0].number} as token ids, {{"prompt": [1, 2, 3]}}' if texts else ""
+
+
 def token_ids(
     model: Model, lines: Sequence[Line], as_message: bool, capacity: int | None
 ) -> dict[str | int, np.ndarray]:
@@ -194,11 +219,7 @@ def token_ids(
     for line in lines:
         prompt = line.prompt
         if line.messages is not None or (as_message and isinstance(prompt, str)):
-            if model.tokenizer is None:
-                raise ValueError(
-                    f"{model.config.name} has no tokenizer, so it cannot chat; use another model, or token "
-                    "ids"
-                )
+            check_tokenizer(model.config.name, model.tokenizer is not None, WITHOUT_CHAT)
             turns = line.messages or ({"role": "user", "content": prompt},)
             prompt = chat.prompt(model.tokenizer, turns)
         found[line.id] = check_request(model, line.number, prompt, line.max_new_tokens, capacity).ids

@@ -16,8 +16,23 @@ PREFIX = "COMPLETION_SPEC = "
 JOINED = 'all_subcommands = set(spec.get("subcommands", {}).keys())'
 """In a script, the names of commands that bash has split at colons, which are put together again."""
 
-BEFORE_COLON = 'elif [[ "$prev" != "${COMP_WORDS[0]}" && "$prev" != -* ]]; then'
-"""In that for bash, which word belongs to the one after it: only what stands before a colon."""
+CHANGED = {
+    # Where nothing else can follow, what follows is a file.
+    "get_completions(words, current_index, COMPLETION_SPEC)": (
+        "get_completions(words, current_index, COMPLETION_SPEC) or ['__TYRO_COMPLETE_FILES__']"
+    ),
+    # In bash, files as it completes them for any command: spaces are quoted, folders end with a slash.
+    "complete -F": "complete -o bashdefault -o default -F",
+    'COMPREPLY=($(compgen -f -- "$cur"))': "COMPREPLY=()",
+    # In fish the same, and a pipe: Linux takes no argument as long as the program.
+    "complete --no-files": "complete",
+    '($python_cmd -c "$pycode" $words $current)': (
+        "(printf '%s' \"$pycode\" | $python_cmd - $words $current)"
+    ),
+    # In bash, which word belongs to the one after it: only what stands before a colon.
+    'elif [[ "$prev" != "${COMP_WORDS[0]}"': 'elif [[ "$cur" == :* && "$prev" != "${COMP_WORDS[0]}"',
+}
+"""What a script says, and what it is to say."""
 
 
 def completion(commands: object, shell: str, on_model: Collection[str] = ()) -> str:
@@ -35,7 +50,10 @@ def completion(commands: object, shell: str, on_model: Collection[str] = ()) -> 
     except SystemExit as stop:
         if stop.code:
             raise
-    names, lines = _names(on_model), printed.getvalue().splitlines()
+    names, script = _names(on_model), printed.getvalue()
+    for said, wanted in CHANGED.items():
+        script = script.replace(said, wanted)
+    lines = script.splitlines()
     split = sorted({name for own in names.values() for some in own.values() for name in some if ":" in name})
     for number, line in enumerate(lines):
         if line.startswith(PREFIX):
@@ -46,8 +64,6 @@ def completion(commands: object, shell: str, on_model: Collection[str] = ()) -> 
             if shell == "fish":
                 told = re.sub(r"([\\\"$])", r"\\\1", told)
             lines[number] = PREFIX + told
-        elif line.strip() == BEFORE_COLON:
-            lines[number] = line.replace("[[", '[[ "$cur" == :* &&', 1)
         elif line.strip() == JOINED:
             lines[number] += f".union({split})"
     return "\n".join(lines)
@@ -79,6 +95,8 @@ def _named(spec: dict, names: Mapping[str, Mapping[str, Sequence[str]]], command
         option = option | {"description": " ".join(option["description"].split())}
         if (flag := option["flags"][0]) in here:
             option |= {"type": "choice", "choices": here[flag]}
+        elif "choices" in option:  # in the order of a set, which is another in every process
+            option |= {"choices": sorted(option["choices"])}
         options.append(option)
     options += [{"flags": [name], "description": "a model", "type": "flag"} for name in here.get("", ())]
     under = {word: _named(other, names, word) for word, other in spec["subcommands"].items()}

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
@@ -148,7 +148,14 @@ class Command(Output):
         return None
 
     def load(
-        self, configs: "Sequence[DecodeConfig]", batch: int, capacity: int, *, together: int = 1
+        self,
+        configs: "Sequence[DecodeConfig]",
+        batch: int,
+        capacity: int,
+        *,
+        together: int = 1,
+        check: "Callable[[ModelConfig], None] | None" = None,
+        without_tokenizer: str = "",
     ) -> "Model":
         """Reads the model, after downloading it where it is not cached, onto its devices.
 
@@ -157,25 +164,24 @@ class Command(Output):
           batch: rows of the state, at least.
           capacity: tokens of each that the cache holds, at least.
           together: of how many of them, as they follow each other, the caches are held at once.
+          check: raises ValueError for sizes of a model that what was asked for does not fit.
+          without_tokenizer: how a model without a tokenizer is refused, see `check_tokenizer`; "": it is not.
 
         Raises:
-          ValueError: JAX does not start, or the model does not divide over the devices or fit their memory;
-            told before the model is read where its name or its config.json tells its size.
+          ValueError: JAX does not start, or the model is refused by one of these, or does not divide over the
+            devices or fit their memory; told before the model is read where its name or its config.json tells
+            its size.
         """
         import jax
 
         from retro_jax import load_model
-        from retro_jax.experiments.io.models import check_learned, known_model, with_score
+        from retro_jax.experiments.io.models import check_tokenizer, with_score
         from retro_jax.experiments.machine.compile_cache import keep_programs
-        from retro_jax.experiments.machine.devices import local_devices
         from retro_jax.sharding import params_on, shard_params
 
-        check_learned(self.learned, configs, self.model)
         mesh = self.mesh()
-        local_devices()
-        fits = functools.partial(self.check_memory, together=together)
-        if known := known_model(self.model, self.dtype):
-            fits(known, configs, batch, capacity)
+        refusals = {"together": together, "check": check, "without_tokenizer": without_tokenizer}
+        known = self.check_known(configs, batch, capacity, **refusals)
         late = self.learned is not None  # a score is computed with weights that lie whole
         host = contextlib.nullcontext()
         if mesh is not None:
@@ -192,9 +198,47 @@ class Command(Output):
         if mesh is not None and late:
             model = replace(model, params=shard_params(model.params, model.config, mesh))
         keep_programs()
+        if without_tokenizer:
+            check_tokenizer(model.config.name, model.tokenizer is not None, without_tokenizer)
         if not known:
-            fits(model.config, configs, batch, capacity, loaded=True)
+            if check is not None:
+                check(model.config)
+            self.check_memory(model.config, configs, batch, capacity, loaded=True, together=together)
         return model
+
+    def check_known(
+        self,
+        configs: "Sequence[DecodeConfig]",
+        batch: int,
+        capacity: int,
+        *,
+        together: int = 1,
+        check: "Callable[[ModelConfig], None] | None" = None,
+        without_tokenizer: str = "",
+    ) -> bool:
+        """Refuses what `load` refuses, as far as it can be told before the model is fetched or read.
+
+        Returns:
+          Whether the model's sizes are known.
+        """
+        from retro_jax.experiments.io.models import (
+            check_learned,
+            check_tokenizer,
+            known_model,
+            known_tokenizer,
+        )
+        from retro_jax.experiments.machine.devices import local_devices
+
+        check_learned(self.learned, configs, self.model)
+        if without_tokenizer:
+            check_tokenizer(self.model, known_tokenizer(self.model), without_tokenizer)
+        local_devices()
+        if (known := known_model(self.model, self.dtype)) is None:
+            return False
+        if check is not None:
+            check(known)
+        self.check_memory(known, configs, batch, capacity, together=together)
+        return True
 
     def check_memory(
         self,
@@ -305,20 +349,47 @@ class TextCommand(Command):
           FileNotFoundError: a text is not there.
           ValueError: the texts are not as the flags say, or do not fit the memory.
         """
-        from retro_jax.experiments.io.text import Texts, check_sources, read_tokens
-        from retro_jax.sizes import batch_rows, cache_capacity
+        from retro_jax.experiments.io.text import Texts, read_tokens
 
-        def sizes(texts: int, tokens: int) -> tuple[int, int]:
-            texts *= copies
-            return (batch_rows(texts), cache_capacity(tokens)) if padded else (texts, tokens)
+        model = self.load(configs, **self.asked(copies, padded=padded))
+        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
+        texts, asked = Texts(names, ids, self.prompt_tokens), self._room(*ids.shape, copies, padded)
+        asked.pop("check")(model.config)
+        self.check_memory(model.config, configs, **asked, loaded=True)
+        return model, texts
+
+    def asked(self, copies: int = 1, *, padded: bool = True) -> dict:
+        """What `load` and `check_known` are told, without a model; see `read`."""
+        from retro_jax.experiments.io.text import WITHOUT_TOKENIZER, check_prompt, check_sources, file_tokens
+        from retro_jax.inputs import check_token_ids
 
         check_sources(self.text, self.token_ids, self.tokens)
-        least = self.tokens or self.prompt_tokens + 1
-        model = self.load(configs, *sizes(max(len(self.text), 1), max(least, 1)))
-        ids, names = read_tokens(model, self.text, self.token_ids, self.tokens, self.skip_chars)
-        texts = Texts(names, ids, self.prompt_tokens)
-        self.check_memory(model.config, configs, *sizes(*ids.shape), loaded=True)
-        return model, texts
+        texts, tokens = len(self.text), self.tokens
+        ids = None if self.token_ids is None else file_tokens(self.token_ids, tokens)
+        if ids is not None:
+            texts, tokens = ids.shape
+        if tokens is not None:
+            check_prompt(self.prompt_tokens, tokens)
+        room = self._room(texts, tokens or max(self.prompt_tokens + 1, 1), copies, padded)
+        if ids is None:
+            return room | {"without_tokenizer": WITHOUT_TOKENIZER}
+
+        def check(model: "ModelConfig") -> None:
+            room["check"](model)
+            check_token_ids(model, ids, str(self.token_ids))
+
+        return room | {"check": check}
+
+    def _room(self, texts: int, tokens: int, copies: int, padded: bool) -> dict:
+        """What so many texts of so many tokens take."""
+        from retro_jax.experiments.io.models import check_positions
+        from retro_jax.sizes import batch_rows, cache_capacity
+
+        fits = functools.partial(check_positions, needed=tokens, flag="--tokens", value=tokens)
+        batch, capacity = texts * copies, tokens
+        if padded:
+            batch, capacity = batch_rows(batch), cache_capacity(tokens)
+        return {"batch": batch, "capacity": capacity, "check": fits}
 
 
 def _values(flags, kind: type) -> dict:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from retro_jax.experiments.io.files import read_json
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.formats.checkpoint import is_checkpoint
-from retro_jax.models.formats.converted import converted_config, converted_score
+from retro_jax.models.formats.converted import converted_config, converted_score, converted_tokenizer
 from retro_jax.models.formats.huggingface import config_from_json
+from retro_jax.models.formats.huggingface_tokenizer import has_tokenizer
 from retro_jax.models.load import local_path
 from retro_jax.models.presets import SIZES
 from retro_jax.score_files import load_score, read_about
@@ -31,6 +32,54 @@ def known_model(name: str, dtype: str | None) -> ModelConfig | None:
     size = re.sub(r"-\d{4}(?=-)", "", size)  # a month, as in OLMo-2-1124-7B
     found = {known.replace("-", ""): config for known, config in SIZES.items()}.get(size.replace("-", ""))
     return found and replace(found, name=name, dtype=dtype or found.dtype)
+
+
+def known_tokenizer(name: str) -> bool | None:
+    """Whether a model has a tokenizer, without fetching it; None: that cannot be told."""
+    if name in {f"random:{size}" for size in SIZES}:
+        return False
+    folder = local_path(name)
+    if name and is_checkpoint(folder):
+        return converted_tokenizer(folder)
+    return has_tokenizer(folder) if (folder / "config.json").is_file() else None
+
+
+def check_tokenizer(name: str, there: bool | None, way: str) -> None:
+    """Refuses a model without a tokenizer.
+
+    Args:
+      name: of the model.
+      there: whether it has one; None: that is not known yet.
+      way: what it cannot do without, and the way out, in words.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if there is False:
+        raise ValueError(f"{name} has no tokenizer{way}")
+
+
+def check_positions(model: ModelConfig, needed: int, flag: str, value: int, beside: str = "") -> None:
+    """Refuses a sequence that is longer than the model's positions.
+
+    Args:
+      model: its sizes.
+      needed: positions of the longest sequence.
+      flag: that could be lower.
+      value: of the flag.
+      beside: what else takes positions, in words; "" if nothing does.
+
+    Raises:
+      ValueError: they are more than the model has.
+    """
+    if needed <= model.max_positions:
+        return
+    fits = value - (needed - model.max_positions)
+    way = f"use {flag} {fits} at most" if fits > 0 else f"none would fit, so lower {beside}"
+    raise ValueError(
+        f"{flag} {value}{f' with {beside}' * bool(beside)} take {needed} positions, {model.name} has "
+        f"{model.max_positions}; {way}"
+    )
 
 
 def check_learned(folder: Path | None, configs: "Sequence[DecodeConfig]", model: str) -> None:

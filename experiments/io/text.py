@@ -31,6 +31,10 @@ PACKED = {
 """How files begin that have text in them, but are none."""
 
 
+WITHOUT_TOKENIZER = ", so it cannot read text; pass --token-ids FILE.npy"
+"""What a model without one is told."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Texts to decode along: their names and token ids, all of one length."""
@@ -40,11 +44,15 @@ class Texts:
     prompt_tokens: int
 
     def __post_init__(self):
-        tokens = self.ids.shape[1]
-        if not 1 <= self.prompt_tokens < tokens:
-            raise ValueError(
-                f"--prompt-tokens is {self.prompt_tokens}; it must be in 1..{tokens - 1} for {tokens} tokens"
-            )
+        check_prompt(self.prompt_tokens, self.ids.shape[1])
+
+
+def check_prompt(prompt_tokens: int, tokens: int) -> None:
+    """Raises ValueError if so many of a text's tokens cannot be its prompt."""
+    if not 1 <= prompt_tokens < tokens:
+        raise ValueError(
+            f"--prompt-tokens is {prompt_tokens}; it must be in 1..{tokens - 1} for {tokens} tokens"
+        )
 
 
 def decode(contents: bytes, name: str) -> str:
@@ -119,9 +127,7 @@ def text_tokens(
         ValueError: the model has no tokenizer, or a text is shorter than `tokens`.
     """
     if model.tokenizer is None:
-        raise ValueError(
-            f"{model.config.name} has no tokenizer, so it cannot read text; pass --token-ids FILE.npy"
-        )
+        raise ValueError(f"{model.config.name} has no tokenizer{WITHOUT_TOKENIZER}")
     rows = [model.tokenizer.encode(read_text(path, skip_chars)) for path in paths]
     length = min(map(len, rows)) if tokens is None else tokens
     for path, row in zip(paths, rows, strict=True):

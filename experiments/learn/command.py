@@ -68,12 +68,16 @@ class Learn(Command):
         self._check()
         check_sources(self.text, None, self.chunk)
         config = DecodeConfig("full", sink_pages=0, page_size=self.page_size)
-        model = self.load([config], 1, self.chunk)
-        if self.channels > model.config.head_dim:
-            raise ValueError(
-                f"--channels {self.channels} is above {model.config.head_dim}, the model's head_dim; lower it"
-            )
-        check_learnable(model.config)
+
+        def check(sizes):
+            if self.channels > sizes.head_dim:
+                raise ValueError(
+                    f"--channels {self.channels} is above {sizes.head_dim}, the model's head_dim; lower it"
+                )
+            check_learnable(sizes)
+
+        without = ", so it cannot read text; use another model"
+        model = self.load([config], 1, self.chunk, check=check, without_tokenizer=without)
         chunks, held_out = self._chunks(model)
         identity = model_identity(model.params, model.config)
         plan = Plan(
@@ -140,10 +144,6 @@ class Learn(Command):
 
         from retro_jax.experiments.io.text import read_text
 
-        if model.tokenizer is None:
-            raise ValueError(
-                f"{model.config.name} has no tokenizer, so it cannot read text; use another model"
-            )
         trained, held_out = [], []
         for path in self.text:
             ids = np.array(model.tokenizer.encode(read_text(path)), np.int32)

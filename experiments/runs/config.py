@@ -52,8 +52,8 @@ class RunConfig:
     """Sequences that are decoded together."""
     continuous: bool = True
     """A generated reply that ends makes room for the next one (continuous batching), for which the caches of
-    a few more sequences are held. Else a batch waits for its longest reply, as with --batch 1, and its steps
-    are timed."""
+    a few more sequences are held. Else a batch waits for its longest reply, as with --batch 1 or replies that
+    a task gives, and its steps are timed."""
     data_devices: int = 1
     """Devices of one host over which a batch is spread."""
     model_devices: int = 1

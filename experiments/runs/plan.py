@@ -160,9 +160,12 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
     """The plan in words and a table."""
     kind = "made or read" if plan.exact else "as published; the data is not at hand"
     devices = config.data_devices * config.model_devices
-    together = f"in {plan.batches} batches of {config.batch}"
+    together = f"in {plan.batches} batch{'es' * (plan.batches > 1)} of {config.batch}"
     if config.refills(plan.forced):
         together = f"{config.batch} together, the next as soon as one ends"
+    replies = f"replies of up to {plan.new_tokens}"
+    if plan.forced:
+        replies = f"replies of about {plan.new_tokens}, which are given and decoded along"
     weights = "size not known" if plan.weights is None else f"{gigabytes(plan.weights)} on each device"
     lines = [
         f"model     {config.model}, {devices} device{'s' * (devices > 1)} "
@@ -170,7 +173,7 @@ def plan_text(config: RunConfig, plan: Plan, configs: Mapping[str, DecodeConfig]
         f"task      {describe(config.task)}",
         f"examples  {plan.examples} ({kind}), {config.samples} "
         f"repl{'y' if config.samples == 1 else 'ies'} each, {together}",
-        f"length    prompts of up to about {plan.prompt_tokens} tokens, replies of up to {plan.new_tokens}",
+        f"length    prompts of up to about {plan.prompt_tokens} tokens, {replies}",
         f"weights   {weights}",
         "",
     ]

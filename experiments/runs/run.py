@@ -11,7 +11,7 @@ import jax
 
 from retro_jax import DecodeConfig, Model, load_model, make_mesh, params_on
 from retro_jax.experiments.io.folders import digest
-from retro_jax.experiments.io.models import known_model, with_score
+from retro_jax.experiments.io.models import check_tokenizer, known_model, known_tokenizer, with_score
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.machine.compile_cache import keep_programs
@@ -33,6 +33,8 @@ from retro_jax.experiments.runs.work import (
 )
 
 TERMINATED = 128 + signal.SIGTERM
+WITHOUT_TOKENIZER = ", which tasks need; use another model"
+"""What a model without one is told."""
 
 
 class Run(RunFlags):
@@ -247,6 +249,7 @@ def _load(config: RunConfig) -> Model:
     Raises:
       ValueError: it has no tokenizer, or does not divide over the mesh.
     """
+    check_tokenizer(config.model, known_tokenizer(config.model), WITHOUT_TOKENIZER)
     keep_programs()
     mesh = jax.sharding.get_mesh()
     host = contextlib.nullcontext() if mesh.empty else jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -258,6 +261,5 @@ def _load(config: RunConfig) -> Model:
             progress=progress,
             shardings=None if mesh.empty else params_on(mesh),
         )
-    if model.tokenizer is None:
-        raise ValueError(f"{model.config.name} has no tokenizer, which tasks need; use another model")
+    check_tokenizer(model.config.name, model.tokenizer is not None, WITHOUT_TOKENIZER)
     return with_score(model, config.learned)

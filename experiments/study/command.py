@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 CommonFlags = common_flags(*VARIED)
 
+WITHOUT_TOKENIZER = ", so it cannot read text; give a .npy file of token ids in --domains"
+"""What a model without one is told."""
+
 
 @dataclass(kw_only=True)
 class Study(Output):
@@ -148,26 +151,33 @@ class Study(Output):
                 raise ValueError(f"--{flag} have {len(told)} different names ({', '.join(told)}); rename one")
         sources = {kind: _texts(path) for kind, path in kinds.items()}  # told before the first model is read
         learned = self._learned()
-        found = []
+        copies = len(set(self.budgets)) if self.budgets_together else 1
         common, scores = configs, self.learned or [None] * len(names)
-        for (name, model_name), score in zip(names.items(), scores, strict=True):
+        cells = []
+        for (name, model), score in zip(names.items(), scores, strict=True):
             configs = [*common, *learned.get(score, [])]
             for kind, texts in sources.items():
                 source = TextCommand(
-                    model=model_name,
+                    model=model,
                     dtype=self.dtype,
                     tokens=self.tokens,
                     prompt_tokens=self.prompt_tokens,
                     learned=score,
                     **texts,
                 )
-                copies = len(set(self.budgets)) if self.budgets_together else 1
-                model, ids = source.read(configs, copies=copies)
-                check_length(ids.ids.shape[1], self.prompt_tokens)
-                what = identity(model_name, model, ids, configs[0])
-                folder = ComparisonFolder(self.out / f"{name}-{kind}", what)
-                runs = compare(model, ids, configs, folder, Progress, budgets_together=self.budgets_together)
-                found.append(cell(name, kind, what, runs))
+                asked = source.asked(copies)
+                if source.text:
+                    asked["without_tokenizer"] = WITHOUT_TOKENIZER
+                source.check_known(configs, **asked)
+                cells.append((name, kind, source, configs))
+        found = []
+        for name, kind, source, configs in cells:
+            model, ids = source.read(configs, copies=copies)
+            check_length(ids.ids.shape[1], self.prompt_tokens)
+            what = identity(source.model, model, ids, configs[0])
+            folder = ComparisonFolder(self.out / f"{name}-{kind}", what)
+            runs = compare(model, ids, configs, folder, Progress, budgets_together=self.budgets_together)
+            found.append(cell(name, kind, what, runs))
         return found
 
 

@@ -95,6 +95,15 @@ def converted_score(folder: Path) -> tuple[int, int] | None:
     return sizes[index], shape[-1]
 
 
+def converted_tokenizer(folder: Path) -> bool:
+    """Whether a model that `save_model` wrote has a tokenizer.
+
+    Raises:
+        ValueError: see `load_converted`.
+    """
+    return read_about(folder, KIND)["tokenizer"] is not None
+
+
 def load_converted(folder: Path, dtype: str | None = None, shardings: Shardings | None = None) -> Model:
     """Reads a model that `save_model` wrote, each weight to where it belongs and nowhere else.
 

@@ -37,6 +37,11 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 _logger = logging.getLogger(__name__)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder in Hugging Face's layout has a tokenizer, in whatever format."""
+    return any((folder / name).exists() for name in ("tokenizer.json", *OTHER_FORMATS))
+
+
 def load_tokenizer(folder: Path, stop_ids: Iterable[int] = ()) -> Tokenizer | None:
     """Tokenizer of a folder in Hugging Face's layout, None if it has no file of a tokenizer.
 

@@ -155,7 +155,7 @@ def test_score_refuses(failure, ids_file, arguments, message):
 
 
 def test_unknown_model(failure, ids_file):
-    line = failure("score", "random:huge", "--token-ids", ids_file)
+    line = failure("score", "random:huge", "--token-ids", ids_file, *TEXT)
     assert "'huge'" in line
     assert "tiny" in line
 

@@ -68,7 +68,7 @@ def test_latency(drawn, contexts, names):
     ]
     assert len(drawn[0].axes) == 1  # no traffic is known
     told = " ".join(drawn[0].get_supxlabel().split())
-    assert "n = 6 steps of each, in 2 turns" in told
+    assert "n = 6 timed steps of each, in 2 turns" in told
     assert ("groups one after another" in told) == (len(contexts) > 1)
     lines = {line.get_label(): line.get_color() for line in drawn[0].axes[0].get_lines()}
     known = {"full": FULL.colour, "quest-p8": QUEST.colour}

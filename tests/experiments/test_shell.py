@@ -1,7 +1,9 @@
 """The command line among other programs: streams, signals, narrow terminals, names that are nearly right."""
 
 import ast
+import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
@@ -18,7 +20,7 @@ import pytest
 import retro_jax
 from retro_jax import DecodeConfig
 from retro_jax.experiments import cli
-from retro_jax.experiments.generate import command as generate
+from retro_jax.experiments.generate.words import covered
 from retro_jax.experiments.runs.run import TERMINATED
 from retro_jax.experiments.study.variants import with_caches
 from retro_jax.methods import METHODS
@@ -136,6 +138,50 @@ def test_bash_completes(completion, tmp_path):
     assert tab("study", "--models", "some-model", "smol") == set(WHEELS)
     assert tab("study", "--models", "random", ":", "tin") == {"tiny"}
     assert tab("compare", "some-model", "--methods", "") == {"streaming", "tova", "h2o", "snapkv", "expected"}
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_files(completion, tmp_path):
+    (tmp_path / "retro-jax.bash").write_text(completion("bash"))
+    (tmp_path / "a book").mkdir()
+    (tmp_path / "a book" / "two.txt").touch()
+    (tmp_path / "one.txt").touch()
+    typed = {
+        "score model --text on\t a\tt\t": ["score", "model", "--text", "one.txt", "a book/two.txt"],
+        # A model may be a folder.
+        "score a\t --token-ids one\t": ["score", "a book/", "--token-ids", "one.txt"],
+        "sc\t smol\t --bin\t": ["score", "smollm2-135m", "--bin-tokens"],
+    }
+    lines = [
+        "source retro-jax.bash",
+        "retro-jax() { printf '%s\\n' \"$@\" . >> typed; }",
+        *(f"retro-jax {line}" for line in typed),
+        "exit",
+    ]
+    terminal, side = pty.openpty()
+    bash = ["bash", "--norc", "--noprofile", "-i"]
+    with subprocess.Popen(bash, stdin=side, stdout=side, stderr=side, cwd=tmp_path, start_new_session=True):
+        os.close(side)
+        os.write(terminal, "".join(f"{line}\n" for line in lines).encode())
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while os.read(terminal, 4096):
+                pass
+    os.close(terminal)
+    assert (tmp_path / "typed").read_text().splitlines() == [
+        word for words in typed.values() for word in (*words, ".")
+    ]
+
+
+def test_fish_completes_files_by_a_program_that_is_no_argument(completion):
+    script = completion("fish")
+    assert "--no-files" not in script and "| $python_cmd - $words $current" in script
+
+
+def test_completion_is_the_same_in_every_process(completion):
+    (line,) = (line for line in completion("bash").splitlines() if line.startswith("COMPLETION_SPEC = "))
+    options = ast.literal_eval(line.removeprefix("COMPLETION_SPEC = "))["subcommands"]["score"]["options"]
+    (choices,) = (option["choices"] for option in options if "--preset" in option["flags"])
+    assert choices == sorted([*PRESETS, *EARLIER_NAMES, "None"])  # as tyro tells them in the order of a set
 
 
 def test_exit_statuses_are_documented():
@@ -335,5 +381,5 @@ def test_models_need_a_folder_that_can_be_written(failure, monkeypatch, tmp_path
 )
 def test_a_budget_that_covers_the_context_is_told(config, told):
     result = SimpleNamespace(config=config, state=SimpleNamespace(length=np.array([60, 100])), metrics=True)
-    line = generate._covered(result, SimpleNamespace(config=SIZES["tiny"]))
+    line = covered(result, SimpleNamespace(config=SIZES["tiny"]))
     assert told in line and bool(told) == bool(line)

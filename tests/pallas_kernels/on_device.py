@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import jax
@@ -343,16 +343,19 @@ def main():
             message = f"{configuration.name}: {type(error).__name__}: {str(error)[:300]}"
             return {"name": message, "cases": 0, "error": np.inf, "exact": False, "repeated": False}
 
+    rows, made_by = [], provenance()
     with ThreadPoolExecutor(12) as pool:
-        rows = list(pool.map(attempt, [each for each in configurations() if flags.only in each.name]))
-    for row in rows:
-        limit = ROUNDING if row["name"].startswith("select") else 5e-3
-        row["passed"] = row["error"] < limit and row["exact"] and row["repeated"]
-        print(f"{'ok  ' if row['passed'] else 'FAIL'} {row['error']:.1e} {row['cases']} {row['name']}")
+        running = [pool.submit(attempt, each) for each in configurations() if flags.only in each.name]
+        for done in as_completed(running):  # told at once, for runs that are stopped before the last
+            rows.append(row := done.result())
+            limit = ROUNDING if row["name"].startswith("select") else 5e-3
+            row["passed"] = row["error"] < limit and row["exact"] and row["repeated"]
+            if flags.out:
+                flags.out.write_text(json.dumps({"rows": rows, "provenance": made_by}, indent=1))
+            result = "ok  " if row["passed"] else "FAIL"
+            print(f"{result} {row['error']:.1e} {row['cases']} {row['name']}", flush=True)
     failed = sum(not row["passed"] for row in rows)
     print(f"{len(rows) - failed} passed, {failed} failed, {sum(row['cases'] for row in rows)} cases")
-    if flags.out:
-        flags.out.write_text(json.dumps({"rows": rows, "provenance": provenance()}, indent=1))
     sys.exit(failed > 0)
 
 

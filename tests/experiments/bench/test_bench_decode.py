@@ -41,6 +41,15 @@ class Clock:
         return [self.milliseconds] * count, [[0]] * count
 
 
+class Clocked(Clock):
+    """In the place of a method of this library."""
+
+    kv_bytes = expert_bytes = None
+
+    def __init__(self, name, *_):
+        super().__init__(name, 1.0, [])
+
+
 def test_contestants_take_turns_in_changing_order():
     turns = []
     contestants = [Clock(name, 1.0, turns) for name in "abc"]
@@ -85,11 +94,10 @@ def test_speed_table():
 def test_groups_that_fit_follow_each_other(json_command, failure, monkeypatch):
     alive, most = weakref.WeakSet(), []
 
-    class Held(Clock):
-        kv_bytes = expert_bytes = None
-
+    class Held(Clocked):
         def __init__(self, name, *_):
-            super().__init__(name, 1.0 + len(most), [])
+            super().__init__(name)
+            self.milliseconds += len(most)
             alive.add(self)
             most.append(len(alive))
 
@@ -124,6 +132,14 @@ def test_noise_is_decoded_instead_of_a_prompt(json_command, failure, monkeypatch
     assert "leave --no-prefill out" in failure(*flags, "--reference", sys.executable)
 
 
+def test_what_follows_the_table_is_apart_from_it(command, monkeypatch):
+    monkeypatch.setattr(retro_jax.experiments.bench.decode, "Ours", Clocked)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e3, 0, 0))
+    _, out, err = command("bench", "decode", "random:tiny", *SHORT, "--methods", "full", "--no-scan")
+    assert re.search(r"\|\n\nTimes are medians of 4 steps", out)
+    assert "\n\nThe machine was busy: load 1000.0 on" in out + err
+
+
 def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     out = tmp_path / "more" / "bench.json"
     released = []
@@ -146,6 +162,8 @@ def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
         {name: row["kv_bytes"] for name, row in measured["contestants"].items()}
         for measured in values["contexts"]
     )
+    assert (values["warm_up_steps"], values["rounds"], values["steps_per_round"]) == (3, 2, 2)
+    assert "medians of 4 steps, 2 turns of 2, after 3 to warm up, which are not timed" in speed_report(values)
     # 4 layers, 2 KV heads of 16 channels, float32; after 40 + 3 + 4 tokens.
     assert short["full"] == 47 * 4 * 2 * (2 * 16 * 4)
     assert long["full"] == 87 * 4 * 2 * (2 * 16 * 4)

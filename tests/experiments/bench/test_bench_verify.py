@@ -101,7 +101,7 @@ def test_bench_verify_predicts_without_reading_a_context(json_command):
         (("--rectify-every", 4), "rectify_every 4, but every check leaves an exact cache"),
         (("--text", "nowhere.txt"), "there is no file nowhere.txt"),
         (("--text", __file__), "random:tiny has no tokenizer; leave --text out"),
-        (("--context", 4090), "is not within 1..4096, the positions of random:tiny"),
+        (("--context", 4090), "take 4138 positions, random:tiny has 4096; use --context 4048 at most"),
     ),
 )
 def test_bench_verify_refuses(failure, flags, message):

@@ -312,7 +312,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_a_task_end_to_end(json_command, failure, monkeypatch, tmp_path):
-    monkeypatch.setattr(Eval, "load", lambda *_: tiny())
+    monkeypatch.setattr(Eval, "load", lambda *_, **__: tiny())
     questions = [{"question": f"Bird {n}:", "answer": n % 2} for n in range(5)]
     data, task, out = tmp_path / "birds.jsonl", tmp_path / "birds.yaml", tmp_path / "out"
     data.write_text("".join(json.dumps(question) + "\n" for question in questions))

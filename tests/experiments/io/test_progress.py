@@ -10,7 +10,7 @@ import pytest
 from jax import monitoring
 
 import retro_jax.experiments.io.progress
-from retro_jax.experiments.generate.command import _summary
+from retro_jax.experiments.generate.words import summary
 from retro_jax.experiments.io.progress import Progress, Rates
 from retro_jax.experiments.machine.compile_time import COMPILE_EVENTS, CompileTime
 
@@ -188,9 +188,9 @@ def test_the_summary_tells_the_seconds_of_compiling(clock):
         end()
         clock[0] = 4.0
         rates("prefill", 1, 1)
-        assert _summary(made, rates) == "[3 tokens in 4.0 s, 2.5 s of them compiling]"
+        assert summary(made, rates) == "[3 tokens in 4.0 s, 2.5 s of them compiling]"
     with Progress() as show:
-        assert _summary(made, Rates(show)) == "[3 tokens in 0.0 s]"
+        assert summary(made, Rates(show)) == "[3 tokens in 0.0 s]"
 
 
 def test_rates_do_not_depend_on_compiling(clock):

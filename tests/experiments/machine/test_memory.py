@@ -67,10 +67,11 @@ def test_what_does_not_fit_is_refused_with_its_parts(monkeypatch):
         ("bench", "decode", "--contexts", 100_000),
     ],
 )
-def test_every_command_refuses_before_weights_are_made(failure, monkeypatch, ids_file, arguments):
+def test_every_command_refuses_before_weights_are_made(failure, monkeypatch, tmp_path, arguments):
+    np.save(tmp_path / "ids.npy", np.ones(8 if "generate" in arguments else 100_000, np.int32))
     monkeypatch.setattr(memories, "memory_left", lambda: 10 << 30)
     words, flags = [word for word in arguments if str(word).isalpha()], arguments[-2:]
-    ids = () if "bench" in words else ("--token-ids", ids_file)
+    ids = () if "bench" in words else ("--token-ids", tmp_path / "ids.npy")
     line = failure(*words, "random:llama3.1-8b", *ids, *flags)
     assert "does not fit: it takes at least " in line and "10.74 GB are left on this machine's" in line
 

@@ -136,5 +136,8 @@ def test_sequences_come_and_go_where_replies_are_generated():
     assert several.caches["full"] == pytest.approx(6 * sequence, abs=100)  # of newcomers, and what they share
     told = plan_text(generated, several, generated.configurations())
     assert "4 together, the next as soon as one ends" in told
-    assert "in 1 batches of 4" in plan_text(config, forced, config.configurations())
+    assert "replies of up to" in told
+    told = plan_text(config, forced, config.configurations())
+    assert "in 1 batch of 4" in told  # for which --no-continuous changes nothing
+    assert f"replies of about {forced.new_tokens}, which are given and decoded along" in told
     assert replace(generated, continuous=False).identity() == generated.identity()
