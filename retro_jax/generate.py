@@ -1,7 +1,7 @@
 """Text in, text out: prefill, then jitted scans of decode steps, for a batch of prompts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,14 @@ from retro_jax.inputs import (
 )
 from retro_jax.metrics import Metrics
 from retro_jax.models import Model
-from retro_jax.prefill import extend
+from retro_jax.prompts import Progress, run_prefill
 from retro_jax.sampling import Sampling, sample, sequence_keys
 from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
-from retro_jax.sizes import MIN_CHUNK, batch_rows, program_length
+from retro_jax.sizes import batch_rows
 from retro_jax.state import DecodeState
 from retro_jax.texts import Texts
 from retro_jax.verify import check_verify, verified_decode
 
-Progress = Callable[[str, int, int], None]
-"""Called with the stage ("prefill" or "decode"), the tokens done and their total."""
-
-_extend = JitForMesh(extend, static_argnames=("model", "config"), donate_argnames="state")
 _decode = JitForMesh(
     decode, static_argnames=("model", "config", "steps", "sampling"), donate_argnames="state"
 )
@@ -164,118 +160,156 @@ def generate(
     if verify is not None:
         check_verify(config, verify, state.capacity)
 
-    batch, rows = len(ids), state.length.shape[0]  # the rows after the sequences hold none
-    keys = keys[np.minimum(np.arange(rows), batch - 1)]
-    prompted = np.array([len(row) > 0 for row in ids])
-    turns = [[] if new else previous.turns[index] for index, new in enumerate(prompted)]
-    output, calls = Texts(model.tokenizer, turns, stops, stop, stream), []
-    pending = np.zeros(batch, np.int32) if previous is None else previous.pending
-    logprobs = [[] for _ in ids]
+    of_rows = keys[np.minimum(np.arange(state.length.shape[0]), len(ids) - 1)]
+    steps = 1 if stop else steps_per_call
+    made = model, config, state, ids, previous, max_new_tokens, sampling, of_rows, given_keys
+    run = _Run(*made, stops, stop, stream, progress, steps, verify)
+    if run.prompted.any():
+        run.read_prompts()
+    while (run.remaining > 0).any():
+        run.decode()
+    run.output.flush()
+    return run.result()
 
-    def result() -> Generation:
-        gather = (Metrics if verify is None else VerifiedMetrics).gather
-        tokens = [output.tokens(index) for index in range(batch)]
-        return Generation(
-            texts=[output.text(index) for index in range(batch)],
-            tokens=tokens,
-            logprobs=[own[: len(row)] for own, row in zip(logprobs, tokens, strict=True)],
-            finished=list(output.ended),
-            metrics=gather(calls).of(slice(batch)) if calls else None,
-            config=config,
-            state=state,
-            pending=pending,
-            turns=output.turns,
-            exact=exact and (not calls or verify is not None or config.attention.dense),
-            sampling=sampling,
-            keys=given_keys,
-            verify=verify,
-        )
 
-    if prompted.any():
-        state, logits = run_prefill(model, config, state, ids, progress)
-        chosen = sample(logits, sampling, keys, state.length)
+@dataclass
+class _Run:
+    """What `generate` knows between its calls of the device: what it was given, and what follows from that.
+
+    Attributes:
+      keys: of each row of the state.
+      given_keys: what the caller gave.
+      steps: of one call.
+      prompted: sequences that have a prompt, whose first token is that of the prefill.
+      remaining: tokens that each sequence may still generate.
+      output: tokens and texts so far.
+    """
+
+    model: Model
+    config: DecodeConfig
+    state: DecodeState
+    ids: Sequence[np.ndarray]
+    previous: InitVar[Generation | None]
+    max_new_tokens: int
+    sampling: Sampling
+    keys: Key[Array, " rows"]
+    given_keys: Key[Array, " B"] | None
+    stops: Sequence[int]
+    stop: Sequence[str]
+    stream: InitVar[Callable[[int, str], None] | None]
+    progress: Progress | None
+    steps: int
+    verify: int | None
+
+    def __post_init__(self, previous, stream):
+        batch = len(self.ids)
+        self.acceptance = None if self.verify is None else to_host(Acceptance.unknown(self._rows))
+        self.exact = previous is None or previous.exact
+        self.pending = np.zeros(batch, np.int32) if previous is None else previous.pending
+        self.logprobs, self.calls, self.done = [[] for _ in self.ids], [], 0
+        self.prompted = np.array([len(row) > 0 for row in self.ids])
+        turns = [[] if new else previous.turns[index] for index, new in enumerate(self.prompted)]
+        self.output = Texts(self.model.tokenizer, turns, self.stops, self.stop, stream)
+        self.remaining = np.where(self.output.ended, 0, self.max_new_tokens).astype(np.int32)
+
+    @property
+    def _rows(self) -> int:
+        """Of the state; those after the sequences hold none."""
+        return self.state.length.shape[0]
+
+    def read_prompts(self) -> None:
+        """Prefills, which gives each prompted sequence its first token."""
+        self.state, logits = run_prefill(self.model, self.config, self.state, self.ids, self.progress)
+        chosen = sample(logits, self.sampling, self.keys, self.state.length)
         likely = -negative_log_likelihood(logits, chosen)
         chosen, likely, finite = to_host((chosen, likely, jnp.isfinite(logits).all()))
-        pending = np.where(prompted, chosen[:batch], pending)
+        self.pending = np.where(self.prompted, chosen[: len(self.ids)], self.pending)
         if not finite:
-            raise NonFiniteLogits("the logits after the prompt are not finite", result())
-        output.append(pending[:, None], prompted[:, None])
-        _note(logprobs, likely[:batch, None], prompted[:, None])
+            raise NonFiniteLogits("the logits after the prompt are not finite", self.result())
+        self.output.append(self.pending[:, None], self.prompted[:, None])
+        self._note(likely[: len(self.ids), None], self.prompted[:, None])
+        self.done = 1
+        self.remaining = np.where(self.output.ended, 0, self.remaining - self.prompted)
 
-    remaining = np.where(output.ended, 0, max_new_tokens - prompted).astype(np.int32)
-    stops = np.array(stops, np.int32)
-    done, steps = int(prompted.any()), 1 if stop else steps_per_call
-    acceptance = None if verify is None else to_host(Acceptance.unknown(rows))
-    while (remaining > 0).any():
-        inputs = sampling, keys, stops, _padded(remaining, rows)
-        arguments = model.params, model.config, config, state, _padded(pending, rows)
+    def decode(self) -> None:
+        """One compiled call: some steps, or rounds of verified decoding."""
+        verify, output, batch = self.verify, self.output, len(self.ids)
+        pending, remaining = (_padded(values, self._rows) for values in (self.pending, self.remaining))
+        arguments = self.model.params, self.model.config, self.config, self.state, pending
+        inputs = self.sampling, self.keys, np.array(self.stops, np.int32), remaining
         if verify is None:
-            state, out = _decode(*arguments, steps, *inputs)
+            self.state, out = _decode(*arguments, self.steps, *inputs)
         else:
-            rounds = max(steps // (verify + 1), 1)
-            state, out = _verified_decode(*arguments, rounds, verify, *inputs, acceptance)
-            acceptance = to_host(out.acceptance)
-        calls.append(out.metrics)
+            rounds = max(self.steps // (verify + 1), 1)
+            self.state, out = _verified_decode(*arguments, rounds, verify, *inputs, self.acceptance)
+            self.acceptance = to_host(out.acceptance)
+        self.calls.append(out.metrics)
         fetched = to_host((out.tokens, out.emitted, out.logprobs, out.finite, out.pending, out.remaining))
-        tokens, emitted, likely, finite, pending, remaining = (values[:batch] for values in fetched)
+        tokens, emitted, likely, finite, self.pending, remaining = (values[:batch] for values in fetched)
         # A token chosen from a logit that is not finite has no meaning, nor have those after it.
         good = emitted & np.logical_and.accumulate(finite, axis=1)
-        _note(logprobs, likely, good)
-        if verify is None or not stop:
+        self._note(likely, good)
+        if verify is None or not self.stop:
             output.append(tokens, good)
         else:
-            state, pending = _append_until_stop(model, output, config, state, pending, tokens, good)
+            self._append_until_stop(tokens, good)
         if not finite.all():
             sequence = int(np.argwhere(~finite)[0][0])
             raise NonFiniteLogits(
                 f"the logits of sequence {sequence} are not finite after {len(output.tokens(sequence))} new "
                 "tokens",
-                result(),
+                self.result(),
             )
-        remaining = np.where(output.ended, 0, remaining)
-        done += int(emitted.sum(axis=1).max())
-        if progress:
-            progress("decode", min(done, max_new_tokens), max_new_tokens)
-    output.flush()
-    return result()
+        self.remaining = np.where(output.ended, 0, remaining)
+        self.done += int(emitted.sum(axis=1).max())
+        if self.progress:
+            self.progress("decode", min(self.done, self.max_new_tokens), self.max_new_tokens)
 
+    def result(self) -> Generation:
+        """What there is by now."""
+        output, batch, verify = self.output, len(self.ids), self.verify
+        gather = (Metrics if verify is None else VerifiedMetrics).gather
+        tokens = [output.tokens(index) for index in range(batch)]
+        verified = verify is not None or self.config.attention.dense
+        return Generation(
+            texts=[output.text(index) for index in range(batch)],
+            tokens=tokens,
+            logprobs=[own[: len(row)] for own, row in zip(self.logprobs, tokens, strict=True)],
+            finished=list(output.ended),
+            metrics=gather(self.calls).of(slice(batch)) if self.calls else None,
+            config=self.config,
+            state=self.state,
+            pending=self.pending,
+            turns=output.turns,
+            exact=self.exact and (not self.calls or verified),
+            sampling=self.sampling,
+            keys=self.given_keys,
+            verify=verify,
+        )
 
-def _note(
-    logprobs: list[list[float]], likely: Float[np.ndarray, "B T"], emitted: Bool[np.ndarray, "B T"]
-) -> None:
-    """Adds the log-probabilities of the emitted tokens to those of each sequence."""
-    for own, values, mask in zip(logprobs, likely, emitted, strict=True):
-        own.extend(values[mask].tolist())
+    def _note(self, likely: Float[np.ndarray, "B T"], emitted: Bool[np.ndarray, "B T"]) -> None:
+        """Adds the log-probabilities of the emitted tokens to those of each sequence."""
+        for own, values, mask in zip(self.logprobs, likely, emitted, strict=True):
+            own.extend(values[mask].tolist())
 
+    def _append_until_stop(self, tokens: Int[np.ndarray, "B T"], emitted: Bool[np.ndarray, "B T"]) -> None:
+        """Adds the tokens of one verified round, each sequence's up to where a stop string is whole.
 
-def _append_until_stop(
-    model: Model,
-    output: Texts,
-    config: DecodeConfig,
-    state: DecodeState,
-    pending: Int[np.ndarray, " B"],
-    tokens: Int[np.ndarray, "B T"],
-    emitted: Bool[np.ndarray, "B T"],
-) -> tuple[DecodeState, Int[np.ndarray, " B"]]:
-    """Adds the tokens of one verified round, each sequence's up to where a stop string is whole.
-
-    Returns:
-      The state and the pending tokens as they were there.
-    """
-    counts = np.zeros(len(tokens), np.int32)
-    for step in range(tokens.shape[1]):
-        fresh = emitted[:, step] & ~np.array(output.ended)
-        output.append(tokens[:, step : step + 1], fresh[:, None])
-        counts += fresh
-    over = emitted.sum(axis=1, dtype=np.int32) - counts
-    if not over.any():
-        return state, pending
-    rows = state.length.shape[0]
-    start = state.length - _padded(counts + over, rows)
-    kept = _padded(counts, rows)
-    state = _keep(model.params, model.config, config, state, start, kept, tokens.shape[1])
-    last = np.take_along_axis(tokens, np.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
-    return state, np.where(over > 0, last, pending)
+        State and pending tokens become what they were there.
+        """
+        counts = np.zeros(len(tokens), np.int32)
+        for step in range(tokens.shape[1]):
+            fresh = emitted[:, step] & ~np.array(self.output.ended)
+            self.output.append(tokens[:, step : step + 1], fresh[:, None])
+            counts += fresh
+        over = emitted.sum(axis=1, dtype=np.int32) - counts
+        if not over.any():
+            return
+        start = self.state.length - _padded(counts + over, self._rows)
+        arguments = self.model.params, self.model.config, self.config, self.state
+        self.state = _keep(*arguments, start, _padded(counts, self._rows), tokens.shape[1])
+        last = np.take_along_axis(tokens, np.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+        self.pending = np.where(over > 0, last, self.pending)
 
 
 def _turn_ids(
@@ -334,34 +368,3 @@ def _state_for(
 def _padded(values: Int[np.ndarray, " B"], rows: int) -> Int[np.ndarray, " rows"]:
     """The values of the sequences, and zeros for the rows after them."""
     return np.pad(values, (0, rows - len(values)))
-
-
-def run_prefill(
-    model: Model,
-    config: DecodeConfig,
-    state: DecodeState,
-    ids: Sequence[np.ndarray],
-    progress: Progress | None = None,
-) -> tuple[DecodeState, Float[Array, "B V"]]:
-    """Append the ids by one compiled call per chunk; returns the state and the logits after them.
-
-    Chunks are no longer than the longest prompt needs. Rows of the state after those of the ids get nothing;
-    their logits are zeros.
-    """
-    rows = state.length.shape[0]
-    lengths = np.zeros(rows, int)
-    lengths[: len(ids)] = [len(row) for row in ids]
-    total = int(lengths.max())
-    chunk = program_length(total, MIN_CHUNK, config.prefill_chunk)
-    padded = np.zeros((rows, -(-total // chunk) * chunk), np.int32)
-    for row, values in zip(padded, ids, strict=False):
-        row[: len(values)] = values
-    logits: Float[Array, "B V"] = jnp.zeros((rows, model.config.vocab_size))
-    for begin in range(0, total, chunk):
-        counts: Int[np.ndarray, " B"] = np.clip(lengths - begin, 0, chunk).astype(np.int32)
-        tokens = padded[:, begin : begin + chunk]
-        state, fresh = _extend(model.params, model.config, config, state, tokens, counts)
-        logits = jnp.where((counts > 0)[:, None], fresh, logits)
-        if progress:
-            progress("prefill", min(begin + chunk, total), total)
-    return state, logits

@@ -11,10 +11,10 @@ from retro_jax.budget import Budget, largest
 from retro_jax.compilation import JitForMesh
 from retro_jax.config import DecodeConfig
 from retro_jax.decode import negative_log_likelihood, teacher_force
-from retro_jax.generate import Progress, run_prefill
 from retro_jax.inputs import NonFiniteLogits, check_capacity, check_token_ids, check_whole
 from retro_jax.metrics import Metrics
 from retro_jax.models import Model
+from retro_jax.prompts import Progress, run_prefill
 from retro_jax.sharding import check_processes_agree, new_state, to_host, under_mesh_of_weights
 from retro_jax.sizes import MIN_STEPS, batch_rows, program_length
 

@@ -34,12 +34,12 @@ from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.text import Texts, digest
 from retro_jax.experiments.machine.memory import check_room, gigabytes
 from retro_jax.experiments.machine.programs import release
-from retro_jax.generate import run_prefill
 from retro_jax.inputs import check_token_ids
 from retro_jax.layers import Window
 from retro_jax.models import Model, ModelConfig
 from retro_jax.plan import layer_plan
 from retro_jax.presets import PRESETS
+from retro_jax.prompts import run_prefill
 from retro_jax.rules import Query, Rules
 from retro_jax.sharding import new_state, under_mesh_of_weights
 from retro_jax.sizes import MIN_STEPS, program_length

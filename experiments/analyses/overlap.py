@@ -29,12 +29,12 @@ from retro_jax.experiments.io.text import Texts
 from retro_jax.experiments.pictures.files import pictures
 from retro_jax.experiments.pictures.panels import COLOURS, QUEST_COLOUR, Curves, Line, Look, Scale
 from retro_jax.experiments.pictures.words import counted, listed, shortened
-from retro_jax.generate import run_prefill
 from retro_jax.inputs import check_token_ids
 from retro_jax.layers import Window
 from retro_jax.methods.eviction import members
 from retro_jax.models import Model
 from retro_jax.plan import layer_plan
+from retro_jax.prompts import run_prefill
 from retro_jax.rules import Query, Rules
 from retro_jax.selectors import SELECTORS
 from retro_jax.sharding import new_state, under_mesh_of_weights

@@ -16,12 +16,12 @@ from retro_jax.cache import LayerState
 from retro_jax.compilation import JitForMesh
 from retro_jax.experiments.bench.device_time import Executed, executed
 from retro_jax.experiments.bench.kernel_cases import normal
-from retro_jax.generate import run_prefill
 from retro_jax.heads import write_heads, write_ring_heads
 from retro_jax.layers import settle
 from retro_jax.models.config import LayerKind, ModelConfig
 from retro_jax.models.transformer import LayerParams
 from retro_jax.plan import layer_plan
+from retro_jax.prompts import run_prefill
 from retro_jax.sharding import new_state, to_host
 from retro_jax.state import DecodeState
 

@@ -17,8 +17,8 @@ from jaxtyping import Int
 from retro_jax import DecodeConfig, DecodeState, Model, init_state
 from retro_jax.budget import Budget
 from retro_jax.experiments.io.budgets import budget_fields
-from retro_jax.generate import run_prefill
 from retro_jax.plan import layer_plan
+from retro_jax.prompts import run_prefill
 from retro_jax.state import LayerState
 
 

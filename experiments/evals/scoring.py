@@ -20,9 +20,9 @@ from retro_jax.beginnings import LEAST, common_tokens
 from retro_jax.decode import negative_log_likelihood, teacher_force
 from retro_jax.dense import dense_hidden
 from retro_jax.experiments.machine.memory import check_memory
-from retro_jax.generate import run_prefill
 from retro_jax.models import ModelConfig, transformer
 from retro_jax.models.transformer import Params
+from retro_jax.prompts import run_prefill
 from retro_jax.sharding import new_state, to_host, under_mesh_of_weights
 from retro_jax.sizes import MIN_CHUNK, MIN_STEPS, batch_rows, cache_capacity, program_length
 from retro_jax.slots import take

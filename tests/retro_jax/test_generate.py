@@ -9,6 +9,7 @@ import pytest
 
 import retro_jax as rj
 from retro_jax import models
+from retro_jax.prompts import _extend
 from retro_jax.sampling import sample, sequence_keys
 from tests.retro_jax.tiny import assert_decided, assert_same_tokens, forced_logits, tiny, token_ids
 
@@ -188,9 +189,9 @@ def test_three_prompts_and_four_of_other_lengths_are_one_program():
     before = generate_module._decode._cache_size()
     rj.generate(model, prompts, config, 21, stop_tokens=[])  # two calls of `decode`
     assert generate_module._decode._cache_size() - before == 1
-    programs = [generate_module._extend._cache_size(), generate_module._decode._cache_size()]
+    programs = [_extend._cache_size(), generate_module._decode._cache_size()]
     result = rj.generate(model, prompts[:3], config, 21, stop_tokens=[])
-    assert [generate_module._extend._cache_size(), generate_module._decode._cache_size()] == programs
+    assert [_extend._cache_size(), generate_module._decode._cache_size()] == programs
     assert len(result.texts) == len(result.tokens) == len(result.finished) == len(result.pending) == 3
     assert result.metrics.kv_bytes.shape == (32, 3) and result.metrics.summary()["steps"] == 60
     assert result.state.length.tolist() == [22, 29, 25, 0]  # the row after the sequences stays empty
