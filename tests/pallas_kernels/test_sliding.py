@@ -9,7 +9,7 @@ import pallas_kernels
 from pallas_kernels.dispatch import kernels_of_device
 from pallas_kernels.operation import Accepted, only_asked
 from pallas_kernels.sliding import reference
-from retro_jax.experiments.bench.kernel_pairs import CHIPS, on_chip
+from retro_jax.experiments.bench.chips import CHIPS, on_chip
 
 HEADS, GROUP, DIM, SIZE, TOKENS, CHUNK = 2, 3, 8, 4, 52, 16
 SINKS = np.linspace(-2, 2, HEADS * GROUP).astype(np.float32)

@@ -28,7 +28,7 @@ from pallas_kernels import (
     register_score,
 )
 from retro_jax import models
-from retro_jax.experiments.bench.kernel_pairs import Case, on_chip
+from retro_jax.experiments.bench.chips import Case, on_chip
 from tests.retro_jax.tiny import ATOL, begin, force, tiny, token_ids
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import dispatch
 from retro_jax import decode_step, init_state, models, preset
-from retro_jax.experiments.bench.kernel_pairs import Case, on_chip, page, refusals
+from retro_jax.experiments.bench.chips import Case, on_chip, refusals
+from retro_jax.experiments.bench.kernel_pairs import page
 
 
 def test_the_page_is_what_kernels_say():
