@@ -56,7 +56,6 @@ def dense_hidden(
 
     They have no meaning beyond a sequence's length. `implementation` is that of the operations.
     """
-    state.check_cache(config)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
     first, *behind = norms(params)
     stream = begin(transformer.embed(params, model, tokens), first, model)

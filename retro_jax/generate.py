@@ -118,7 +118,8 @@ def generate(
       stream: called with the index of a sequence and the text it has grown by.
       progress: called as tokens are done.
       previous: the result of an earlier call with the same model and config, or of `load_state`, whose
-        sequences these prompts continue as their next turn. Its state is consumed.
+        sequences these prompts continue as their next turn. Its state is consumed, also where an interrupt
+        or an error of `stream` or `progress` ends the call: `save_state` keeps one for that.
       steps_per_call: decode steps of one compiled call; `stream` is called after each.
       verify: drafts at most that `config` makes between two checks by full attention, whose text this then
         is (see `verify`): the same as without, from the same keys, but for ties within rounding. None: the
@@ -338,7 +339,10 @@ def _turn_ids(
             f"{len(ids)} prompts cannot continue {len(previous.pending)} sequences; give one for each"
         )
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(previous.state)):
-        raise ValueError("previous was continued before, which consumed its state; continue the later result")
+        raise ValueError(
+            "previous was continued before, which consumed its state; continue the later result, or, where "
+            "that call did not end, what `save_state` had kept"
+        )
     return [
         np.concatenate([[token], row]) if len(row) else row
         for token, row in zip(previous.pending, ids, strict=True)

@@ -61,6 +61,16 @@ def check_ints(values: Array, shape: tuple[int, ...], what: str, wanted: str) ->
     return jnp.asarray(values, jnp.int32)
 
 
+def check_ids(ids: Int[Array, "..."], given: Bool[Array, "..."], model: ModelConfig) -> None:
+    """Raises ValueError if any of the token ids that are given is outside the vocabulary, if known."""
+    if (known := _known(ids)) is None or (which := _known(given)) is None:
+        return
+    outside = which & ((known < 0) | (known >= model.vocab_size))
+    for at in np.argwhere(outside):
+        place, most = ", ".join(map(str, at)), model.vocab_size - 1
+        raise ValueError(f"tokens[{place}] is {known[tuple(at)]}, not within 0..{most}, the vocabulary")
+
+
 def check_bools(values: Array, shape: tuple[int, ...], what: str, wanted: str) -> Bool[Array, "..."]:
     """`values` as an array.
 

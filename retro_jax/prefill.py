@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
 from retro_jax.dense import dense_pass
-from retro_jax.inputs import check_ints, check_lengths
+from retro_jax.inputs import check_ids, check_ints, check_lengths
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params
 from retro_jax.rectify import rewrite
@@ -29,7 +29,8 @@ def prefill(
       params: weights.
       model: the model's configuration; static.
       config: how to decode; static.
-      tokens: prompts, padded on the right with any token ids.
+      tokens: prompts, padded on the right with any token ids. Within a trace nothing tells that one is
+        outside the vocabulary.
       lengths: tokens of each prompt, 1..T.
       capacity: tokens per sequence that the cache must hold, prompt and generated; static.
 
@@ -38,7 +39,8 @@ def prefill(
 
     Raises:
       ValueError: the prompts do not fit the capacity, or the capacity not the model's positions; tokens are
-        not [B, T], lengths not one for each, or (outside of a trace) not within 1..T.
+        not [B, T], lengths not one for each, or (outside of a trace) not within 1..T, or an id is outside the
+        vocabulary.
       TypeError: tokens or lengths are not whole numbers.
     """
     B, T = _check_tokens(tokens)
@@ -79,15 +81,18 @@ def extend(
       state, and its logits are NaN.
 
     Raises:
-      ValueError: tokens are not [B, T] with the B of the state, or lengths not one for each; outside of a
-        trace, also for a length out of its range or without room.
+      ValueError: tokens are not [B, T] with the B of the state, or lengths not one for each, or the state was
+        made with another configuration or model; outside of a trace, also for a length out of its range or
+        without room, or an id outside the vocabulary.
       TypeError: tokens or lengths are not whole numbers.
     """
     B, T = _check_tokens(tokens)
     tokens = check_ints(tokens, (state.length.shape[0], T), "tokens", "a row for each sequence of the state")
     lengths = check_ints(lengths, (B,), "lengths", "one for each row of tokens")
+    state.check_made_by(model, config)
     room = state.room(model)
     check_lengths(lengths, 0, T, room)
+    check_ids(tokens, jnp.arange(T) < lengths[:, None], model)
     fits = (lengths >= 0) & (lengths <= jnp.minimum(T, room))
     lengths = jnp.where(fits, lengths, 0)
     if config.rectify_every:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from retro_jax.budget import Budget
 from retro_jax.config import DecodeConfig
 from retro_jax.generate import Generation
 from retro_jax.models import Model, ModelConfig
@@ -50,8 +51,8 @@ def save_state(
     Raises:
       OSError: the folder exists or could not be written; nothing of it is kept then.
       TypeError: a `DecodeState` comes without its configuration.
-      ValueError: the state was made with another configuration or model, or was decoded further, which
-        consumed it.
+      ValueError: the state was made with another model or configuration, as far as its arrays and its
+        budget tell, or was decoded further, which consumed it.
     """
     result = state if isinstance(state, Generation) else None
     if result is not None:
@@ -64,7 +65,8 @@ def save_state(
     if any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays.values()):
         raise ValueError("the state was decoded further, which consumed it; save the later one")
     rows, capacity = state.length.shape[0], min(state.capacity, model.config.max_positions)
-    _check_made_by(arrays, named_arrays(_shapes(model, config, rows, capacity)))
+    state.check_made_by(model.config, config)
+    _check_budget(config, state)
     about = {
         "model": to_json(model.config),
         "weights": fingerprint(_weights(model, config)),
@@ -155,21 +157,13 @@ def _weights(model: Model, config: DecodeConfig) -> dict[str, Array]:
     }
 
 
-def _check_made_by(arrays: Mapping[str, Array], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Raises ValueError if arrays are not those of a state of the configuration."""
-    found, expected = (
-        {name: f"{array.dtype.name}{list(array.shape)}" for name, array in named.items()}
-        for named in (arrays, wanted)
-    )
-    different = [
-        f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}"
-        for name in {**expected, **found}
-        if found.get(name) != expected.get(name)
-    ]
-    if different:
+def _check_budget(config: DecodeConfig, state: DecodeState) -> None:
+    """Raises ValueError if no sequence of the state has the budget of the configuration."""
+    its, own = to_host((state.budget, Budget.of(config, 1)))
+    if not np.any((its.share == own.share) & (its.floor == own.floor)):
         raise ValueError(
-            f"the state was made with another configuration or model ({different[0]}, and "
-            f"{len(different) - 1} more); save it with its own"
+            f"the state was made with another budget (a share of {its.share[0]:g}, at least {its.floor[0]} "
+            f"tokens; the configuration's are {own.share[0]:g} and {own.floor[0]}); give its configuration"
         )
 
 

@@ -1,5 +1,7 @@
 """Everything that decoding carries from step to step, as one pytree."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from retro_jax.budget import Budget, rules_of, statistics_width
 from retro_jax.cache import LayerState, OutputCache, Stale, StepMetrics, spread
 from retro_jax.config import DecodeConfig
 from retro_jax.models.config import ModelConfig
+from retro_jax.models.fingerprint import named_arrays
 from retro_jax.plan import layer_plan
 
 
@@ -44,8 +47,8 @@ class DecodeState:
         """Tokens that each sequence can still take: up to the capacity, or to the model's last position."""
         return min(self.capacity, model.max_positions) - self.length
 
-    def check_cache(self, config: DecodeConfig) -> None:
-        """Raises ValueError if pages lie otherwise than the configuration says."""
+    def check_made_by(self, model: ModelConfig, config: DecodeConfig) -> None:
+        """Raises ValueError if the arrays are not those of a state of the configuration."""
         pages = self.layers[0].pages
         kept = pages.dtype.name if isinstance(pages, QuantizedPages) else None
         for name, given, has in (
@@ -57,6 +60,28 @@ class DecodeState:
                     f"{name} is {given!r}, but the state was made with {has!r}; use the configuration that "
                     "it was made with"
                 )
+        found = _arrays_in_words(self)
+        expected = _expected(model, config, self.length.shape[0], min(self.capacity, model.max_positions))
+        different = [
+            f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'there')}"
+            for name in {**expected, **found}
+            if found.get(name) != expected.get(name)
+        ]
+        if different:
+            more = f", and {len(different) - 1} more" * (len(different) > 1)
+            raise ValueError(
+                f"the state was made with another configuration or model ({different[0]}{more}); use those "
+                "that it was made with"
+            )
+
+
+def _arrays_in_words(state: DecodeState) -> dict[str, str]:
+    return {name: f"{array.dtype.name}{list(array.shape)}" for name, array in named_arrays(state).items()}
+
+
+@functools.cache
+def _expected(model: ModelConfig, config: DecodeConfig, batch: int, capacity: int) -> dict[str, str]:
+    return _arrays_in_words(jax.eval_shape(functools.partial(init_state, model, config, batch, capacity)))
 
 
 @under_fixed_settings

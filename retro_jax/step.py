@@ -11,7 +11,7 @@ from pallas_kernels.settings import under_fixed_settings
 from retro_jax.budget import cached_vector, vectors_per_page
 from retro_jax.cache import StepMetrics
 from retro_jax.config import DecodeConfig
-from retro_jax.inputs import check_bools, check_ints
+from retro_jax.inputs import check_bools, check_ids, check_ints
 from retro_jax.layers import Watch, dense_layer, sparse_layer, window_slots
 from retro_jax.mlp import step_mailbox
 from retro_jax.models import transformer
@@ -50,9 +50,11 @@ def decode_step(
     Args:
       params: weights.
       model: the model's configuration; static.
-      config: how to decode; static.
+      config: how to decode; static. That which the state was made with: what a step may load is the state's
+        `budget`, which does not follow another one here.
       state: donate it, so that the cache is updated in place.
-      tokens: the newest token ids, at position `state.length`.
+      tokens: the newest token ids, at position `state.length`. Within a trace nothing tells that one is
+        outside the vocabulary.
       active: sequences to decode; the others keep their state. None: all.
 
     Returns:
@@ -61,7 +63,8 @@ def decode_step(
       position) keeps its state, and its logits are NaN.
 
     Raises:
-      ValueError: tokens or active are not one for each sequence of the state.
+      ValueError: tokens or active are not one for each sequence of the state, or the state was made with
+        another configuration or model; outside of a trace, also for an id outside the vocabulary.
       TypeError: tokens are not whole numbers, or active is not made of truth values.
     """
     return watched_step(params, model, config, state, tokens, active)[:2]
@@ -79,12 +82,13 @@ def watched_step(
 ) -> tuple[DecodeState, Float[Array, "B V"], tuple[Any, ...]]:
     """`decode_step`, and what `watch` returned in each sparse layer, for analyses of what a step decides."""
     tokens = check_ints(tokens, state.length.shape, "tokens", "one for each sequence of the state")
-    state.check_cache(config)
+    state.check_made_by(model, config)
     if active is None:
         active = jnp.ones(tokens.shape, bool)
     active = check_bools(active, tokens.shape, "active", "one for each sequence of the state")
     fits = state.room(model) > 0
     refused, active = active & ~fits, active & fits
+    check_ids(tokens, active, model)
     slots = window_slots(config, state, active)
     plan = layer_plan(model, config)
     first = plan.first_sparse

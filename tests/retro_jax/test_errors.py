@@ -208,6 +208,49 @@ def test_the_pure_functions():
         rj.prefill(model.params, model.config, CONFIG, tokens, jnp.array([20]), 16)
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    (
+        (
+            tiny(3),
+            rj.DecodeConfig(window=2, page_size=8, budget_tokens=24),
+            r"hidden is float32\[2, 3, 32\], not",
+        ),
+        (tiny(3), rj.DecodeConfig("full", page_size=8), r"hidden is .*, and \d+ more\); use those that"),
+        (tiny(2), CONFIG, r"layers.2.outputs.o is float32\[2, 3, 6, 16\], not float32\[2, 3, 4, 16\]"),
+        (tiny(3, layers=4), CONFIG, r"layers.3.pages is missing, not float32"),
+    ),
+)
+def test_a_state_goes_on_as_it_was_made(model, config, message):
+    state = rj.init_state(tiny(3).config, CONFIG, 2, 64)
+    arguments, ids = (model.params, model.config, config, state), jnp.ones((2, 3), int)
+    message = "made with another configuration or model .*" + message
+    with pytest.raises(ValueError, match=message):
+        rj.decode_step(*arguments, ids[:, 0])
+    with pytest.raises(ValueError, match=message):
+        rj.extend(*arguments, ids, jnp.array([3, 3]))
+
+
+def test_ids_outside_the_vocabulary():
+    model, vocab = tiny(3), tiny(3).config.vocab_size
+    arguments = model.params, model.config, CONFIG
+    state = rj.init_state(model.config, CONFIG, 2, 64)
+    for bad in (vocab, -1):
+        ids = jnp.array([[1, 2], [bad, 3]])
+        message = rf"is {bad}, not within 0\.\.{vocab - 1}, the vocabulary"
+        with pytest.raises(ValueError, match=r"tokens\[1\] " + message):
+            rj.decode_step(*arguments, state, ids[:, 0])
+        for function, rest in (
+            (rj.extend, (state, ids, jnp.array([2, 1]))),
+            (rj.prefill, (ids, jnp.array([2, 1]), 64)),
+        ):
+            with pytest.raises(ValueError, match=r"tokens\[1, 0\] " + message):
+                function(*arguments, *rest)
+    # What pads or does not count may be anything.
+    beside = jnp.array([True, False])
+    assert rj.decode_step(*arguments, state, jnp.array([1, -1]), beside)[0].length.tolist() == [1, 0]
+
+
 KEYS = jax.random.split(jax.random.key(0), 2)
 IDS, FLAGS, FLOATS = (lambda *shape: jnp.zeros(shape, int)), (lambda *shape: jnp.ones(shape, bool)), jnp.zeros
 

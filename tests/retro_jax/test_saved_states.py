@@ -35,10 +35,11 @@ def on_mesh(data, heads):
 
 
 def filled(config, rows=2, capacity=64, seed=0):
-    """A state with something in each of its arrays."""
+    """A state with something in each of its arrays, and the configuration's budget."""
     rng = np.random.default_rng(seed)
-    state = rj.init_state(MODEL.config, config, rows, capacity)
-    return jax.tree.map(lambda array: jnp.array(rng.integers(0, 9, array.shape), array.dtype), state)
+    empty = rj.init_state(MODEL.config, config, rows, capacity)
+    state = jax.tree.map(lambda array: jnp.array(rng.integers(0, 9, array.shape), array.dtype), empty)
+    return state.replace(budget=empty.budget)
 
 
 def generation(state, config=CONFIG, sequences=1, **changes):
@@ -184,3 +185,14 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="was decoded further, which consumed it; save the later one"):
         rj.save_state(MODEL, generation(state), folder)
     assert not folder.exists()
+
+
+def test_a_state_is_saved_with_its_own_budget(tmp_path):
+    state = filled(CONFIG)
+    with pytest.raises(
+        ValueError, match=r"another budget .*at least 24 tokens; the configuration's are 0 and 32"
+    ):
+        rj.save_state(MODEL, state, tmp_path / "other", replace(CONFIG, budget_tokens=32))
+    least = state.budget.replace(floor=state.budget.floor.at[0].set(16))  # of one sequence its own
+    rj.save_state(MODEL, state.replace(budget=least), tmp_path / "own", CONFIG)
+    assert rj.load_state(MODEL, tmp_path / "own", CONFIG).budget.floor.tolist() == [16, 24]
