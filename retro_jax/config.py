@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pallas_kernels import CODES, GROUP_REDUCE, IMPLEMENTATIONS, SCORES, STATISTICS, pages_for
-from retro_jax.fields import DecodeFields
+from retro_jax.fields import DecodeFields, check_seed, check_types
 from retro_jax.methods import METHODS, Eviction, Method
 from retro_jax.models.names import nearest
 from retro_jax.presets import preset_fields
@@ -45,6 +45,8 @@ class DecodeConfig(DecodeFields):
     """
 
     def __post_init__(self):
+        check_types(self, DecodeFields)
+        check_seed(score_seed=self.score_seed)
         _check_known("method", self.method, METHODS)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window {self.window} is below 1; a window of 1 serves the newest query only")

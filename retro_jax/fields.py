@@ -4,7 +4,39 @@ The classes that check them know methods, scores and kernels, and so need JAX. W
 fields, such as a command line, imports no more than this.
 """
 
+import functools
+import numbers
+import typing
 from dataclasses import dataclass
+
+_KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), str: (str, "a word")}
+_KINDS |= {bool: (bool, "True or False"), type(None): (type(None), "None")}
+MOST_SEED = 2**32 - 1
+"""JAX would cut a larger one to its last 32 bits."""
+
+
+@functools.cache
+def _allowed(fields: type) -> dict[str, tuple[type, ...]]:
+    hints = typing.get_type_hints(fields)
+    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+
+
+def check_types(values: object, fields: type) -> None:
+    """Raises TypeError if a value of a dataclass is not what the fields of `fields` say; True is no number."""
+    for name, kinds in _allowed(fields).items():
+        value = getattr(values, name)
+        if not any(
+            isinstance(value, _KINDS[kind][0]) and isinstance(value, bool) == (kind is bool) for kind in kinds
+        ):
+            wanted = " or ".join(_KINDS[kind][1] for kind in kinds)
+            raise TypeError(f"{name} is {value!r}; give {wanted}")
+
+
+def check_seed(**seeds: int) -> None:
+    """Raises ValueError if a seed is none of JAX's random numbers."""
+    for name, seed in seeds.items():
+        if not 0 <= seed <= MOST_SEED:
+            raise ValueError(f"{name} {seed} is not within 0..{MOST_SEED}; use one that is")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from pallas_kernels.settings import under_fixed_settings
-from retro_jax.fields import SamplingFields
+from retro_jax.fields import SamplingFields, check_seed, check_types
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,12 @@ class Sampling(SamplingFields):
 
     Raises:
       ValueError: a field is out of its range.
+      TypeError: a field is of another type than it says.
     """
 
     def __post_init__(self):
+        check_types(self, SamplingFields)
+        check_seed(seed=self.seed)
         if not self.temperature >= 0:
             raise ValueError(f"temperature {self.temperature} is below 0; 0 is greedy")
         if self.top_k is not None and self.top_k < 1:

@@ -29,6 +29,7 @@ from retro_jax.experiments.bench.decode_command import BenchDecodeFlags
 from retro_jax.experiments.bench.decode_processes import folder_of_processes, torch_step, transformers
 from retro_jax.experiments.bench.decode_report import latency_pictures, speed_report
 from retro_jax.experiments.bench.limits import dense_kv_bytes, limit_ms
+from retro_jax.experiments.io.checks import check_least
 from retro_jax.experiments.io.files import write_bytes, write_json
 from retro_jax.experiments.io.folders import check_new
 from retro_jax.experiments.io.models import check_positions
@@ -94,13 +95,17 @@ class BenchDecode(BenchDecodeFlags):
         Raises:
             ValueError: a flag is out of its range, or two contradict each other.
         """
-        if min(*self.contexts, self.batch, self.steps, self.rounds, self.ceiling_bytes) < 1:
-            raise ValueError("--contexts, --batch, --steps, --rounds and --ceiling-bytes must be 1 or more")
+        check_least(contexts=self.contexts, batch=self.batch, steps=self.steps, rounds=self.rounds)
+        check_least(ceiling_bytes=self.ceiling_bytes)
+        check_least(0, seed=self.seed)
+        if not self.methods and not self.presets:
+            raise ValueError("there is nothing to measure; name --methods or --presets")
         if self.together is not None and self.together < 1:
             raise ValueError(f"--together {self.together} is below 1; leave it out for all at once")
         if self.out is not None and self.out.suffix != ".json":
             raise ValueError(f"--out {self.out} is no JSON file; name it *.json")
         check_new(self.out)
+        check_new(self.out and self.out.with_suffix(".png"))
         if self.batch % self.data_devices:
             over = f"--data-devices {self.data_devices}"
             raise ValueError(f"--batch {self.batch} does not divide over {over}; use a multiple")

@@ -52,5 +52,5 @@ class BenchDecodeFlags(OverDevices):
     seed: int = 0
     """Of the random context."""
     out: Path | None = None
-    """JSON file for the results; it must not exist. A picture with the same name goes beside it."""
+    """JSON file for the results, beside which a picture with the same name goes; neither may exist."""
     config: Annotated[CommonFlags, NoPrefix] = field(default_factory=CommonFlags)

@@ -32,6 +32,7 @@ from retro_jax.experiments.bench.kernel_cases import (
 )
 from retro_jax.experiments.bench.kernel_report import kernel_report
 from retro_jax.experiments.bench.roofline import roofline_pictures
+from retro_jax.experiments.io.checks import check_least
 from retro_jax.experiments.io.flags import Output
 from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
@@ -188,8 +189,7 @@ class BenchKernels(Output):
             "ceiling_bytes",
         )  # fmt: skip
         for name in numbers:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 1 or more")
+            check_least(**{name: getattr(self, name)})
         if not 0 < self.select_share <= 1:
             raise ValueError(f"--select-share is {self.select_share}; it must be above 0 and at most 1")
         if min(self.select_pages, default=2) < 2:

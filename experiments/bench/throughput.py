@@ -22,6 +22,7 @@ from retro_jax.experiments.bench.throughput_report import (
     throughput_pictures,
     throughput_report,
 )
+from retro_jax.experiments.io.checks import check_least
 from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.models import check_positions
 from retro_jax.experiments.io.progress import Progress
@@ -150,10 +151,11 @@ class BenchThroughput(BenchThroughputFlags):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise ValueError(f"--{name.replace('_', '-')} {low} {high} must rise from 1 or more")
-        if min((*self.contexts, self.ceiling_bytes)) < 1:
-            raise ValueError("--contexts and --ceiling-bytes must be 1 or more")
-        if not self.slots or min(*self.slots, self.prompts, self.steps_per_call) < 1:
-            raise ValueError("--slots, --prompts and --steps-per-call must be 1 or more")
+        check_least(slots=self.slots, prompts=self.prompts, steps_per_call=self.steps_per_call)
+        check_least(
+            ceiling_bytes=self.ceiling_bytes, **({"contexts": self.contexts} if self.contexts else {})
+        )
+        check_least(0, seed=self.seed)
         if not self.methods and not self.presets:
             raise ValueError("there is nothing to measure; name --methods or --presets")
         for path in self.text:

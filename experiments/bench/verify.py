@@ -33,6 +33,7 @@ from retro_jax.experiments.bench.verify_command import BenchVerifyFlags
 from retro_jax.experiments.bench.verify_context import Context, read_context, unread_context
 from retro_jax.experiments.bench.verify_report import verify_report
 from retro_jax.experiments.io.budgets import budget_fields
+from retro_jax.experiments.io.checks import check_least
 from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.models import check_positions
 from retro_jax.experiments.io.progress import Progress
@@ -206,8 +207,7 @@ class BenchVerify(BenchVerifyFlags):
         if not self.methods and not self.presets:
             raise ValueError("there is nothing that drafts; name --methods or --presets")
         for name in ("batch", "context", "own_tokens", "new_tokens", "calls"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 1 or more")
+            check_least(**{name: getattr(self, name)})
         for path in self.text:
             if not path.is_file():
                 raise FileNotFoundError(f"there is no file {path}")

@@ -17,8 +17,8 @@ from retro_jax.experiments.tasks import TASKS
 NOTE = (
     "By task, with its length in tokens where it has one, and the number of examples. Bold is the best of a "
     "block beside full attention; where intervals overlap, that decides nothing. *Mean*: of the columns with "
-    "scores, each counting the same; it and the bytes of a step are told of methods that all columns have. "
-    "Of unfinished runs, what is there."
+    "scores, each counting the same, as in the bytes of a step; both are told of methods that all columns "
+    "have. Of unfinished runs, what is there."
 )
 NOT_IN_NAMES = ("budget", "budget_tokens", "prefill_chunk", "implementation")
 """Fields of a configuration that blocks tell, or that change the speed of a method alone."""
@@ -48,6 +48,12 @@ class Column:
         found = self.run.by_example(method)
         return [value for name, value in found.items() if self.part is None or parts[name] == self.part]
 
+    def kv_bytes(self, method: str) -> float:
+        """What a step of a method reads, the mean over its replies."""
+        parts = _parts(self.run)
+        lines = (line for line in self.run.lines if self.part is None or parts[line["example"]] == self.part)
+        return replace(self.run, lines=list(lines)).mean(method, "kv_bytes")
+
     @property
     def examples(self) -> int:
         """How many examples the fullest method has."""
@@ -65,7 +71,7 @@ class Row:
       best: by column, whether no other sparse method of its block is better.
       mean: over the columns with scores; None where one is missing, or there is one only.
       best_mean: whether no other sparse method of its block has a better one.
-      kv_bytes: that a step reads, the mean over runs; None where one is missing.
+      kv_bytes: that a step reads, the mean over columns; None where one is missing.
     """
 
     method: str
@@ -149,7 +155,12 @@ def block_tables(board: Leaderboard) -> Iterator[Block]:
         means = any(row.mean for row in rows)
         heads = [(f"{column.title} (n = {column.examples})", column.metric) for column in board.columns]
         heads += [("mean", "of the columns with scores, each counting the same")] * means
-        heads.append(("KV MB/step", "keys, values and page statistics that a step reads for a sequence"))
+        heads.append(
+            (
+                "KV MB/step",
+                "keys, values and page statistics that a step reads for a sequence, the mean of the columns",
+            )
+        )
         yield Block(budget, heads, [(row.method, [*_cells(row, board.columns, means)]) for row in rows])
 
 
@@ -237,9 +248,9 @@ def _row(
     values = [bootstrap(values) if values else None for values in found]
     scored = [values for column, values in zip(columns, found, strict=True) if not column.run.is_likelihood]
     kv_bytes = None
-    if all(labels):  # else a mean over some runs would stand beside one over others
-        runs = {id(column.run): (column.run, label) for column, label in zip(columns, labels, strict=True)}
-        kv_bytes = float(np.mean([run.mean(label, "kv_bytes") for run, label in runs.values()]))
+    if all(labels):  # else a mean over some columns would stand beside one over others
+        each = [column.kv_bytes(label) for column, label in zip(columns, labels, strict=True)]
+        kv_bytes = float(np.mean(each))
     return Row(
         method=name,
         values=values,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pallas_kernels.tpu import CHIPS
 from retro_jax import DecodeConfig, preset
+from retro_jax.experiments.io.checks import check_least
 from retro_jax.experiments.io.flags import Output
 from retro_jax.experiments.io.folders import check_new, write_results
 from retro_jax.experiments.io.progress import Progress
@@ -94,8 +95,8 @@ class BenchTpuStatic(Output):
                     raise ValueError(
                         f"--{name} {value!r} is unknown{nearest(value, known)}; use {', '.join(known)}"
                     )
-        if min(self.devices, self.batch, *self.windows, *self.contexts) < 1:
-            raise ValueError("--devices, --batch, --windows and --contexts must be 1 or more")
+        sizes = {"devices": self.devices, "windows": self.windows, "contexts": self.contexts}
+        check_least(batch=self.batch, **sizes)
 
     def _configs(self, page_size: int) -> dict[str, DecodeConfig]:
         """What is predicted, by the name of its row."""

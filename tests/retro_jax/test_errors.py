@@ -200,6 +200,32 @@ def test_score(tokens, options, error, message, monkeypatch):
         rj.score(tiny(3), tokens, CONFIG, **options)
 
 
+@pytest.mark.parametrize(
+    ("made", "fields", "message"),
+    (
+        (rj.DecodeConfig, {"budget_tokens": 48.5}, "budget_tokens is 48.5; give a whole number or None"),
+        (rj.DecodeConfig, {"page_size": 16.0}, "page_size is 16.0; give a whole number"),
+        (rj.DecodeConfig, {"window": True}, "window is True; give a whole number or None"),
+        (rj.DecodeConfig, {"overwrite": 1}, "overwrite is 1; give True or False"),
+        (rj.DecodeConfig, {"budget": "0.1"}, "budget is '0.1'; give a number"),
+        (rj.DecodeConfig, {"method": ["quest"]}, r"method is \['quest'\]; give a word"),
+        (rj.Sampling, {"top_k": 3.0}, "top_k is 3.0; give a whole number or None"),
+        (rj.Sampling, {"seed": 1.5}, "seed is 1.5; give a whole number"),
+    ),
+)
+def test_types_of_fields(made, fields, message):
+    with pytest.raises(TypeError, match=message):
+        made(**fields)
+
+
+def test_seeds():
+    assert rj.Sampling(temperature=1, seed=2**32 - 1).seed == 2**32 - 1
+    for made in (lambda seed: rj.Sampling(seed=seed), lambda seed: rj.DecodeConfig(score_seed=seed)):
+        for seed in (-1, 2**32):
+            with pytest.raises(ValueError, match=rf"seed {seed} is not within 0\.\.4294967295"):
+                made(seed)
+
+
 def test_the_pure_functions():
     model, tokens = tiny(3), jnp.asarray(token_ids(1, 20))
     with pytest.raises(ValueError, match="batch 0 is below 1"):

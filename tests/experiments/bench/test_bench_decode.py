@@ -169,8 +169,10 @@ def test_bench_decode(json_command, failure, tmp_path, monkeypatch):
     assert long["full"] == 87 * 4 * 2 * (2 * 16 * 4)
     assert long["retro-w2-b32-p8"] < long["full"]
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    line = failure("bench", "decode", "random:tiny", *SHORT, "--out", out)
-    assert "is not overwritten" in line
+    for file in (out, out.with_suffix(".png")):
+        line = failure("bench", "decode", "random:tiny", *SHORT, "--out", out)
+        assert f"{file} exists and is not overwritten" in line
+        file.unlink()
 
 
 def test_the_limit_has_the_weights_of_chosen_experts_only(json_command, monkeypatch):
@@ -245,7 +247,13 @@ def test_what_a_method_does_not_have_is_for_the_others():
 
 
 def test_bench_refuses(failure, tmp_path):
-    assert "must be 1 or more" in failure("bench", "decode", "random:tiny", "--steps", 0)
+    for flags, message in {
+        ("--steps", 0): "--steps is 0; it must be 1 or more",
+        ("--contexts",): "--contexts has no value; give at least one",
+        ("--seed", -1): "--seed is -1; it must be 0 or more",
+        ("--methods",): "there is nothing to measure; name --methods or --presets",
+    }.items():
+        assert message in failure("bench", "decode", "random:tiny", *flags)
     arguments = ("bench", "decode", "random:tiny", *SHORT, "--reference")
     assert "name an interpreter" in failure(*arguments, tmp_path / "python")
     assert "add full to --methods" in failure(*arguments, tmp_path / "python", "--methods", "quest")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,14 @@ def test_methods_by_tasks_and_budgets(board):
     assert [value and value.mean for value in paper.values] == [4 / 6, 0.5, 1 / 6, 0.5, None]
     assert paper.mean is None and paper.kv_bytes is None  # longgenbench does not have it
     assert rows[128]["preset mean-key"].values[2:] == [None] * 3
+
+
+def test_bytes_count_each_column_the_same(board):
+    column, other = board[0].columns[:2]
+    lines = [line | {"kv_bytes": float(line["example"].startswith("fwe"))} for line in column.run.lines]
+    run = replace(column.run, lines=[*lines, *lines[:1]])
+    label = next(iter(run.methods))
+    assert [replace(each, run=run).kv_bytes(label) for each in (column, other)] == [1.0, 0.0]
 
 
 def test_the_best_of_a_block_are_marked_beside_full_attention(board):
