@@ -163,6 +163,7 @@ def test_a_folder_of_other_settings_is_refused(json_command, failure, ids_file, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--bin-tokens", 0), "--bin-tokens is 0; it must be 1 or more"),
         (("--windows", 0), "window 0 is below 1"),
         (("--sink-pages", 4), "budget_tokens 32 is below the 5 pages of 8 tokens"),
         (("--presets", "best"), "preset 'best' is unknown; use one of quest, paper, mean-key"),
