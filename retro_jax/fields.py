@@ -22,7 +22,7 @@ def _allowed(fields: type) -> dict[str, tuple[type, ...]]:
 
 
 def check_types(values: object, fields: type) -> None:
-    """Raises TypeError if a value is not of the type that the field of a dataclass says; True is no number."""
+    """Raises TypeError if a value is not of the type that a field of `fields` says; True is no number."""
     for name, kinds in _allowed(fields).items():
         value = getattr(values, name)
         if not any(
