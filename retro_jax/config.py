@@ -42,6 +42,7 @@ class DecodeConfig(DecodeFields):
 
     Raises:
       ValueError: a field is out of its range, or two fields contradict each other.
+      TypeError: a field is of another type than it says.
     """
 
     def __post_init__(self):

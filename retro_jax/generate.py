@@ -82,6 +82,10 @@ class Generation:
     keys: Key[Array, " B"] | None
     verify: int | None
 
+    def __repr__(self) -> str:
+        """Without its state."""
+        return f"Generation({len(self.texts)} sequences, {sum(map(len, self.tokens))} tokens, {self.config})"
+
 
 @under_mesh_of_weights
 def generate(

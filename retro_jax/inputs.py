@@ -205,7 +205,7 @@ def check_capacity(model: ModelConfig, needed: int, capacity: int | None) -> int
     if needed > capacity:
         raise ValueError(
             f"prompt and new tokens take {needed} positions, the cache holds {capacity}; pass a larger "
-            "capacity on the first turn, or generate fewer tokens"
+            "capacity on the first turn or to `load_state`, or generate fewer tokens"
         )
     return capacity
 

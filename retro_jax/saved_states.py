@@ -20,6 +20,7 @@ from jaxtyping import Array
 from retro_jax.budget import Budget
 from retro_jax.config import DecodeConfig
 from retro_jax.generate import Generation
+from retro_jax.inputs import check_whole
 from retro_jax.models import Model, ModelConfig
 from retro_jax.models.config_json import from_json, to_json
 from retro_jax.models.fingerprint import fingerprint, named_arrays
@@ -116,6 +117,7 @@ def load_state(
         configuration, with each field that differs; or the capacity is above the model's positions, or the
         mesh does not divide the state.
     """
+    check_whole(capacity=capacity)
     folder = Path(folder)
     about = read_about(folder, KIND)
     config = _checked_config(model, folder, about, config)

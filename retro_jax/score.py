@@ -174,7 +174,7 @@ def _rows(
     given = np.atleast_1d(np.asarray(prompt_tokens))
     if not np.issubdtype(given.dtype, np.integer):
         raise TypeError(f"prompt_tokens is {prompt_tokens!r}; give a whole number, or one for each text")
-    if given.shape not in ((1,), (len(rows),)):
+    if np.ndim(prompt_tokens) and given.shape != (len(rows),):
         raise ValueError(f"prompt_tokens has {given.size} numbers for {len(rows)} texts; give one for each")
     prompts = np.broadcast_to(given, (len(rows),))
     for row, count in zip(rows, prompts, strict=True):

@@ -28,6 +28,7 @@ from jax.tree_util import GetAttrKey, SequenceKey, keystr
 from pallas_kernels.dispatch import HEADS, SEQUENCES
 from pallas_kernels.settings import under_fixed_settings
 from retro_jax.config import DecodeConfig
+from retro_jax.inputs import check_whole
 from retro_jax.models.config import ModelConfig
 from retro_jax.models.transformer import Params, random_params
 from retro_jax.state import DecodeState, init_state
@@ -42,11 +43,15 @@ def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None
       devices: to choose from; None: all devices of all hosts.
 
     Raises:
-      ValueError: there are not so many devices.
+      ValueError: there are not so many devices, or a number is below 1.
+      TypeError: a number is not whole.
     """
+    check_whole(data=data, model=model)
     devices = jax.devices() if devices is None else devices
-    if data < 1 or model < 1 or data * model > len(devices):
-        raise ValueError(f"{data} x {model} devices were asked for, {len(devices)} are there")
+    if data * model > len(devices):
+        raise ValueError(
+            f"{data} x {model} devices were asked for, {len(devices)} are there; use fewer, or pass others"
+        )
     chosen = devices[: data * model]
     return jax.make_mesh((data, model), (SEQUENCES, HEADS), (AxisType.Auto,) * 2, devices=chosen)
 

@@ -43,6 +43,11 @@ class DecodeState:
     capacity: int = flax.struct.field(pytree_node=False)
     stale: Stale | None = None
 
+    def __repr__(self) -> str:
+        """Without its arrays."""
+        rows, layers = self.length.shape[0], len(self.layers)
+        return f"DecodeState({rows} sequences, {layers} layers, {self.capacity} tokens)"
+
     def room(self, model: ModelConfig) -> Int[Array, " B"]:
         """Tokens that each sequence can still take: up to the capacity, or to the model's last position."""
         return min(self.capacity, model.max_positions) - self.length

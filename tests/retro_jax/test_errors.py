@@ -226,6 +226,15 @@ def test_seeds():
                 made(seed)
 
 
+def test_meshes_states_and_prompts_of_texts():
+    with pytest.raises(ValueError, match="data 0 must be at least 1"):
+        rj.make_mesh(0, 1)
+    with pytest.raises(ValueError, match="prompt_tokens has 1 numbers for 2 texts; give one for each"):
+        rj.score(tiny(3), [[1, 2, 3], [1, 2, 3]], CONFIG, [1])
+    state = rj.init_state(tiny(3).config, CONFIG, 2, 64)
+    assert repr(state) == "DecodeState(2 sequences, 3 layers, 64 tokens)"
+
+
 def test_the_pure_functions():
     model, tokens = tiny(3), jnp.asarray(token_ids(1, 20))
     with pytest.raises(ValueError, match="batch 0 is below 1"):
