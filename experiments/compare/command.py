@@ -35,10 +35,8 @@ class Compare(OverDevices, TextCommand):
         from retro_jax.experiments.compare.html_page import comparison_page
         from retro_jax.experiments.compare.pictures import PAGE, comparison_pictures
         from retro_jax.experiments.compare.tables import comparison_report
-        from retro_jax.experiments.io.checks import check_least
         from retro_jax.experiments.io.folders import digest, write_results
 
-        check_least(bin_tokens=self.bin_tokens)
         configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1
         model, texts = self.read(configs, copies=together)

@@ -12,6 +12,7 @@ from retro_jax.models.formats import converted, huggingface_tokenizer
 
 IDS = ("--token-ids", "ids.npy")
 FEW = ("--tokens", 64, "--prompt-tokens", 8)
+MORE = ("--tokens", 640, "--prompt-tokens", 8)
 TEXT = ("--text", "text.txt")
 
 
@@ -167,3 +168,9 @@ def test_converted_folders_tell_it_too(tiny_folder, tmp_path, with_tokenizer):
         model = retro_jax.Model(model.config, model.params, None)
     converted.save_model(model, tmp_path / "converted")
     assert converted.converted_tokenizer(tmp_path / "converted") == with_tokenizer
+
+
+@pytest.mark.parametrize("words", ("score", "compare", "overlap", "distances --out out"))
+def test_ranges_of_no_tokens_are_refused(unread, words):
+    line = unread(*words.split(), "random:tiny", *IDS, *MORE, "--bin-tokens", -4)
+    assert "--bin-tokens is -4; it must be 1 or more" in line
