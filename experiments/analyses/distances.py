@@ -29,6 +29,7 @@ from retro_jax.experiments.io.budgets import budget_value
 from retro_jax.experiments.io.estimates import block_means
 from retro_jax.experiments.io.files import write_file
 from retro_jax.experiments.io.folders import ResultFolder, reading, write_results
+from retro_jax.experiments.io.identity import known_identity
 from retro_jax.experiments.io.progress import Progress
 from retro_jax.experiments.io.provenance import provenance
 from retro_jax.experiments.io.text import Texts, digest
@@ -288,9 +289,12 @@ class DistancesCommand(DistancesFlags):
         cases = self.cases()
         if self.tokens is not None:
             self.check_length(self.tokens)
+        first = next(iter(cases.values()))
+        known = known_identity(self, first, VARIED) | {"ages": self.ages}
+        DistancesFolder.check(self.out, known, partial=True)
         model, texts = self.read(list(cases.values()), padded=False)
         self.check_length(texts.ids.shape[1])
-        common = asdict(next(iter(cases.values())))
+        common = asdict(first)
         identity = {
             "model": self.model,
             "dtype": model.config.dtype,

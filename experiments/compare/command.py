@@ -35,12 +35,13 @@ class Compare(OverDevices, TextCommand):
         from retro_jax.experiments.compare.html_page import comparison_page
         from retro_jax.experiments.compare.pictures import PAGE, comparison_pictures
         from retro_jax.experiments.compare.tables import comparison_report
-        from retro_jax.experiments.io.checks import check_least
         from retro_jax.experiments.io.folders import digest, write_results
+        from retro_jax.experiments.io.identity import known_identity
 
-        check_least(bin_tokens=self.bin_tokens)
         configs = self.sweep.configurations(self.config.config(method="full", sink_pages=0))
         together = len(set(self.sweep.budgets)) if self.budgets_together else 1
+        if self.out is not None:
+            ComparisonFolder.check(self.out, known_identity(self, configs[0], VARIED), partial=True)
         model, texts = self.read(configs, copies=together)
         what = identity(self.model, model, texts, configs[0])
         name = f"compare-{Path(self.model).name.replace(':', '-')}"

@@ -19,11 +19,9 @@ class Score(Configured, OverDevices, TextCommand):
 
         from retro_jax import score
         from retro_jax.experiments.generate.tables import score_table
-        from retro_jax.experiments.io.checks import check_least
         from retro_jax.experiments.io.estimates import estimate
         from retro_jax.experiments.io.provenance import provenance
 
-        check_least(bin_tokens=self.bin_tokens)
         config = self.config.config()
         model, texts = self.read([config])
         with Progress() as show:

@@ -360,9 +360,11 @@ class TextCommand(Command):
 
     def asked(self, copies: int = 1, *, padded: bool = True) -> dict:
         """What `load` and `check_known` are told, without a model; see `read`."""
+        from retro_jax.experiments.io.checks import check_least
         from retro_jax.experiments.io.text import WITHOUT_TOKENIZER, check_prompt, check_sources, file_tokens
         from retro_jax.inputs import check_token_ids
 
+        check_least(bin_tokens=self.bin_tokens)
         check_sources(self.text, self.token_ids, self.tokens)
         texts, tokens = len(self.text), self.tokens
         ids = None if self.token_ids is None else file_tokens(self.token_ids, tokens)

@@ -65,10 +65,19 @@ class ResultFolder:
         self.check(path, self.identity)
 
     @classmethod
-    def check(cls, path: Path, identity: dict) -> None:
-        """Raises, as the class does, if results of this identity cannot be written into a folder."""
+    def check(cls, path: Path, identity: dict, *, partial: bool = False) -> None:
+        """Raises, as the class does, if results of this identity cannot be written into a folder.
+
+        Args:
+          path: the folder.
+          identity: what its results share, as JSON values.
+          partial: whether those are only what is known so far; others are not looked at.
+        """
         if (path / cls.file).exists():
-            if different := cls.differences(read_json(path / cls.file), identity):
+            found = read_json(path / cls.file)
+            if partial:
+                found = {key: value for key, value in found.items() if key in identity}
+            if different := cls.differences(found, json.loads(json.dumps(identity))):
                 raise ValueError(f"{path} holds another {cls.kind} ({different}); choose another --out")
         elif path.exists() and (
             not path.is_dir() or any(".partial" not in found.name for found in path.iterdir())

@@ -173,10 +173,9 @@ def read_tokens(
     """
     check_sources(texts, token_ids, tokens)
     if token_ids is None:
-        return text_tokens(model, texts, tokens, skip_chars), _names(texts)
+        return text_tokens(model, texts, tokens, skip_chars), text_names(texts)
     ids = file_tokens(token_ids, tokens)
-    names = [token_ids.stem] if len(ids) == 1 else [f"{token_ids.stem}[{row}]" for row in range(len(ids))]
-    return ids, names
+    return ids, ids_names(token_ids, len(ids))
 
 
 def check_sources(texts: Sequence[Path], token_ids: Path | None, tokens: int | None) -> None:
@@ -201,11 +200,17 @@ def digest(ids: Int[np.ndarray, "..."]) -> str:
     return hashlib.sha256(repr(ids.shape).encode() + contents).hexdigest()[:16]
 
 
+def ids_names(path: Path, rows: int) -> list[str]:
+    """Returns what the texts in a file of token ids are called."""
+    return [path.stem] if rows == 1 else [f"{path.stem}[{row}]" for row in range(rows)]
+
+
 def _check_length(path: Path, available: int, wanted: int) -> None:
     if available < wanted:
         raise ValueError(f"{path} has {available} tokens, fewer than the {wanted} asked for; lower --tokens")
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def text_names(paths: Sequence[Path]) -> list[str]:
+    """Returns what texts from files are called."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]

@@ -139,6 +139,7 @@ class Study(Output):
         """Runs the comparison of each model and kind of text, in a folder of its own."""
         from retro_jax.experiments.compare.comparison import compare, identity
         from retro_jax.experiments.compare.folder import ComparisonFolder
+        from retro_jax.experiments.io.identity import known_identity
         from retro_jax.experiments.study.data import cell, check_length
 
         configs = self.configurations()
@@ -169,6 +170,8 @@ class Study(Output):
                 if source.text:
                     asked["without_tokenizer"] = WITHOUT_TOKENIZER
                 source.check_known(configs, **asked)
+                known = known_identity(source, configs[0], VARIED)
+                ComparisonFolder.check(self.out / f"{name}-{kind}", known, partial=True)
                 cells.append((name, kind, source, configs))
         found = []
         for name, kind, source, configs in cells:

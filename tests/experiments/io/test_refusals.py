@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 import retro_jax
+from retro_jax.experiments.analyses.distances import DistancesFolder
+from retro_jax.experiments.compare.folder import ComparisonFolder
 from retro_jax.experiments.runs import run as runner
 from retro_jax.models.formats import converted, huggingface_tokenizer
 
 IDS = ("--token-ids", "ids.npy")
 FEW = ("--tokens", 64, "--prompt-tokens", 8)
+MORE = ("--tokens", 640, "--prompt-tokens", 8)
 TEXT = ("--text", "text.txt")
 
 
@@ -167,3 +170,18 @@ def test_converted_folders_tell_it_too(tiny_folder, tmp_path, with_tokenizer):
         model = retro_jax.Model(model.config, model.params, None)
     converted.save_model(model, tmp_path / "converted")
     assert converted.converted_tokenizer(tmp_path / "converted") == with_tokenizer
+
+
+@pytest.mark.parametrize(("words", "kind"), [("compare", ComparisonFolder), ("distances", DistancesFolder)])
+def test_a_folder_of_other_settings_is_refused_before_the_model_is_read(unread, tmp_path, words, kind):
+    other = {"model": "random:tiny", "prompt_tokens": 9, "token_ids": "0", "dtype": "float32"}
+    kind(tmp_path / "out", other).begin()
+    line = unread(words, "random:tiny", *IDS, *MORE, "--out", "out")
+    assert f"out holds another {kind.kind} (prompt_tokens 9, not 8; token_ids '0', not '" in line
+    assert "choose another --out" in line and "dtype" not in line  # the model's own is not known yet
+
+
+@pytest.mark.parametrize("words", ("score", "compare", "overlap", "distances --out out"))
+def test_ranges_of_no_tokens_are_refused(unread, words):
+    line = unread(*words.split(), "random:tiny", *IDS, *MORE, "--bin-tokens", -4)
+    assert "--bin-tokens is -4; it must be 1 or more" in line
